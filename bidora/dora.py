@@ -1,0 +1,359 @@
+r"""DoRA whose gradient is the gradient of the loss, at the cost of LoRA.
+
+A DoRA layer computes :math:`y = x\,W'^\top + b` with rows
+
+.. math:: w'_i = m_i \frac{w_i + s\,b_i A}{\|w_i + s\,b_i A\|} .
+
+PEFT builds :math:`B A` (out × in) in every forward pass and treats the norm as a
+constant in the backward pass, so what autograd returns is not the gradient of the loss,
+and the matrix of second derivatives is not symmetric. `use_exact_dora` replaces that
+forward pass and nothing else: injection, configuration, merging, saving and quantised
+bases stay PEFT's, and so do parameter names and files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bidora import _norms, _peft
+from bidora._peft import DoraAdapter
+
+__all__ = [
+    "check_norms",
+    "direction_norms",
+    "exact_dora_layers",
+    "magnitudes",
+    "plain_dora_layers",
+    "use_exact_dora",
+    "use_peft_dora",
+]
+
+_DROPOUT = ("lora", "peft")
+_NORM_GRAD = ("attached", "detached")
+
+
+@dataclass(frozen=True)
+class ExactDora:
+    """The forward pass of an exact DoRA layer.
+
+    Attributes:
+        dropout: See `use_exact_dora`.
+        norm_grad: See `use_exact_dora`.
+    """
+
+    dropout: Literal["lora", "peft"] = "lora"
+    norm_grad: Literal["attached", "detached"] = "attached"
+
+    def __post_init__(self) -> None:
+        _check_choice("dropout", self.dropout, _DROPOUT)
+        _check_choice("norm_grad", self.norm_grad, _NORM_GRAD)
+
+    def __call__(self, layer: DoraAdapter, x: Tensor, result: Tensor) -> Tensor:
+        """Return the output with the adapter, given the output without it.
+
+        With z = result + s·(x Aᵀ)Bᵀ, which holds the bias b, the output is
+        g ⊙ (z − b) + b with the gain g = m / ‖w + s·b A‖: one low-rank pair added to
+        the base output, one `addcmul`. The gain is applied to z, not folded into `B`,
+        so that it stays in float32 where products run in bfloat16.
+
+        Args:
+            layer: The adapter.
+            x: Input, `(..., in)`, in the adapter's dtype.
+            result: Output of the base layer and of the active adapters before this one,
+                `(..., out)`.
+
+        Returns:
+            Output, `(..., out)`, in the wider of the dtypes met; PEFT's layer casts it.
+        """
+        gain = self._gain(layer)
+        scaling, b = layer.scaling, layer.lora_b
+        dropped = layer.drop(x)
+        low = layer.down(dropped)
+        if self.dropout == "peft" and dropped is not x:
+            # PEFT sends the dropped input through the base weight a second time.
+            base = F.linear(dropped, layer.weight.fetch().to(x.dtype))
+            return result + (gain - 1) * base + gain * (F.linear(low, b) * scaling)
+        if result.dtype == low.dtype:
+            rows = result.reshape(-1, result.shape[-1])
+            z = torch.addmm(rows, low.reshape(-1, low.shape[-1]), b.T, alpha=scaling)
+            z = z.view(result.shape)
+        else:
+            z = result + F.linear(low, b) * scaling
+        bias = layer.bias
+        if bias is None:
+            return gain * z
+        return torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), z, gain)
+
+    def _gain(self, layer: DoraAdapter) -> Tensor:
+        """Return m / ‖w + s·b A‖, `(out,)`, in float32 or float64."""
+        if self.norm_grad == "attached":
+            norms = _squared_norms(layer).sqrt()
+        else:
+            with torch.no_grad():
+                norms = _squared_norms(layer).sqrt()
+        return layer.magnitude.to(norms.device, norms.dtype) / norms
+
+
+def direction_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
+) -> Tensor:
+    r"""Return the row norms :math:`\|w_i + s\,b_i A\|` without building :math:`B A`.
+
+    Differentiable any number of times in `lora_a`, `lora_b` and, where it requires a
+    gradient, `weight`. Computed in float32, in float64 where a tensor is float64. Takes
+    one product of `(r, in)` by `(in, out)` and memory `(out, r)`.
+
+    Args:
+        weight: W, `(out, in)`.
+        lora_a: A, `(r, in)`.
+        lora_b: B, `(out, r)`.
+        scaling: s.
+
+    Returns:
+        Norms, `(out,)`.
+
+    Example:
+        The row (3, 0) + 4·1·(0, 1) = (3, 4) has norm 5.
+
+        >>> import torch
+        >>> W, A, B = (
+        ...     torch.tensor([[3.0, 0.0]]),
+        ...     torch.eye(2)[1:],
+        ...     torch.full((1, 1), 2.0),
+        ... )
+        >>> direction_norms(W, A, B, scaling=2.0)
+        tensor([5.])
+    """
+    dtype = _norms.compute_dtype(weight, lora_a, lora_b)
+    rows = _norms.BaseWeight.of(weight)
+    base = _norms.cached_base_norms(rows, dtype, _norms.WeightCache())
+    return _norms.squared_norms(rows, lora_a, lora_b, scaling, base).sqrt()
+
+
+def use_exact_dora(
+    model: nn.Module,
+    *,
+    dropout: Literal["lora", "peft"] = "lora",
+    norm_grad: Literal["attached", "detached"] = "attached",
+) -> tuple[str, ...]:
+    """Make every DoRA layer of a PEFT model exact: autograd differentiates the loss.
+
+    The layers' outputs stay as they are to rounding, and so do parameter names, merging
+    and files. Every DoRA adapter present is covered; one added or loaded later has
+    PEFT's forward again until the next call (see `plain_dora_layers`). A second call
+    changes the settings. It also forgets what was cached for the base weights, which
+    matters after an edit of a base weight through ``.data`` in place, the one kind of
+    change that torch does not count (merging a plain LoRA adapter is such an edit).
+
+    Cost: about that of LoRA, where PEFT's DoRA takes up to twice as long. Beyond what
+    LoRA keeps for the backward pass, a layer keeps its output and `(out, r)` numbers.
+
+    Args:
+        model: A model from `peft.get_peft_model`, or a transformers model after
+            `model.add_adapter(LoraConfig(use_dora=True))`.
+        dropout: Where adapter dropout acts in training. `"lora"`: on the input of `A`
+            alone, one pass through the base layer. `"peft"`: on the base layer's part
+            of the change as well, a second pass, as PEFT does; with the same random
+            numbers it gives PEFT's output. In eval, both are the same.
+        norm_grad: `"attached"`: the norm is differentiated. `"detached"`: it is taken
+            for a constant, PEFT's surrogate gradient, which is not the gradient of the
+            loss.
+
+    Returns:
+        Names of the layers covered, as in `model.named_modules()`.
+
+    Raises:
+        ValueError: A setting is out of range; the model has no DoRA layer, or one that
+            is not Linear or Conv1D; a weight is absent; an adapted row has zero norm.
+            The model is then as it was.
+    """
+    forward = ExactDora(dropout, norm_grad)
+    layers = _all_layers(model)
+    refused = [
+        f"{name} ({type(layer.module.get_base_layer()).__name__})"
+        for name, layer in layers
+        if not _peft.is_replaceable(layer)
+    ]
+    if refused:
+        raise ValueError(
+            f"These DoRA layers cannot be made exact: {', '.join(refused)}. Exact DoRA "
+            "covers Linear and Conv1D (GPT-2) layers with PEFT's own DoRA and no "
+            "lora_bias. Leave the others out of target_modules in the LoraConfig, or "
+            "keep PEFT's DoRA by not calling use_exact_dora."
+        )
+    if not layers:
+        raise ValueError(
+            "The model has no DoRA layer: none of its modules carries a magnitude "
+            "vector. Either it has no adapter or its adapters are plain LoRA. Make one "
+            "with peft.get_peft_model(model, LoraConfig(use_dora=True, ...)) or, in "
+            "transformers, model.add_adapter(LoraConfig(use_dora=True, ...))."
+        )
+    for _, layer in layers:
+        _peft.clear_cache(layer)
+    _check(layers)
+    for _, layer in layers:
+        _peft.replace_forward(layer, forward)
+    return tuple(dict.fromkeys(name for name, _ in layers))
+
+
+def use_peft_dora(model: nn.Module) -> tuple[str, ...]:
+    """Give every exact DoRA layer PEFT's own forward again; undo `use_exact_dora`.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names of the layers that were exact.
+    """
+    names = exact_dora_layers(model)
+    for name, layer in _all_layers(model):
+        if layer.adapter in names.get(name, ()):
+            _peft.restore_forward(layer)
+    return tuple(names)
+
+
+def exact_dora_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the layers that `use_exact_dora` covers now.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Per layer name, the names of its exact adapters.
+    """
+    return _adapters_where(model, exact=True)
+
+
+def plain_dora_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the layers with DoRA adapters whose forward is still PEFT's.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Per layer name, the names of these adapters; Embedding and convolution layers,
+        which `use_exact_dora` refuses, among them.
+    """
+    return _adapters_where(model, exact=False)
+
+
+def magnitudes(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the DoRA magnitude vectors of a model.
+
+    Args:
+        model: Any model.
+        adapter: Name of one adapter; None for all.
+
+    Returns:
+        The parameters, trainable or not, under their names in
+        `model.named_parameters()`; empty if there are none.
+    """
+    wanted = {
+        id(layer.magnitude)
+        for _, layer in _all_layers(model)
+        if adapter is None or layer.adapter == adapter
+    }
+    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raise where an adapted row has no direction; look for rows near that.
+
+    A forward pass on an accelerator never waits for the device, so it cannot raise:
+    `use_exact_dora` calls this once, and a training loop should call it now and then
+    (at outer steps, say). Rows that the adapter has nearly cancelled are remembered,
+    and later forward passes compute their norms from the entries, which takes care of
+    the digits that the expansion loses there. On the CPU every forward pass does so
+    by itself.
+
+    Args:
+        model: A model with DoRA layers; others pass.
+
+    Raises:
+        ValueError: The norm of a row of W0 + s·B·A is zero or not finite, or the base
+            weight is not in memory.
+    """
+    layers = _all_layers(model)
+    _check([(name, layer) for name, layer in layers if _peft.is_replaceable(layer)])
+
+
+def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
+    """Do `check_norms` for these layers."""
+    for name, layer in layers:
+        weight = layer.weight
+        if weight.stored.device.type == "meta":
+            raise ValueError(
+                f"The base weight of layer {name} is on the meta device: offloaded, or "
+                "never loaded, so its row norms cannot be computed. Load the model "
+                "with all weights in memory (no device_map to disk or cpu)."
+            )
+        layer.cache.put(weight.key(), _rows_name(layer), None)
+        base = _base_norms(layer)
+        with torch.no_grad():
+            squared = _squared_norms(layer, wait=True)
+        broken = _norms.rows_without_direction(squared, base)
+        if broken.numel():
+            row = int(broken[0])
+            raise ValueError(
+                f"{broken.numel()} of {squared.numel()} rows of W0 + s·B·A in layer "
+                f"{name} (adapter {layer.adapter!r}) have no direction, the first is "
+                f"row {row} with norm {float(squared[row].sqrt()):.3g}, and DoRA "
+                "divides by it. Usual causes: output features that were pruned or "
+                "padded with zeros, or training that diverged. Leave the layer out of "
+                "target_modules, or repair the row before adding the adapter."
+            )
+        near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
+        layer.cache.put(weight.key(), _rows_name(layer), near)
+
+
+def _base_norms(layer: DoraAdapter) -> _norms.BaseNorms:
+    """Return what the norms need of the layer's base weight."""
+    weight = layer.weight
+    dtype = _norms.compute_dtype(layer.lora_a, layer.lora_b, weight.stored)
+    return _norms.cached_base_norms(weight, dtype, layer.cache)
+
+
+def _squared_norms(layer: DoraAdapter, wait: bool = False) -> Tensor:
+    """Return the squared norms of the layer's adapted rows, `(out,)`."""
+    weight = layer.weight
+    rows = layer.cache.get(weight.key(), _rows_name(layer))
+    factors = layer.lora_a, layer.lora_b, layer.scaling
+    return _norms.squared_norms(weight, *factors, _base_norms(layer), rows, wait)
+
+
+def _rows_name(layer: DoraAdapter) -> str:
+    """Return the name in the cache of the rows to compute from their entries."""
+    return f"rows-{layer.adapter}"
+
+
+def _all_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
+    """Return name and handle of every DoRA adapter of every layer."""
+    _peft.check_peft_version()
+    return [
+        (name, DoraAdapter(module, adapter))
+        for name, module in _peft.lora_layers(model)
+        for adapter in _peft.dora_names(module)
+    ]
+
+
+def _adapters_where(model: nn.Module, exact: bool) -> dict[str, tuple[str, ...]]:
+    """Return, per layer name, the adapters that are exact, or those that are not."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, layer in _all_layers(model):
+        if _peft.is_replaced(layer) == exact:
+            found[name] = (*found.get(name, ()), layer.adapter)
+    return found
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a setting that is none of the choices."""
+    if value not in choices:
+        known = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(
+            f"{name}={value!r} is not a setting of use_exact_dora; use {known}."
+        )

@@ -1,0 +1,179 @@
+"""Everything that `bidora train` can be told, with its defaults, checked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bidora.errors import UserError
+
+__all__ = ["BUNDLED_MODEL", "METHODS", "TrainSettings"]
+
+BUNDLED_MODEL = "all-MiniLM-L6-v2"
+"""Name of the encoder that the extra `demo` installs."""
+
+METHODS = ("bidora", "dora", "lora")
+
+SEARCH_ONLY = (
+    "estimator",
+    "estimator_settings",
+    "outer_every",
+    "outer_warmup",
+    "outer_batch_size",
+    "validation_fraction",
+    "orthogonality",
+    "retrain_steps",
+    "retrain_lr",
+)
+"""Settings of the two-level search, meaningless to `dora` and `lora`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of one run, named as the command line's options.
+
+    Where options are what a user typed, `from_options` builds the settings: it derives
+    what was not given and refuses what does not apply.
+
+    Raises:
+        UserError: If a setting is out of range.
+    """
+
+    model: str = BUNDLED_MODEL
+    task: str = "docstrings"
+    method: str = "bidora"
+    seed: int = 0
+
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    test_file: str | None = None
+    column_names: tuple[str, ...] | None = None
+    quoting: str = "auto"
+    max_length: int = 64
+
+    rank: int = 4
+    alpha: float = 8.0
+    target_modules: tuple[str, ...] | None = None
+
+    steps: int = 240
+    batch_size: int = 16
+    inner_lr: float = 3e-3
+    inner_weight_decay: float = 0.1
+    outer_lr: float = 3e-3
+    outer_weight_decay: float = 0.1
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+
+    estimator: str = "neumann"
+    estimator_settings: dict[str, Any] = field(default_factory=dict)
+    outer_every: int = 4
+    outer_warmup: int = 10
+    outer_batch_size: int = 16
+    validation_fraction: float = 0.2
+    orthogonality: float = 1e-5
+    retrain_steps: int = 240
+    retrain_lr: float = 3e-3
+
+    output_dir: str = "runs/bidora-docstrings-seed0"
+    overwrite: bool = False
+    eval_every: int = 30
+    device: str = "auto"
+
+    @classmethod
+    def from_options(cls, **given: Any) -> TrainSettings:
+        """Build settings from the options a user gave, and derive the others.
+
+        Not given, the retraining takes as many steps as the search, at its rate; the
+        magnitudes learn at the rate of the directions, from batches of the same size.
+
+        Args:
+            given: Options by name; leave out what the user left out.
+
+        Returns:
+            The settings.
+
+        Raises:
+            UserError: If an option is out of range or has no meaning for the method.
+
+        Example:
+            >>> TrainSettings.from_options(steps=100).retrain_steps
+            100
+        """
+        method = given.get("method", "bidora")
+        _refuse_meaningless(method, given)
+        steps = given.get("steps", cls.steps)
+        inner_lr = given.get("inner_lr", cls.inner_lr)
+        derived = {
+            "outer_lr": inner_lr,
+            "outer_batch_size": given.get("batch_size", cls.batch_size),
+            "outer_warmup": max(0, min(cls.outer_warmup, steps // 4)),
+            "retrain_steps": steps,
+            "retrain_lr": inner_lr,
+            "eval_every": max(1, steps // 8),
+            "output_dir": _default_folder(
+                method, given.get("task", cls.task), given.get("seed", cls.seed)
+            ),
+        }
+        return cls(**{**derived, **given})
+
+    def __post_init__(self) -> None:
+        """Check every setting, naming its option."""
+        if self.method not in METHODS:
+            raise UserError(
+                f"unknown --method {self.method!r}; choose one of {', '.join(METHODS)}."
+            )
+        counts = ("steps", "retrain_steps", "batch_size", "outer_batch_size", "rank")
+        for name in (*counts, "outer_every", "eval_every", "max_length"):
+            self._check(name, lambda x: x >= 1, "a whole number of 1 or more")
+        for name in ("inner_lr", "outer_lr", "retrain_lr", "alpha", "max_grad_norm"):
+            self._check(name, lambda x: x > 0, "a finite number above 0")
+        for name in ("inner_weight_decay", "outer_weight_decay", "orthogonality"):
+            self._check(name, lambda x: x >= 0, "a finite number of 0 or more")
+        self._check("outer_warmup", lambda x: x >= 0, "a whole number of 0 or more")
+        self._check("seed", lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32")
+        self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        self._check(
+            "validation_fraction", lambda x: 0 < x < 1, "a number between 0 and 1"
+        )
+        if self.method == "bidora" and self.outer_warmup >= self.steps:
+            raise UserError(
+                f"--outer-warmup {self.outer_warmup} leaves no outer step in --steps "
+                f"{self.steps}, so the magnitudes would never move; lower it or train "
+                "longer."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if not math.isfinite(value) or not holds(value):
+            raise UserError(f"{_option(name)} is {value}; give {wanted}.")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_meaningless(method: str, given: dict[str, Any]) -> None:
+    if method not in ("dora", "lora"):
+        return
+    names = [name for name in SEARCH_ONLY if name in given]
+    if method == "lora":  # which has no magnitudes
+        names += [n for n in ("outer_lr", "outer_weight_decay") if n in given]
+    if names:
+        raise UserError(
+            f"{', '.join(map(_option, names))} has no meaning with --method {method}, "
+            "which trains in one phase on everything, with --steps and --inner-lr. "
+            "Leave it out, or choose --method bidora."
+        )
+
+
+def _default_folder(method: str, task: str, seed: int) -> str:
+    name = "".join(c if c.isalnum() or c in "_." else "-" for c in task).strip("-.")
+    return f"runs/{method}-{name[-40:]}-seed{seed}"

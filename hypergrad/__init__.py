@@ -1,0 +1,49 @@
+"""Hypergradient estimation in PyTorch."""
+
+from __future__ import annotations
+
+from hypergrad.batches import Accumulated, MicroBatch
+from hypergrad.errors import (
+    HypergradError,
+    NonFiniteError,
+    NumericalWarning,
+    SecondOrderError,
+    SolveError,
+)
+from hypergrad.estimator import (
+    HypergradEstimator,
+    Hypergradient,
+    Indirect,
+    Info,
+    Point,
+)
+from hypergrad.estimators import (
+    estimator_names,
+    make_estimator,
+    register_estimator,
+)
+from hypergrad.modules import swapped
+from hypergrad.problem import BilevelProblem
+from hypergrad.steps import InnerStep, take_steps
+
+__all__ = [
+    "Accumulated",
+    "BilevelProblem",
+    "HypergradError",
+    "HypergradEstimator",
+    "Hypergradient",
+    "Indirect",
+    "Info",
+    "InnerStep",
+    "MicroBatch",
+    "NonFiniteError",
+    "NumericalWarning",
+    "Point",
+    "SecondOrderError",
+    "SolveError",
+    "estimator_names",
+    "make_estimator",
+    "register_estimator",
+    "swapped",
+    "take_steps",
+]

@@ -1,0 +1,34 @@
+"""Errors and warnings, each with a message of three parts: what, why, what to try."""
+
+from __future__ import annotations
+
+__all__ = [
+    "HypergradError",
+    "NonFiniteError",
+    "NumericalWarning",
+    "SecondOrderError",
+    "SolveError",
+]
+
+
+class HypergradError(RuntimeError):
+    """Report that a hypergradient could not be computed rightly."""
+
+
+class NonFiniteError(HypergradError, ArithmeticError):
+    """Report a loss, gradient or result that is NaN or infinite.
+
+    Optimizers catch this error alone, skip the step it came from and count it.
+    """
+
+
+class SecondOrderError(HypergradError):
+    """Report a model that cannot be differentiated twice as it stands."""
+
+
+class SolveError(HypergradError):
+    """Report a linear solve that did not succeed, where `on_failure="raise"`."""
+
+
+class NumericalWarning(UserWarning):
+    """Warn about a number that is returned but should not be trusted blindly."""

@@ -1,0 +1,30 @@
+"""The estimators, and the registry that names them."""
+
+from __future__ import annotations
+
+from hypergrad.estimators.cg import ConjugateGradient
+from hypergrad.estimators.darts import Darts
+from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.implicit import Implicit, ImplicitEstimator
+from hypergrad.estimators.neumann import Neumann
+from hypergrad.estimators.registry import (
+    estimator_names,
+    make_estimator,
+    register_estimator,
+)
+from hypergrad.estimators.sama import Sama
+from hypergrad.estimators.unrolled import Unrolled
+
+__all__ = [
+    "ConjugateGradient",
+    "Darts",
+    "FirstOrder",
+    "Implicit",
+    "ImplicitEstimator",
+    "Neumann",
+    "Sama",
+    "Unrolled",
+    "estimator_names",
+    "make_estimator",
+    "register_estimator",
+]

@@ -1,0 +1,61 @@
+"""What estimators that look back at one inner step have in common."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from hypergrad import tree
+from hypergrad.estimator import HypergradEstimator, Indirect, Point, difference_info
+from hypergrad.products import ProductName, Scheme, check_product, check_scheme
+from hypergrad.steps import InnerStep
+from hypergrad.tree import Params
+
+__all__ = ["OneStepEstimator"]
+
+
+@dataclass(frozen=True)
+class OneStepEstimator(HypergradEstimator):
+    """Apply the mixed product of the last inner step to some direction."""
+
+    _: KW_ONLY
+    product: ProductName = "finite-difference"
+    scheme: Scheme = "central"
+    radius: float | None = None
+    error_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        check_product(self.product)
+        check_scheme(self.scheme, self.radius)
+
+    @property
+    def lookback(self) -> int:
+        """The last inner step."""
+        return 1
+
+    @property
+    def order(self) -> int:
+        """First order where products are finite differences."""
+        return 1 if self.product == "finite-difference" else 2
+
+    @property
+    def needs_byproduct(self) -> bool:
+        """The forward scheme starts from the inner step's own ∂g/∂λ."""
+        return self.product == "finite-difference" and self.scheme == "forward"
+
+    def _mixed(
+        self, point: Point, step: InnerStep, direction: Params, **info: Any
+    ) -> Indirect:
+        if tree.norm(direction) == 0.0:
+            return Indirect(tree.zeros_like(point.problem.outer_params), info=info)
+        settings: dict[str, Any] = {}
+        if self.product == "finite-difference":
+            settings = {
+                "scheme": self.scheme,
+                "radius": self.radius,
+                "error_estimate": self.error_estimate,
+                "base": step.outer_grads,
+            }
+        with point.product_at(step, self.product, **settings) as product:
+            grads = product.mixed_vjp(direction)
+            return Indirect(grads, info={**difference_info(product), **info})

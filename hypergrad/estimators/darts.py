@@ -1,0 +1,88 @@
+"""DARTS: one virtual step of gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+from hypergrad.estimator import Indirect, Point
+from hypergrad.estimators._one_step import OneStepEstimator
+from hypergrad.products import ProductName, Scheme
+from hypergrad.rules import SGD, Rule
+
+__all__ = ["Darts"]
+
+
+@dataclass(frozen=True)
+class Darts(OneStepEstimator):
+    r"""Differentiate through one step of gradient descent. [LSY19, Eq. 7]
+
+    $$\frac{\partial f}{\partial\lambda}(\bar w) - \xi\,
+      \frac{\partial^2 g}{\partial\lambda\,\partial w}(w)\,v,\qquad
+      v = \frac{\partial f}{\partial w}(\bar w),\quad \bar w = w - \xi\nabla_w g(w)$$
+
+    Exact, up to the product, where the inner step was plain SGD with rate ξ. With
+    momentum or Adam it is an approximation: `Sama` and `Unrolled` are not. Cost: a
+    gradient of f and two of g (central), or one (forward, on the inner step's own
+    ∂g/∂λ).
+
+    Args:
+        inner_lr: ξ; None for the learning rate that the inner step had, per parameter
+            group. Required where no steps are given.
+        product: how the mixed product is taken.
+        scheme: scheme of the finite difference.
+        radius: its distance in w; None for the default of the dtype.
+        error_estimate: whether to report its error in `info`, at twice the cost.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        g = (w - λ)²/2, f = w²/2, w = 4, λ = 0, ξ = 1/2: w̄ = 2, v = 2 and
+        ∂²g/∂λ∂w = -1, so the hypergradient is ξ v = 1.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(0.0, requires_grad=True)
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": w},
+        ...     {"lam": lam},
+        ... )
+        >>> Darts(0.5, product="exact").estimate(
+        ...     problem, inner_batch=None, outer_batch=None
+        ... ).outer_grads["lam"].item()
+        1.0
+    """
+
+    name: ClassVar[str] = "darts"
+    inner_lr: float | None = None
+    _: KW_ONLY
+    product: ProductName = "finite-difference"
+    scheme: Scheme = "central"
+    radius: float | None = None
+    error_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner_lr is not None and not 0 < self.inner_lr < float("inf"):
+            msg = (
+                f"inner_lr={self.inner_lr} must be positive: it is the rate ξ of the "
+                "virtual step. Pass None for the inner optimizer's own."
+            )
+            raise ValueError(msg)
+
+    def virtual_rule(self) -> Rule | None:
+        """Return gradient descent at `inner_lr`."""
+        return None if self.inner_lr is None else SGD(self.inner_lr)
+
+    def indirect(self, point: Point) -> Indirect:
+        """Return -ξ times the mixed product of v at the step's own w."""
+        step = point.steps[-1]
+        if self.inner_lr is None:
+            rates = step.rule.learning_rates(step.inner_params)
+        else:
+            rates = dict.fromkeys(point.v, self.inner_lr)
+        return self._mixed(point, step, {n: -rates[n] * v for n, v in point.v.items()})

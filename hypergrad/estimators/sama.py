@@ -1,0 +1,108 @@
+"""SAMA: one step of the real optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+
+from hypergrad.estimator import Indirect, Point
+from hypergrad.estimators._one_step import OneStepEstimator
+from hypergrad.products import ProductName, Scheme
+from hypergrad.rules import Rule
+from hypergrad.steps import InnerStep
+from hypergrad.tree import Params
+
+__all__ = ["Sama"]
+
+
+@dataclass(frozen=True)
+class Sama(OneStepEstimator):
+    r"""Differentiate through one step of the optimizer that took it. [CZL23, Eq. 5]
+
+    $$\frac{\partial f}{\partial\lambda} -
+      \frac{\partial^2 g}{\partial\lambda\,\partial w}\,D v,\qquad
+      D = \frac{\partial u(g)}{\partial g},\quad w_+ = w - u(g)$$
+
+    D comes from the real rule, bias correction, weight decay and clipping included; it
+    and the mixed product are taken at the w, batch, random numbers and optimizer state
+    from before the step. With an exact product this *is* unrolling one step.
+
+    Differs from the source: its D lacks the bias correction, and its difference moves w
+    by a distance of 1 (18 to 32 % off); ours by ε^(1/3).
+
+    In Adam's first steps D is degenerate where gradient and second moment are exactly 0
+    (every LoRA A while B is 0): 1/ε there, times a mixed product that is 0 but for
+    rounding. Finite differences leave such coordinates out and count them in
+    `info.dropped`. Start outer steps some inner steps later. Cost: as `Darts`.
+
+    Args:
+        rule: rule of the virtual step where no steps are given.
+        product: how the mixed product is taken.
+        scheme: scheme of the finite difference.
+        radius: its distance in w; None for the default of the dtype.
+        error_estimate: whether to report its error in `info`, at twice the cost.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        g = (w - λ)²/2, f = w²/2, w = 4, λ = 0, SGD at rate 1/2: as DARTS, 1.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> from hypergrad.rules import SGD
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(0.0, requires_grad=True)
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": w},
+        ...     {"lam": lam},
+        ... )
+        >>> Sama(SGD(0.5), product="exact").estimate(
+        ...     problem, inner_batch=None, outer_batch=None
+        ... ).outer_grads["lam"].item()
+        1.0
+    """
+
+    name: ClassVar[str] = "sama"
+    rule: Rule | None = None
+    _: KW_ONLY
+    product: ProductName = "finite-difference"
+    scheme: Scheme = "central"
+    radius: float | None = None
+    error_estimate: bool = False
+
+    def virtual_rule(self) -> Rule | None:
+        """Return the rule that was set."""
+        return self.rule
+
+    def indirect(self, point: Point) -> Indirect:
+        """Return the mixed product of the adjoint of the step's gradient."""
+        step = point.steps[-1]
+        pulled = step.rule.pullback(
+            step.inner_params, step.state, step.grads, point.v, {}
+        )
+        direction, dropped = pulled.grads, 0
+        if self.product == "finite-difference":
+            direction, dropped = _without_dead(direction, step)
+        return self._mixed(point, step, direction, dropped=dropped)
+
+
+def _without_dead(direction: Params, step: InnerStep) -> tuple[Params, int]:
+    out: Params = {}
+    dropped = 0
+    for name, u in direction.items():
+        dead = step.grads[name] == 0
+        second = step.state.get(name, {}).get("exp_avg_sq")
+        if second is not None:
+            dead = dead & (second == 0)
+        # Without moments a zero gradient is nothing special (SGD).
+        adaptive = second is not None or bool((u[dead].abs() > 0).any())
+        if adaptive:
+            dropped += int(dead.sum())
+            u = torch.where(dead, torch.zeros_like(u), u)
+        out[name] = u
+    return out, dropped

@@ -1,0 +1,422 @@
+"""A bilevel problem: two losses over two named sets of leaf tensors."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad import rng
+from hypergrad._checks import check_disjoint, check_tensor, some
+from hypergrad.errors import HypergradError
+from hypergrad.modules import ModuleLoss
+from hypergrad.tree import Params
+
+__all__ = ["BilevelProblem", "Level", "Loss"]
+
+Loss = Callable[[Params, Params, Any], Tensor]
+"""`(inner_params, outer_params, batch) -> scalar`."""
+Level = Literal["inner", "outer"]
+
+_LARGEST_SAVED_BUFFER = 16 * 2**20  # bytes; larger ones are packed weights, not state
+
+
+class BilevelProblem:
+    r"""Hold two losses and the tensors that each level moves.
+
+    $$\min_\lambda f(w^*(\lambda), \lambda) \quad\text{s.t.}\quad
+      w^*(\lambda) = \arg\min_w g(w, \lambda)$$
+
+    Args:
+        inner_loss: g, called as `inner_loss(inner_params, outer_params, batch)`;
+            returns a scalar tensor.
+        outer_loss: f, same signature.
+        inner_params: w, leaf tensors that require grad, by name. May be empty: the
+            indirect term is then 0.
+        outer_params: λ, likewise; at least one.
+        inner_outputs: for Gauss-Newton curvature: `(inner_params, outer_params, batch)
+            -> outputs`, the predictions that `inner_criterion` scores.
+        inner_criterion: `(outputs, batch) -> scalar`, so that
+            `inner_loss = inner_criterion(inner_outputs(...), batch)`.
+
+    A tensor under two names in one set is kept once, under its first name; the other
+    name is recorded in `aliases` and the losses still find it in their dictionary.
+
+    Raises:
+        TypeError: a loss that is not callable, a value that is not a tensor.
+        ValueError: an empty outer set; a tensor that is frozen, not a leaf, not
+            floating point, expanded, on the meta device, in both sets, or that shares
+            memory with another.
+
+    Example:
+        g(w, λ) = (w - λ)²/2 and f = w²/2: w*(λ) = λ, so df/dλ = λ = 3.
+
+        >>> import torch
+        >>> from hypergrad import make_estimator
+        >>> w = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        >>> lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        >>> problem = BilevelProblem(
+        ...     lambda inner, outer, batch: (inner["w"] - outer["lam"]) ** 2 / 2,
+        ...     lambda inner, outer, batch: inner["w"] ** 2 / 2,
+        ...     {"w": w},
+        ...     {"lam": lam},
+        ... )
+        >>> result = make_estimator("cg").estimate(
+        ...     problem, inner_batch=None, outer_batch=None
+        ... )
+        >>> round(result.outer_grads["lam"].item(), 12)
+        3.0
+    """
+
+    def __init__(
+        self,
+        inner_loss: Loss,
+        outer_loss: Loss,
+        inner_params: Mapping[str, Tensor],
+        outer_params: Mapping[str, Tensor],
+        inner_outputs: Callable[[Params, Params, Any], Any] | None = None,
+        inner_criterion: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        for name, fn in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
+            if not callable(fn):
+                msg = (
+                    f"{name} must be callable, got {type(fn).__name__}. Pass a function "
+                    "(inner_params, outer_params, batch) -> scalar."
+                )
+                raise TypeError(msg)
+        if (inner_outputs is None) != (inner_criterion is None):
+            msg = (
+                "inner_outputs and inner_criterion go together: Gauss-Newton needs the "
+                "predictions and what scores them. Pass both or neither."
+            )
+            raise ValueError(msg)
+        self.aliases: dict[str, str] = {}
+        self.inner_params = self._own("inner_params", inner_params)
+        self.outer_params = self._own("outer_params", outer_params)
+        if not self.outer_params:
+            msg = (
+                "outer_params is empty: there is nothing to take a hypergradient of. "
+                "Pass at least one leaf tensor that requires grad."
+            )
+            raise ValueError(msg)
+        check_disjoint(self.inner_params, self.outer_params)
+        self._losses: dict[Level, Loss] = {"inner": inner_loss, "outer": outer_loss}
+        self.inner_outputs = inner_outputs
+        self.inner_criterion = inner_criterion
+        self.module: nn.Module | None = None
+        self.inspected: set[Level] = set()
+        """Losses whose graph was searched for what autograd cannot see through."""
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        outer: str | Sequence[str] | type[nn.Module] | Callable[[str, Tensor], bool],
+        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    ) -> BilevelProblem:
+        """Split the trainable parameters of a module into inner and outer ones.
+
+        Args:
+            model: the module; parameters that do not require grad take no part.
+            loss_fn: `(model, batch) -> scalar`, the inner loss.
+            outer: which parameters are outer: names or shell-style patterns of names
+                (`"*.magnitude"`), a module type (all its parameters), or a predicate
+                `(name, parameter) -> bool`.
+            outer_loss_fn: the outer loss; `loss_fn` where None.
+
+        Returns:
+            A problem whose losses run the module as it is whenever they are called on
+            the module's own tensors, and through `torch.func.functional_call` on any
+            others.
+
+        Raises:
+            TypeError: `model` is not a module, or `outer` is of no supported kind.
+            ValueError: `outer` matches no trainable parameter.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> problem = BilevelProblem.from_module(
+            ...     model, lambda m, x: m(x).square().mean(), outer="bias"
+            ... )
+            >>> sorted(problem.inner_params), sorted(problem.outer_params)
+            (['weight'], ['bias'])
+        """
+        if not isinstance(model, nn.Module):
+            msg = f"model must be a torch.nn.Module, got {type(model).__name__}"
+            raise TypeError(msg)
+        every = dict(model.named_parameters(remove_duplicate=False))
+        trainable = {n: p for n, p in every.items() if p.requires_grad}
+        chosen = _select(model, trainable, outer)
+        if not chosen:
+            msg = (
+                f"outer={outer!r} matches none of the {len(trainable)} trainable "
+                f"parameters ({some(trainable)}). Check the name against "
+                "model.named_parameters() and requires_grad."
+            )
+            raise ValueError(msg)
+        # A tied weight has several names; if one of them is outer, all are.
+        outer_ids = {id(trainable[name]) for name in chosen}
+        inner = {n: p for n, p in trainable.items() if id(p) not in outer_ids}
+        outer_params = {n: p for n, p in trainable.items() if id(p) in outer_ids}
+        inner_loss = ModuleLoss(model, loss_fn, _unique(trainable))
+        outer_loss = ModuleLoss(model, outer_loss_fn or loss_fn, _unique(trainable))
+        problem = cls(
+            cast(Loss, inner_loss), cast(Loss, outer_loss), inner, outer_params
+        )
+        problem.module = model
+        return problem
+
+    # -- evaluation ---------------------------------------------------------------
+
+    def loss(
+        self, level: Level, inner_params: Params, outer_params: Params, batch: Any
+    ) -> Tensor:
+        """Evaluate one loss and check that it is a scalar.
+
+        Args:
+            level: `"inner"` or `"outer"`.
+            inner_params: w, the problem's own tensors or others of the same names.
+            outer_params: λ, likewise.
+            batch: handed to the loss as it is.
+
+        Returns:
+            The loss, of shape `()`.
+
+        Raises:
+            TypeError: the loss returned something that is not a tensor.
+            ValueError: the loss is not a scalar.
+        """
+        fn = self._losses[level]
+        if self.module is None and self.aliases:
+            inner_params = self._with_aliases(inner_params)
+            outer_params = self._with_aliases(outer_params)
+        value: Any = fn(inner_params, outer_params, batch)
+        if not isinstance(value, Tensor):
+            msg = (
+                f"{level}_loss returned {type(value).__name__}, not a tensor. Return "
+                "the scalar loss tensor itself (not .item(), not a model output)."
+            )
+            raise TypeError(msg)
+        if value.dim() != 0:
+            msg = (
+                f"{level}_loss returned a tensor of shape {tuple(value.shape)}, not a "
+                "scalar: a loss per example, perhaps. Reduce it, e.g. loss.mean()."
+            )
+            raise ValueError(msg)
+        return value
+
+    def inner_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
+        """Evaluate g; see `loss`."""
+        return self.loss("inner", inner, outer, batch)
+
+    def outer_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
+        """Evaluate f; see `loss`."""
+        return self.loss("outer", inner, outer, batch)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of both sets."""
+        return [*self.inner_params.values(), *self.outer_params.values()]
+
+    # -- moving and restoring -----------------------------------------------------
+
+    @contextmanager
+    def at(
+        self,
+        inner_params: Mapping[str, Tensor] | None = None,
+        outer_params: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Move parameters in place for the block, and restore them bit for bit.
+
+        The block must hold the whole evaluation: forward, backward and product. A
+        graph kept past its end raises when it is used.
+
+        Args:
+            inner_params: values for some or all of w.
+            outer_params: values for some or all of λ.
+
+        Raises:
+            ValueError: a name that the problem does not have, or another shape.
+
+        Example:
+            >>> import torch
+            >>> w = torch.zeros(1, requires_grad=True)
+            >>> lam = torch.zeros(1, requires_grad=True)
+            >>> problem = BilevelProblem(
+            ...     lambda i, o, b: i["w"].sum(),
+            ...     lambda i, o, b: i["w"].sum(),
+            ...     {"w": w},
+            ...     {"lam": lam},
+            ... )
+            >>> with problem.at({"w": torch.ones(1)}):
+            ...     w.item()
+            1.0
+            >>> w.item()
+            0.0
+        """
+        moves: list[tuple[Tensor, Tensor]] = []
+        for kind, own, values in (
+            ("inner", self.inner_params, inner_params),
+            ("outer", self.outer_params, outer_params),
+        ):
+            for name, value in (values or {}).items():
+                if name not in own:
+                    msg = (
+                        f"{name!r} is not one of the {kind} parameters "
+                        f"({some(own)}). Use the problem's own names."
+                    )
+                    raise ValueError(msg)
+                if own[name].shape != value.shape:
+                    msg = (
+                        f"the value for {kind} parameter {name!r} has shape "
+                        f"{tuple(value.shape)}, the parameter "
+                        f"{tuple(own[name].shape)}. Pass a tensor of its shape."
+                    )
+                    raise ValueError(msg)
+                moves.append((own[name], value))
+        saved = [(target, target.detach().clone()) for target, _ in moves]
+        try:
+            _copy(moves)
+            yield
+        finally:
+            _copy(saved)
+
+    @contextmanager
+    def swapped(self, clones: Params) -> Iterator[None]:
+        """Run the block with `clones` in the places of the inner parameters.
+
+        Needed for a graph that outlives an optimizer step; pass the same clones as
+        `inner_params` to the loss. For a functional problem this does nothing.
+        """
+        loss = self._losses["inner"]
+        with loss.placed(clones) if isinstance(loss, ModuleLoss) else nullcontext():
+            yield
+
+    @contextmanager
+    def untouched(self, state: rng.RngState | None = None) -> Iterator[None]:
+        """Leave random state, buffers and train/eval modes as they are.
+
+        Args:
+            state: random state that the block starts from; None for the present one.
+
+        Raises:
+            HypergradError: the block changed a buffer too large to be saved.
+        """
+        with ExitStack() as stack:
+            if self.module is not None:
+                stack.enter_context(_module_untouched(self.module))
+            stack.enter_context(rng.replayed(state, self.tensors))
+            yield
+
+    # -- internals ----------------------------------------------------------------
+
+    def _own(self, kind: str, params: Mapping[str, Tensor]) -> Params:
+        if not isinstance(params, Mapping):
+            msg = (
+                f"{kind} must be a dictionary of named tensors, got "
+                f"{type(params).__name__}. Pass e.g. dict(model.named_parameters())."
+            )
+            raise TypeError(msg)
+        kept: Params = {}
+        seen: dict[int, str] = {}
+        for name, tensor in params.items():
+            if not isinstance(tensor, Tensor):
+                msg = (
+                    f"{kind}[{name!r}] must be a tensor, got {type(tensor).__name__}. "
+                    "Wrap it in torch.tensor(..., requires_grad=True)."
+                )
+                raise TypeError(msg)
+            if id(tensor) in seen:
+                self.aliases[name] = seen[id(tensor)]
+                continue
+            check_tensor(kind, name, tensor)
+            seen[id(tensor)] = name
+            kept[name] = tensor
+        return kept
+
+    def _with_aliases(self, params: Params) -> Params:
+        out = dict(params)
+        out.update({a: params[n] for a, n in self.aliases.items() if n in params})
+        return out
+
+
+def _copy(moves: list[tuple[Tensor, Tensor]]) -> None:
+    # Never through .data: that hides the move from autograd, and a graph kept across
+    # it is then silently wrong.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for target, value in moves:
+            target.copy_(value)
+
+
+@contextmanager
+def _module_untouched(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    buffers = []
+    for name, buffer in module.named_buffers():
+        small = buffer.numel() * buffer.element_size() <= _LARGEST_SAVED_BUFFER
+        copy = buffer.detach().clone() if small else None
+        buffers.append((name, buffer, buffer._version, copy))
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        changed = [row for row in buffers if row[1]._version != row[2]]
+        _copy([(row[1], row[3]) for row in changed if row[3] is not None])
+        lost = [row[0] for row in changed if row[3] is None]
+        if lost:
+            msg = (
+                f"evaluating the loss changed the buffers {lost}, each above "
+                f"{_LARGEST_SAVED_BUFFER} bytes, and no copy of them was kept. Put "
+                "those modules in eval mode while hypergradients are estimated."
+            )
+            raise HypergradError(msg)
+
+
+def _select(model: nn.Module, trainable: Mapping[str, Tensor], outer: Any) -> set[str]:
+    if isinstance(outer, type) and issubclass(outer, nn.Module):
+        ids = {
+            id(p)
+            for m in model.modules()
+            if isinstance(m, outer)
+            for p in m.parameters()
+        }
+        return {name for name, p in trainable.items() if id(p) in ids}
+    patterns = [outer] if isinstance(outer, str) else outer
+    if isinstance(patterns, (list, tuple, set, frozenset)):
+        chosen: set[str] = set()
+        for pattern in patterns:
+            hits = {n for n in trainable if fnmatch.fnmatchcase(n, pattern)}
+            if not hits:
+                msg = (
+                    f"outer={pattern!r} matches none of the {len(trainable)} trainable "
+                    f"parameters ({some(trainable)}). Check the name against "
+                    "model.named_parameters() and requires_grad."
+                )
+                raise ValueError(msg)
+            chosen |= hits
+        return chosen
+    if callable(outer):
+        return {name for name, p in trainable.items() if outer(name, p)}
+    msg = (
+        f"outer must be names, a module type or a predicate, got {outer!r}. Pass e.g. "
+        'outer="*.magnitude" or outer=lambda name, parameter: ...'
+    )
+    raise TypeError(msg)
+
+
+def _unique(tensors: Mapping[str, Tensor]) -> Params:
+    seen: set[int] = set()
+    out: Params = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor
+    return out

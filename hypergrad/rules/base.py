@@ -1,0 +1,169 @@
+"""What an inner optimizer's step did, as a function that can be pulled back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hypergrad.tree import Params
+
+__all__ = ["ElementwiseRule", "Pullback", "Rule", "State"]
+
+Slots = dict[str, Tensor]
+State = dict[str, Slots]
+"""Optimizer state: parameter name, then slot name, as torch.optim names them.
+
+An absent slot is one that the optimizer has not made yet: zeros, at step 0.
+"""
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """Adjoints of everything that went into one step.
+
+    Attributes:
+        params: adjoint of w, same keys as w.
+        state: adjoint of the floating point slots of the state.
+        grads: adjoint of the gradient, before clipping.
+    """
+
+    params: Params
+    state: State
+    grads: Params
+
+
+class Rule(ABC):
+    r"""One step $(w_+, s_+) = U(w, s, g)$ and its adjoint.
+
+    Laws: `apply` equals the optimizer's own step to rounding, and `pullback` is the
+    transpose of the Jacobian of `apply` in (w, s, g) together, not in w alone. Neither
+    changes its arguments.
+    """
+
+    @abstractmethod
+    def apply(
+        self, params: Params, state: State, grads: Params
+    ) -> tuple[Params, State]:
+        """Return the parameters and state after one step."""
+
+    @abstractmethod
+    def pullback(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_bar: Params,
+        state_bar: State,
+    ) -> Pullback:
+        """Return the adjoints of what went into a step, from those of what came out.
+
+        Args:
+            params: w before the step.
+            state: s before the step.
+            grads: g, before clipping.
+            params_bar: adjoint of w after the step.
+            state_bar: adjoint of s after the step; absent slots are zeros.
+
+        Returns:
+            Adjoints of w, s and g before the step.
+        """
+
+    @abstractmethod
+    def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the learning rate of each parameter.
+
+        Raises:
+            ValueError: the rule has no learning rate of its own.
+        """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return the settings as plain values; `rule_from_config` reads them back."""
+
+
+class ElementwiseRule(Rule):
+    """A rule that treats each tensor alone, with the same settings."""
+
+    kind: ClassVar[str]
+    lr: float
+
+    @abstractmethod
+    def step_one(self, w: Tensor, slots: Slots, g: Tensor) -> tuple[Tensor, Slots]:
+        """Return one tensor and its slots after a step."""
+
+    @abstractmethod
+    def pull_one(
+        self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
+    ) -> tuple[Tensor, Slots, Tensor]:
+        """Return the adjoints of one tensor, its slots and its gradient."""
+
+    @torch.no_grad()
+    def apply(
+        self, params: Params, state: State, grads: Params
+    ) -> tuple[Params, State]:
+        """Return the parameters and state after one step."""
+        new_params: Params = {}
+        new_state: State = {}
+        for name, w in params.items():
+            new_params[name], new_state[name] = self.step_one(
+                w.detach(), state.get(name, {}), grads[name]
+            )
+        return new_params, new_state
+
+    @torch.no_grad()
+    def pullback(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_bar: Params,
+        state_bar: State,
+    ) -> Pullback:
+        """Return the adjoints of w, s and g before the step."""
+        out = Pullback({}, {}, {})
+        for name, w in params.items():
+            # In float64: 1/(sqrt(v) + eps)² spans more digits than float32 has.
+            slots = {k: _wide(t) for k, t in state.get(name, {}).items()}
+            bars = {k: _wide(t) for k, t in state_bar.get(name, {}).items()}
+            w_bar, slots_bar, g_bar = self.pull_one(
+                _wide(w), slots, _wide(grads[name]), _wide(params_bar[name]), bars
+            )
+            out.params[name] = w_bar.to(w.dtype)
+            out.state[name] = slots_bar  # stays wide until it is used up
+            out.grads[name] = g_bar.to(w.dtype)
+        return out
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the learning rate of each parameter."""
+        return dict.fromkeys(params, self.lr)
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
+def check_settings(
+    values: Mapping[str, float], below_one: tuple[str, ...] = ()
+) -> None:
+    """Refuse negative settings, and rates of decay that reach 1.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not value >= 0 or value == float("inf"):
+            msg = f"{name}={value} must be finite and at least 0."
+            raise ValueError(msg)
+        if name in below_one and value >= 1:
+            msg = f"{name}={value} must be below 1: it is a rate of decay."
+            raise ValueError(msg)

@@ -1,0 +1,169 @@
+"""Rules made of rules: clipping before a step, one rule for each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hypergrad import tree
+from hypergrad.rules.base import Pullback, Rule, State
+from hypergrad.tree import Params
+
+__all__ = ["Clipped", "Grouped"]
+
+
+@dataclass(frozen=True)
+class Clipped(Rule):
+    r"""Clip the gradient's norm, then apply another rule.
+
+    $$\hat g = c\,g,\quad c = \min\Big(1, \frac{C}{N + 10^{-6}}\Big),\quad N = \|g\|$$
+
+    as torch.nn.utils.clip_grad_norm_ does. Where c < 1 its adjoint is rank one off the
+    identity: $\bar g = c\,\bar{\hat g} - \frac{C}{(N + 10^{-6})^2 N}
+    \langle g, \bar{\hat g}\rangle g$.
+
+    Args:
+        rule: what is applied to the clipped gradient.
+        max_norm: C.
+
+    Raises:
+        ValueError: `max_norm` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> w, g = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0, 4.0])}
+        >>> Clipped(SGD(1.0), max_norm=1.0).apply(w, {}, g)[0]["w"]
+        tensor([-0.6000, -0.8000])
+    """
+
+    rule: Rule
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            msg = (
+                f"max_norm={self.max_norm} must be positive: it is the largest norm that "
+                "a gradient keeps. Leave clipping out to keep all."
+            )
+            raise ValueError(msg)
+
+    def _factor(self, grads: Params) -> tuple[float, float]:
+        n = tree.norm(grads)
+        return n, min(1.0, self.max_norm / (n + 1e-6))
+
+    def apply(
+        self, params: Params, state: State, grads: Params
+    ) -> tuple[Params, State]:
+        """Return the parameters and state after one step."""
+        _, c = self._factor(grads)
+        return self.rule.apply(params, state, tree.scale(grads, c))
+
+    def pullback(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_bar: Params,
+        state_bar: State,
+    ) -> Pullback:
+        """Return the adjoints of w, s and g before the step."""
+        n, c = self._factor(grads)
+        scaled = tree.scale(grads, c)
+        pulled = self.rule.pullback(params, state, scaled, params_bar, state_bar)
+        bar = tree.scale(pulled.grads, c)
+        if c < 1.0:
+            along = tree.dot(grads, pulled.grads)
+            bar = tree.add(bar, grads, -self.max_norm / (n + 1e-6) ** 2 / n * along)
+        return Pullback(pulled.params, pulled.state, bar)
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the learning rate of each parameter."""
+        return self.rule.learning_rates(params)
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {
+            "kind": "clipped",
+            "max_norm": self.max_norm,
+            "rule": self.rule.config(),
+        }
+
+
+@dataclass(frozen=True)
+class Grouped(Rule):
+    """Apply one rule to each group of parameters.
+
+    Args:
+        groups: pairs of parameter names and the rule for them.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> rule = Grouped(((("a",), SGD(1.0)), (("b",), SGD(2.0))))
+        >>> one = {"a": torch.ones(1), "b": torch.ones(1)}
+        >>> {n: t.item() for n, t in rule.apply(one, {}, one)[0].items()}
+        {'a': 0.0, 'b': -1.0}
+    """
+
+    groups: tuple[tuple[tuple[str, ...], Rule], ...]
+
+    def apply(
+        self, params: Params, state: State, grads: Params
+    ) -> tuple[Params, State]:
+        """Return the parameters and state after one step."""
+        new_params: Params = {}
+        new_state: State = {}
+        for names, rule in self.groups:
+            p, s = rule.apply(_part(params, names), state, _part(grads, names))
+            new_params |= p
+            new_state |= s
+        return {n: new_params[n] for n in params}, new_state
+
+    def pullback(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_bar: Params,
+        state_bar: State,
+    ) -> Pullback:
+        """Return the adjoints of w, s and g before the step."""
+        out = Pullback({}, {}, {})
+        for names, rule in self.groups:
+            part = rule.pullback(
+                _part(params, names),
+                state,
+                _part(grads, names),
+                _part(params_bar, names),
+                state_bar,
+            )
+            out.params.update(part.params)
+            out.state.update(part.state)
+            out.grads.update(part.grads)
+        return out
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the learning rate of each parameter."""
+        return {
+            name: rate
+            for names, rule in self.groups
+            for name, rate in rule.learning_rates(_part(params, names)).items()
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {
+            "kind": "grouped",
+            "groups": [
+                {"names": list(names), "rule": rule.config()}
+                for names, rule in self.groups
+            ],
+        }
+
+
+def _part(params: Mapping[str, Tensor], names: tuple[str, ...]) -> Params:
+    return {name: params[name] for name in names if name in params}

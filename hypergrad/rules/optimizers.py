@@ -1,0 +1,147 @@
+"""Read the rule and the state of a torch.optim optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.rules.adam import Adam, AdamW
+from hypergrad.rules.base import Rule, State
+from hypergrad.rules.compose import Clipped, Grouped
+from hypergrad.rules.sgd import SGD
+
+__all__ = [
+    "SUPPORTED",
+    "check_supported",
+    "rule_from_config",
+    "rule_of",
+    "state_of",
+]
+
+
+def _sgd(group: Mapping[str, Any]) -> Rule:
+    return SGD(
+        float(group["lr"]),
+        momentum=float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        weight_decay=float(group["weight_decay"]),
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+
+
+def _adam(kind: type[Adam], group: Mapping[str, Any]) -> Rule:
+    return kind(
+        float(group["lr"]),
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )
+
+
+SUPPORTED: dict[type[torch.optim.Optimizer], Callable[[Mapping[str, Any]], Rule]] = {
+    torch.optim.SGD: _sgd,
+    # Adam(decoupled_weight_decay=True) is AdamW under another name.
+    torch.optim.Adam: lambda g: _adam(
+        AdamW if g.get("decoupled_weight_decay") else Adam, g
+    ),
+    torch.optim.AdamW: lambda g: _adam(AdamW, g),
+}
+
+
+def check_supported(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step has no rule.
+
+    Raises:
+        TypeError: naming the optimizer and those that work. A subclass may step in
+            another way than its parent, so it is refused too.
+    """
+    if type(optimizer) not in SUPPORTED:
+        known = ", ".join(f"torch.optim.{kind.__name__}" for kind in SUPPORTED)
+        msg = (
+            f"{type(optimizer).__name__} has no rule here, so its step cannot be "
+            f"differentiated. Inner optimizers that work with every estimator: {known}. "
+            "Estimators with lookback 0 ('first-order', 'cg', 'neumann') take any."
+        )
+        raise TypeError(msg)
+
+
+def rule_of(
+    optimizer: torch.optim.Optimizer,
+    params: Mapping[str, Tensor],
+    max_norm: float | None = None,
+) -> Rule:
+    """Return the rule of the optimizer's next step, at its present learning rates.
+
+    Args:
+        optimizer: one of `SUPPORTED`.
+        params: the parameters by name.
+        max_norm: gradient norm that is clipped to before the step; None for none.
+
+    Raises:
+        TypeError: the optimizer is not supported.
+
+    Example:
+        >>> import torch
+        >>> w = torch.zeros(1, requires_grad=True)
+        >>> rule_of(torch.optim.SGD([w], lr=0.5), {"w": w}).learning_rates({"w": w})
+        {'w': 0.5}
+    """
+    check_supported(optimizer)
+    names = {id(tensor): name for name, tensor in params.items()}
+    make = SUPPORTED[type(optimizer)]
+    groups = []
+    for group in optimizer.param_groups:
+        held = tuple(names[id(p)] for p in group["params"] if id(p) in names)
+        if held:
+            groups.append((held, make(group)))
+    rule: Rule = Grouped(tuple(groups))
+    return rule if max_norm is None else Clipped(rule, max_norm)
+
+
+def state_of(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> State:
+    """Return a copy of the optimizer's state, by parameter name."""
+    out: State = {}
+    for name, tensor in params.items():
+        slots = optimizer.state.get(tensor, {})
+        out[name] = {
+            key: value.detach().clone()
+            for key, value in slots.items()
+            if isinstance(value, Tensor)
+        }
+    return out
+
+
+def rule_from_config(config: Mapping[str, Any]) -> Rule:
+    """Make a rule from what `Rule.config` returned.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Example:
+        >>> from hypergrad.rules import SGD
+        >>> rule_from_config(SGD(0.5).config()) == SGD(0.5)
+        True
+    """
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    if kind == "clipped":
+        return Clipped(rule_from_config(settings["rule"]), settings["max_norm"])
+    if kind == "grouped":
+        return Grouped(
+            tuple(
+                (tuple(g["names"]), rule_from_config(g["rule"]))
+                for g in settings["groups"]
+            )
+        )
+    kinds: dict[str, type[SGD | Adam]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+    if kind not in kinds:
+        msg = f"unknown rule {kind!r}: the checkpoint comes from another version."
+        raise ValueError(msg)
+    return kinds[kind](**settings)

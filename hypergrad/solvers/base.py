@@ -1,0 +1,159 @@
+"""What a linear solver is: a function of a matvec and a right-hand side."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hypergrad.errors import NonFiniteError, NumericalWarning, SolveError
+from hypergrad.tree import Params
+
+__all__ = ["Matvec", "OnFailure", "SolveResult", "Solver"]
+
+Matvec = Callable[[Params], Params]
+"""A symmetric linear map on dictionaries of tensors."""
+OnFailure = Literal["warn", "raise", "return"]
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    r"""An approximate solution x of (H + δI) x = b.
+
+    Attributes:
+        x: same keys, shapes and dtypes as b.
+        n_matvec: products with H that it took.
+        residual_norm: $\|(H + \delta I)x - b\| / \|b\|$, for Neumann its bound by the
+            last term; None where it is not known.
+        converged: whether the solver reached its own goal.
+        reason: empty where all is well, else what happened, why, and what to try.
+        damping: δ that was used; above the setting where curvature was negative.
+        curvature: smallest and largest eigenvalue of H seen on the way (Ritz values),
+            None where none was looked for.
+        state: tensors to pass to the next solve.
+    """
+
+    x: Params
+    n_matvec: int = 0
+    residual_norm: float | None = None
+    converged: bool = True
+    reason: str = ""
+    damping: float = 0.0
+    curvature: tuple[float, float] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Solver(ABC):
+    """Solve (H + δI) x = b for a symmetric H that is known by its products alone.
+
+    Laws: b = 0 gives exact zeros without a product; b and the state are unchanged;
+    scaling b scales x.
+    """
+
+    @abstractmethod
+    def solve(
+        self, matvec: Matvec, b: Params, state: Mapping[str, Tensor] | None = None
+    ) -> SolveResult:
+        """Return an approximate solution.
+
+        Args:
+            matvec: v -> Hv.
+            b: right-hand side.
+            state: `state` of an earlier result on a similar system; None for a cold
+                start.
+
+        Returns:
+            The solution and how it was reached.
+        """
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a damping that is negative or not finite.
+
+    Raises:
+        ValueError: with the value.
+    """
+    if not (damping >= 0 and damping < float("inf")):
+        msg = (
+            f"damping={damping} must be finite and at least 0: it is added to the "
+            "eigenvalues of the inner Hessian to make it positive definite."
+        )
+        raise ValueError(msg)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a count that is not a whole number of at least `least`.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        msg = f"{name}={value!r} must be a whole number, got {type(value).__name__}."
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name}={value} must be at least {least}."
+        raise ValueError(msg)
+
+
+def check_on_failure(value: str) -> None:
+    """Refuse an unknown policy.
+
+    Raises:
+        ValueError: with the known ones.
+    """
+    if value not in ("warn", "raise", "return"):
+        msg = f"on_failure={value!r} must be 'warn', 'raise' or 'return'."
+        raise ValueError(msg)
+
+
+def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
+    """Return the result, after a warning or instead of an error where it has a reason.
+
+    Raises:
+        SolveError: the result has a reason and `on_failure` is `"raise"`.
+    """
+    if result.reason and on_failure == "raise":
+        raise SolveError(result.reason)
+    if result.reason and on_failure == "warn":
+        warnings.warn(result.reason, NumericalWarning, stacklevel=3)
+    return result
+
+
+def flatten(tree: Params) -> Tensor:
+    """Return all entries as one vector, in float32 or finer, on the first device."""
+    device = next(iter(tree.values())).device
+    wide = torch.float32
+    for t in tree.values():
+        wide = torch.promote_types(wide, t.dtype)
+    return torch.cat([t.detach().reshape(-1).to(device, wide) for t in tree.values()])
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """Return the entries of `vector` in the names, shapes and dtypes of `like`."""
+    out: Params = {}
+    start = 0
+    for name, t in like.items():
+        part = vector[start : start + t.numel()]
+        out[name] = part.reshape(t.shape).to(t.device, t.dtype)
+        start += t.numel()
+    return out
+
+
+def check_finite_rhs(norm: float) -> None:
+    """Refuse a right-hand side that is NaN or infinite.
+
+    Raises:
+        NonFiniteError: blaming the right-hand side, not the solver.
+    """
+    if not norm < float("inf"):
+        msg = (
+            f"the right-hand side of the linear solve has norm {norm}: the outer "
+            "gradient is not finite. Look at the outer loss and its batch."
+        )
+        raise NonFiniteError(msg)
