@@ -207,6 +207,11 @@ class HypergradEstimator(ABC):
         """Whether the inner step should record ∂g/∂λ, which its backward can give."""
         return False
 
+    @property
+    def reuses_graph(self) -> bool:
+        """Whether it can take its product from a graph that the inner step kept."""
+        return False
+
     @abstractmethod
     def indirect(self, point: Point) -> Indirect:
         """Return the term through w*(λ); called only where v is not zero."""

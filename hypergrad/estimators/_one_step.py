@@ -43,6 +43,11 @@ class OneStepEstimator(HypergradEstimator):
         """The forward scheme starts from the inner step's own ∂g/∂λ."""
         return self.product == "finite-difference" and self.scheme == "forward"
 
+    @property
+    def reuses_graph(self) -> bool:
+        """Double backward continues the inner step's own backward."""
+        return self.product == "exact"
+
     def _mixed(
         self, point: Point, step: InnerStep, direction: Params, **info: Any
     ) -> Indirect:

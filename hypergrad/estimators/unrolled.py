@@ -74,6 +74,11 @@ class Unrolled(HypergradEstimator):
         """K steps."""
         return self.num_steps
 
+    @property
+    def reuses_graph(self) -> bool:
+        """One step back is the inner step's own graph."""
+        return self.num_steps == 1
+
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""
         return self.rule

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypergrad import tree
+from hypergrad import rng, tree
 from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.distributed import average
@@ -48,6 +48,8 @@ class Gradients:
         unused: names of the asked-for tensors that the loss does not depend on; their
             gradient is exactly 0.
         graph: the graph of the gradient in w, where it was kept.
+        batches: the data as it was evaluated, each with the random state it started
+            from.
     """
 
     loss: float
@@ -55,6 +57,7 @@ class Gradients:
     outer: Params | None
     unused: frozenset[str]
     graph: InnerGraph | None = None
+    batches: tuple[MicroBatch, ...] = ()
 
 
 @contextmanager
@@ -101,7 +104,12 @@ def gradients(
     used: set[str] = set()
     graph: InnerGraph | None = None
     names: list[str] = []
-    for micro in batches:
+    evaluated: list[MicroBatch] = []
+    for given in batches:
+        micro = given
+        if live:
+            micro = replace(given, rng_state=rng.capture(problem.tensors))
+        evaluated.append(micro)
         w = problem.inner_params
         if keep:
             w = {n: _leaf_like(p) for n, p in w.items()}
@@ -133,6 +141,7 @@ def gradients(
         {n: grads[n] for n in problem.outer_params} if outer else None,
         frozenset(names) - used,
         graph,
+        tuple(evaluated),
     )
 
 
