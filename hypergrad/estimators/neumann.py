@@ -60,7 +60,7 @@ class Neumann(ImplicitEstimator):
     """
 
     name: ClassVar[str] = "neumann"
-    num_terms: int = 10
+    num_terms: int = 5
     _: KW_ONLY
     scale: float | Literal["auto"] = "auto"
     damping: float = 0.0
