@@ -268,6 +268,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
             info=result.info,
         )
 
+    @property
+    def recorded_steps(self) -> tuple[InnerStep, ...]:
+        """The last inner steps, oldest first; as many as the estimator looks back at."""
+        return tuple(self._window)
+
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
         self.outer_frozen = True

@@ -14,7 +14,7 @@ __all__ = ["ConjugateGradient"]
 
 @dataclass(frozen=True)
 class ConjugateGradient(ImplicitEstimator):
-    r"""Solve with the inner Hessian by conjugate gradients. [RFKL19, Alg. 2]
+    r"""Solve with the inner Hessian by conjugate gradients [RFKL19, Alg. 2].
 
     $$\frac{\partial f}{\partial\lambda} -
       \frac{\partial^2 g}{\partial\lambda\,\partial w}

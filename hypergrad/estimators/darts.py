@@ -15,7 +15,7 @@ __all__ = ["Darts"]
 
 @dataclass(frozen=True)
 class Darts(OneStepEstimator):
-    r"""Differentiate through one step of gradient descent. [LSY19, Eq. 7]
+    r"""Differentiate through one step of gradient descent [LSY19, Eq. 7].
 
     $$\frac{\partial f}{\partial\lambda}(\bar w) - \xi\,
       \frac{\partial^2 g}{\partial\lambda\,\partial w}(w)\,v,\qquad

@@ -13,7 +13,7 @@ __all__ = ["FirstOrder"]
 
 @dataclass(frozen=True)
 class FirstOrder(HypergradEstimator):
-    r"""Take ∂f/∂λ at fixed w for the whole derivative. [LSY19, §2.3, ξ = 0]
+    r"""Take ∂f/∂λ at fixed w for the whole derivative [LSY19, §2.3, ξ = 0].
 
     Exact where λ acts on f directly only. Cost: one gradient of the outer loss.
 

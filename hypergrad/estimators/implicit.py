@@ -58,7 +58,7 @@ class ImplicitEstimator(HypergradEstimator):
 
 @dataclass(frozen=True)
 class Implicit(ImplicitEstimator):
-    r"""Differentiate the inner optimality condition, with any linear solver. [LVD20]
+    r"""Differentiate the inner optimality condition, with any linear solver [LVD20].
 
     $$\frac{\mathrm d f}{\mathrm d\lambda} = \frac{\partial f}{\partial\lambda} -
       \frac{\partial^2 g}{\partial\lambda\,\partial w}

@@ -14,7 +14,7 @@ __all__ = ["Neumann"]
 
 @dataclass(frozen=True)
 class Neumann(ImplicitEstimator):
-    r"""Replace the inverse Hessian by the first terms of its series. [LVD20, Alg. 3]
+    r"""Replace the inverse Hessian by the first terms of its series [LVD20, Alg. 3].
 
     $$\frac{\partial f}{\partial\lambda} -
       \frac{\partial^2 g}{\partial\lambda\,\partial w}\;

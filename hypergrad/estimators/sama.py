@@ -19,7 +19,7 @@ __all__ = ["Sama"]
 
 @dataclass(frozen=True)
 class Sama(OneStepEstimator):
-    r"""Differentiate through one step of the optimizer that took it. [CZL23, Eq. 5]
+    r"""Differentiate through one step of the optimizer that took it [CMA23, Eq. 5].
 
     $$\frac{\partial f}{\partial\lambda} -
       \frac{\partial^2 g}{\partial\lambda\,\partial w}\,D v,\qquad
@@ -92,17 +92,15 @@ class Sama(OneStepEstimator):
 
 
 def _without_dead(direction: Params, step: InnerStep) -> tuple[Params, int]:
-    out: Params = {}
+    out = dict(direction)
     dropped = 0
-    for name, u in direction.items():
+    for name in step.rule.adaptive(step.inner_params):
         dead = step.grads[name] == 0
         second = step.state.get(name, {}).get("exp_avg_sq")
         if second is not None:
             dead = dead & (second == 0)
-        # Without moments a zero gradient is nothing special (SGD).
-        adaptive = second is not None or bool((u[dead].abs() > 0).any())
-        if adaptive:
-            dropped += int(dead.sum())
-            u = torch.where(dead, torch.zeros_like(u), u)
-        out[name] = u
+        dropped += int(dead.sum())
+        out[name] = torch.where(
+            dead, torch.zeros_like(dead, dtype=out[name].dtype), out[name]
+        )
     return out, dropped

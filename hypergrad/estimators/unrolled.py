@@ -15,7 +15,7 @@ __all__ = ["Unrolled"]
 
 @dataclass(frozen=True)
 class Unrolled(HypergradEstimator):
-    r"""Pull ∂f/∂w back through the last K inner steps, one at a time. [FDF17, Alg. 1]
+    r"""Pull ∂f/∂w back through the last K inner steps, one at a time [FDF17, Alg. 1].
 
     With $(w_{k+1}, s_{k+1}) = U(w_k, s_k, \nabla_w g(w_k, \lambda_k))$ and adjoints
     $(\bar w_K, \bar s_K) = (\partial f/\partial w, 0)$, each step back is

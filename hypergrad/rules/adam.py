@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ __all__ = ["Adam", "AdamW"]
 
 @dataclass(frozen=True)
 class Adam(ElementwiseRule):
-    r"""Step by the ratio of running means, as torch.optim.Adam. [KB15, Alg. 1]
+    r"""Step by the ratio of running means, as torch.optim.Adam [KB15, Alg. 1].
 
     $$m_+ = \beta_1 m + (1-\beta_1) g,\quad v_+ = \beta_2 v + (1-\beta_2) g^2,\quad
       w_+ = w - \frac{\mathrm{lr}}{c_1}\,\frac{m_+}{\sqrt{v_+/c_2} + \epsilon},
@@ -66,6 +67,10 @@ class Adam(ElementwiseRule):
             },
             below_one=("beta1", "beta2"),
         )
+
+    def adaptive(self, params: Mapping[str, Tensor]) -> frozenset[str]:
+        """Return all parameters."""
+        return frozenset(params)
 
     @property
     def _coupled(self) -> float:
@@ -139,7 +144,7 @@ class Adam(ElementwiseRule):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    r"""Adam whose weight decay shrinks w itself, as torch.optim.AdamW. [LH19, Alg. 2]
+    r"""Adam whose weight decay shrinks w itself, as torch.optim.AdamW [LH19, Alg. 2].
 
     $$w_+ = (1 - \mathrm{lr}\cdot\mathrm{weight\_decay})\, w -
       \frac{\mathrm{lr}}{c_1}\,\frac{m_+}{\sqrt{v_+/c_2} + \epsilon}$$

@@ -81,6 +81,15 @@ class Rule(ABC):
             ValueError: the rule has no learning rate of its own.
         """
 
+    def adaptive(self, params: Mapping[str, Tensor]) -> frozenset[str]:
+        """Return the parameters whose step is divided by their past gradients.
+
+        Where such a parameter's gradient and second moment are exactly 0, the derivative
+        of its step is 1/ε.
+        """
+        del params
+        return frozenset()
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Return the settings as plain values; `rule_from_config` reads them back."""

@@ -84,6 +84,10 @@ class Clipped(Rule):
         """Return the learning rate of each parameter."""
         return self.rule.learning_rates(params)
 
+    def adaptive(self, params: Mapping[str, Tensor]) -> frozenset[str]:
+        """Return those of the rule."""
+        return self.rule.adaptive(params)
+
     def config(self) -> dict[str, Any]:
         """Return the settings as plain values."""
         return {
@@ -153,6 +157,12 @@ class Grouped(Rule):
             for names, rule in self.groups
             for name, rate in rule.learning_rates(_part(params, names)).items()
         }
+
+    def adaptive(self, params: Mapping[str, Tensor]) -> frozenset[str]:
+        """Return those of all groups."""
+        return frozenset().union(
+            *(rule.adaptive(_part(params, names)) for names, rule in self.groups)
+        )
 
     def config(self) -> dict[str, Any]:
         """Return the settings as plain values."""

@@ -52,7 +52,7 @@ class _Residual:
 
 @dataclass(frozen=True)
 class CGSolver(Solver):
-    r"""Minimise the energy norm of the error over the Krylov space of b. [HS52]
+    r"""Minimise the energy norm of the error over the Krylov space of b [HS52].
 
     The iterate is $x_k = \|b\|\,Q_k (T_k + \delta I)^{-1} e_1$, which is that of the
     textbook recurrence in exact arithmetic. Differs from the textbook: the basis is kept

@@ -17,7 +17,7 @@ __all__ = ["IdentitySolver"]
 
 @dataclass(frozen=True)
 class IdentitySolver(Solver):
-    """Return `scale` times b: no product at all (T1-T2). [LBGR16]
+    """Return `scale` times b: no product at all (T1-T2) [LBGR16].
 
     Args:
         scale: the multiple; exact where H is 1/scale times the identity.

@@ -1,4 +1,4 @@
-r"""A symmetric map on the Krylov space of one vector (Lanczos). [GV13, §10.1]
+r"""A symmetric map on the Krylov space of one vector (Lanczos) [GV13, §10.1].
 
 Conjugate gradients and the truncated Neumann series both return a polynomial of H
 applied to b. With an orthonormal basis Q of span{b, Hb, H²b, ...} and T = QᵀHQ, which is

@@ -46,7 +46,7 @@ def check_scale(scale: float | str) -> None:
 
 @dataclass(frozen=True)
 class NeumannSolver(Solver):
-    r"""Sum the first terms of the series of an inverse. [LVD20, Alg. 3]
+    r"""Sum the first terms of the series of an inverse [LVD20, Alg. 3].
 
     $$x = \alpha \sum_{j=0}^{k} \big(I - \alpha (H + \delta I)\big)^j\, b$$
 
