@@ -357,20 +357,36 @@ def _copy(moves: list[tuple[Tensor, Tensor]]) -> None:
 
 @contextmanager
 def _module_untouched(module: nn.Module) -> Iterator[None]:
+    """Let the block work on copies of the buffers, and put the modes back.
+
+    Copies are put in the buffers' places rather than their values back afterwards:
+    batch_norm writes its running statistics without telling autograd, and a graph that
+    outlives the block must find what it saved.
+    """
     modes = [(m, m.training) for m in module.modules()]
-    buffers = []
-    for name, buffer in module.named_buffers():
-        small = buffer.numel() * buffer.element_size() <= _LARGEST_SAVED_BUFFER
-        copy = buffer.detach().clone() if small else None
-        buffers.append((name, buffer, buffer._version, copy))
+    copies: dict[int, Tensor] = {}
+    places: list[tuple[nn.Module, str, Tensor]] = []
+    large: list[tuple[str, Tensor, int]] = []
+    for prefix, m in module.named_modules():
+        for name, buffer in m._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.numel() * buffer.element_size() > _LARGEST_SAVED_BUFFER:
+                large.append((f"{prefix}.{name}", buffer, buffer._version))
+                continue
+            places.append((m, name, buffer))
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.detach().clone()
     try:
+        for m, name, buffer in places:
+            m._buffers[name] = copies[id(buffer)]
         yield
     finally:
         for m, training in modes:
             m.training = training
-        changed = [row for row in buffers if row[1]._version != row[2]]
-        _copy([(row[1], row[3]) for row in changed if row[3] is not None])
-        lost = [row[0] for row in changed if row[3] is None]
+        for m, name, buffer in places:
+            m._buffers[name] = buffer
+        lost = [name for name, buffer, version in large if buffer._version != version]
         if lost:
             msg = (
                 f"evaluating the loss changed the buffers {lost}, each above "
