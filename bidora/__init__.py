@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import hypergrad
+
+if not hasattr(hypergrad, "BilevelProblem"):
+    raise ImportError(
+        f"the package 'hypergrad' at {hypergrad.__file__} is another project's: its files "
+        "shadow those of 'hypergrad-bidora'. Run: pip uninstall hypergrad, then pip "
+        "install --force-reinstall --no-deps hypergrad-bidora."
+    )
+
 from bidora.dora import (
     check_norms,
     exact_dora_layers,

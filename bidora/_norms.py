@@ -28,8 +28,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 # elements at a time: 16 MiB in float32.
 BLOCK_ELEMENTS = 1 << 22
 
-# Below this fraction of ‖w_i‖² the expansion has lost about a digit to cancellation, and
-# the row is computed from its entries instead.
+# Below this fraction of ‖w_i‖² the expansion has lost about a digit to cancellation,
+# and the row is computed from its entries instead.
 CANCELLATION = 0.25
 
 
@@ -112,7 +112,7 @@ class WeightCache:
             self._entries = (key, {})
         self._entries[1][name] = value
 
-    def __reduce__(self) -> tuple[type[dict], tuple[()]]:
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[()]]:
         return (dict, ())
 
 

@@ -7,12 +7,11 @@ the package sees only `DoraAdapter` and the functions of this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import peft
-from packaging.version import Version
 from torch import Tensor, nn
 
 from bidora._norms import BaseWeight, WeightCache
@@ -31,7 +30,7 @@ def check_peft_version(version: str | None = None) -> None:
         ImportError: The version is outside the tested range.
     """
     found = peft.__version__ if version is None else version
-    if Version(found).release[:2] != (0, 21):
+    if found.split(".")[:2] != ["0", "21"]:
         raise ImportError(
             f"Exact DoRA was tested with peft{TESTED}, but peft {found} is installed. "
             "It replaces the forward of PEFT's DoRA through an interface that PEFT "
@@ -106,6 +105,16 @@ class DoraAdapter:
         return BaseWeight(stored, dequantise, quantised=True)
 
     @property
+    def is_active(self) -> bool:
+        """Whether the adapter takes part in the forward pass."""
+        return self.adapter in self.module.active_adapters
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the layer's base weight holds a merged adapter."""
+        return bool(self.module.merged_adapters)
+
+    @property
     def cache(self) -> WeightCache:
         """What was computed from the base weight."""
         cache = self.module.__dict__.get(_CACHE)
@@ -153,16 +162,19 @@ class ReplacedDora(DoraLinearVariant):
         return self.compute(DoraAdapter(module, active_adapter), x, result)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield name and module of every LoRA layer, in the order of `named_modules`."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
+def dora_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
+    """Return name and handle of every DoRA adapter of every layer of a model.
 
-
-def dora_names(module: Any) -> tuple[str, ...]:
-    """Return the names of the layer's adapters that have a DoRA magnitude."""
-    return tuple(module.lora_magnitude_vector or ())
+    Layers come in the order of `named_modules`. Embedding and convolution layers are
+    among them; `is_replaceable` tells.
+    """
+    check_peft_version()
+    return [
+        (name, DoraAdapter(module, adapter))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for adapter in module.lora_magnitude_vector or ()
+    ]
 
 
 def is_replaced(layer: DoraAdapter) -> bool:
@@ -196,8 +208,3 @@ def restore_forward(layer: DoraAdapter) -> None:
 def clear_cache(layer: DoraAdapter) -> None:
     """Drop what was computed from the layer's base weight."""
     layer.module.__dict__.pop(_CACHE, None)
-
-
-def active_adapters(module: Any) -> tuple[str, ...]:
-    """Return the names of the layer's active adapters."""
-    return tuple(module.active_adapters)

@@ -92,10 +92,10 @@ class ExactDora:
     def _gain(self, layer: DoraAdapter) -> Tensor:
         """Return m / ‖w + s·b A‖, `(out,)`, in float32 or float64."""
         if self.norm_grad == "attached":
-            norms = _squared_norms(layer).sqrt()
+            norms = squared_norms(layer).sqrt()
         else:
             with torch.no_grad():
-                norms = _squared_norms(layer).sqrt()
+                norms = squared_norms(layer).sqrt()
         return layer.magnitude.to(norms.device, norms.dtype) / norms
 
 
@@ -171,9 +171,10 @@ def use_exact_dora(
         ValueError: A setting is out of range; the model has no DoRA layer, or one that
             is not Linear or Conv1D; a weight is absent; an adapted row has zero norm.
             The model is then as it was.
+        ImportError: PEFT's version is not one that this was tested with.
     """
     forward = ExactDora(dropout, norm_grad)
-    layers = _all_layers(model)
+    layers = _peft.dora_layers(model)
     refused = [
         f"{name} ({type(layer.module.get_base_layer()).__name__})"
         for name, layer in layers
@@ -211,7 +212,7 @@ def use_peft_dora(model: nn.Module) -> tuple[str, ...]:
         Names of the layers that were exact.
     """
     names = exact_dora_layers(model)
-    for name, layer in _all_layers(model):
+    for name, layer in _peft.dora_layers(model):
         if layer.adapter in names.get(name, ()):
             _peft.restore_forward(layer)
     return tuple(names)
@@ -255,7 +256,7 @@ def magnitudes(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Par
     """
     wanted = {
         id(layer.magnitude)
-        for _, layer in _all_layers(model)
+        for _, layer in _peft.dora_layers(model)
         if adapter is None or layer.adapter == adapter
     }
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
@@ -278,7 +279,7 @@ def check_norms(model: nn.Module) -> None:
         ValueError: The norm of a row of W0 + s·B·A is zero or not finite, or the base
             weight is not in memory.
     """
-    layers = _all_layers(model)
+    layers = _peft.dora_layers(model)
     _check([(name, layer) for name, layer in layers if _peft.is_replaceable(layer)])
 
 
@@ -295,7 +296,7 @@ def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
         layer.cache.put(weight.key(), _rows_name(layer), None)
         base = _base_norms(layer)
         with torch.no_grad():
-            squared = _squared_norms(layer, wait=True)
+            squared = squared_norms(layer, wait=True)
         broken = _norms.rows_without_direction(squared, base)
         if broken.numel():
             row = int(broken[0])
@@ -307,8 +308,9 @@ def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
                 "padded with zeros, or training that diverged. Leave the layer out of "
                 "target_modules, or repair the row before adding the adapter."
             )
-        near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
-        layer.cache.put(weight.key(), _rows_name(layer), near)
+        if squared.device.type != "cpu":  # there, each forward pass looks for itself
+            near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
+            layer.cache.put(weight.key(), _rows_name(layer), near)
 
 
 def _base_norms(layer: DoraAdapter) -> _norms.BaseNorms:
@@ -318,7 +320,7 @@ def _base_norms(layer: DoraAdapter) -> _norms.BaseNorms:
     return _norms.cached_base_norms(weight, dtype, layer.cache)
 
 
-def _squared_norms(layer: DoraAdapter, wait: bool = False) -> Tensor:
+def squared_norms(layer: DoraAdapter, wait: bool = False) -> Tensor:
     """Return the squared norms of the layer's adapted rows, `(out,)`."""
     weight = layer.weight
     rows = layer.cache.get(weight.key(), _rows_name(layer))
@@ -331,20 +333,10 @@ def _rows_name(layer: DoraAdapter) -> str:
     return f"rows-{layer.adapter}"
 
 
-def _all_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
-    """Return name and handle of every DoRA adapter of every layer."""
-    _peft.check_peft_version()
-    return [
-        (name, DoraAdapter(module, adapter))
-        for name, module in _peft.lora_layers(model)
-        for adapter in _peft.dora_names(module)
-    ]
-
-
 def _adapters_where(model: nn.Module, exact: bool) -> dict[str, tuple[str, ...]]:
     """Return, per layer name, the adapters that are exact, or those that are not."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, layer in _all_layers(model):
+    for name, layer in _peft.dora_layers(model):
         if _peft.is_replaced(layer) == exact:
             found[name] = (*found.get(name, ()), layer.adapter)
     return found

@@ -21,7 +21,7 @@ __all__ = ["BiDoRAOptimizer"]
 
 
 class BiDoRAOptimizer(BilevelOptimizer):
-    r"""Train a PEFT DoRA model as a bilevel problem. [QZX24, Eq. 5-7]
+    r"""Train a PEFT DoRA model as a bilevel problem [QZX24, Eq. 5-7].
 
     $$\min_m\; L_{val}(V^*(m), m)\quad\text{s.t.}\quad
       V^*(m) = \arg\min_V L_{tr}(V, m) + \gamma R(V)$$

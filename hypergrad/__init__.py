@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypergrad._shadow import warn_of_namesakes
 from hypergrad.batches import Accumulated, MicroBatch
 from hypergrad.errors import (
     HypergradError,
@@ -47,3 +48,5 @@ __all__ = [
     "swapped",
     "take_steps",
 ]
+
+warn_of_namesakes()

@@ -8,31 +8,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_disjoint", "check_tensor", "some"]
+__all__ = ["check_disjoint", "check_names", "check_tensor", "some"]
 
 
 def some(names: Mapping[str, Any], most: int = 6) -> str:
-    """List the first few names."""
+    """List the first few names.
+
+    Example:
+        >>> some({"a": 1, "b": 2, "c": 3}, most=2)
+        'a, b, ...'
+    """
     shown = ", ".join(list(names)[:most])
     return shown + (", ..." if len(names) > most else "")
+
+
+def check_names(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> None:
+    """Refuse a name that stands for an inner and an outer tensor.
+
+    Raises:
+        TypeError: a set that is not a dictionary.
+        ValueError: naming the first such name.
+    """
+    for kind, params in (("inner_params", inner), ("outer_params", outer)):
+        if not isinstance(params, Mapping):
+            msg = (
+                f"{kind} must be a dictionary of named tensors, got "
+                f"{type(params).__name__}. Pass e.g. dict(model.named_parameters())."
+            )
+            raise TypeError(msg)
+    for name in inner:
+        if name in outer:
+            msg = (
+                f"the name {name!r} is in inner_params and in outer_params: results and "
+                "messages go by name. Rename one of the two."
+            )
+            raise ValueError(msg)
 
 
 def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
     """Refuse a tensor that cannot be a parameter of a problem.
 
     Raises:
-        ValueError: not floating point, on the meta device, not a leaf, frozen, expanded.
+        ValueError: not of real floating point dtype, on the meta device, not a leaf,
+            frozen, made in inference mode, or with entries that share memory.
     """
     where = f"{kind}[{name!r}]"
     if not tensor.is_floating_point():
         msg = (
-            f"{where} has dtype {tensor.dtype}: only floating point tensors have "
-            "gradients. Convert it, or leave it out of the problem."
+            f"{where} has dtype {tensor.dtype}: only real floating point tensors are "
+            "differentiated here. Convert it, or leave it out of the problem."
         )
     elif tensor.is_meta:
         msg = (
             f"{where} is on the meta device: it holds no values (an offloaded weight, "
             "perhaps). Load the weight onto a device first."
+        )
+    elif tensor.is_inference():
+        msg = (
+            f"{where} was made in torch.inference_mode, which autograd cannot "
+            "differentiate. Pass a .clone() made outside of it."
         )
     elif not tensor.is_leaf:
         msg = (
@@ -44,9 +78,7 @@ def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
             f"{where} is frozen (requires_grad is False). Call .requires_grad_() on "
             "it, or leave it out of the problem."
         )
-    elif any(
-        s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
+    elif _overlaps_itself(tensor):
         msg = (
             f"{where} is expanded: its entries share memory (strides "
             f"{tensor.stride()}), so none can be moved alone. Pass a .clone()."
@@ -57,27 +89,29 @@ def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
 
 
 def check_disjoint(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> None:
-    """Refuse two tensors that share memory.
+    """Refuse a tensor in both sets, and two tensors that share memory.
 
     Raises:
         ValueError: naming both.
     """
     entries = [("inner", n, t) for n, t in inner.items()]
     entries += [("outer", n, t) for n, t in outer.items()]
+    inner_names = {id(t): n for n, t in inner.items()}
+    for name, tensor in outer.items():
+        if id(tensor) in inner_names:
+            msg = (
+                f"the same tensor is inner ({inner_names[id(tensor)]!r}) and outer "
+                f"({name!r}): each tensor belongs to one level. Leave it out of one set."
+            )
+            raise ValueError(msg)
     by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
     for level, name, tensor in entries:
-        if tensor.numel():
-            key = tensor.untyped_storage().data_ptr()
+        key = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and key:  # wrapper subclasses have no storage of their own
             by_storage.setdefault(key, []).append((level, name, tensor))
     for group in by_storage.values():
         for i, (level_a, name_a, a) in enumerate(group):
             for level_b, name_b, b in group[:i]:
-                if a is b:
-                    msg = (
-                        f"the same tensor is inner ({name_b!r}) and outer ({name_a!r}):"
-                        " each tensor belongs to one level. Leave it out of one set."
-                    )
-                    raise ValueError(msg)
                 if _overlap(a, b):
                     msg = (
                         f"{level_a} {name_a!r} and {level_b} {name_b!r} are different "
@@ -96,12 +130,27 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     (a0, a1), (b0, b1) = span(a), span(b)
     if a1 <= b0 or b1 <= a0:
         return False
-
-    def addresses(t: Tensor) -> Tensor:
-        index = torch.full((1,), t.storage_offset())
-        for n, s in zip(t.shape, t.stride(), strict=True):
-            index = (index[:, None] + torch.arange(n) * s).reshape(-1)
-        return index * t.element_size()
-
     # Interleaved views (every other column) lie in one another's span and share nothing.
-    return bool(torch.isin(addresses(a), addresses(b)).any())
+    return bool(torch.isin(_addresses(a), _addresses(b)).any())
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return False
+    # Sorted by stride, each dimension steps over all that the smaller ones span.
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride == 0:
+            return True
+        if size > 1 and stride <= span:
+            # Rare: overlapping, or interleaved in a way that only counting tells.
+            return _addresses(tensor).unique().numel() < tensor.numel()
+        span += stride * (size - 1)
+    return False
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    index = torch.full((1,), tensor.storage_offset())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        index = (index[:, None] + torch.arange(size) * stride).reshape(-1)
+    return index * tensor.element_size()

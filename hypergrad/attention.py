@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad.errors import SecondOrderError
 
-__all__ = ["AttentionBackend", "attention", "explain_second_order"]
+__all__ = ["REMEDY", "AttentionBackend", "attention", "explain_second_order"]
 
 AttentionBackend = Literal["default", "math"]
 """`"default"`: whatever torch picks. `"math"`: the one that can be derived twice."""
@@ -28,23 +28,31 @@ def attention(backend: AttentionBackend) -> Iterator[None]:
         yield
 
 
+REMEDY = (
+    "A fused kernel (flash or memory-efficient attention called past torch's dispatcher, "
+    "a compiled or quantised layer, a custom autograd function) is the usual cause. Load "
+    'the model with attn_implementation="eager", or take a first-order estimator: '
+    "'first-order', 'darts', or 'sama', 'cg', 'neumann' with "
+    "product='finite-difference'."
+)
+
+# What torch 2.13 says, and who says it.
 _MARKS = (
-    "is not implemented",
-    "does not support forward",
-    "does not have a double backward",
-    "not support double backward",
-    "not support higher order",
-    "once_differentiable",
-    "trying to differentiate twice",
-    "forward ad",
-    "forward-mode ad",
-    "setup_context",
+    "is not implemented",  # a native operator: flash attention, ctc_loss, cdist
+    "not currently support double backward",  # a compiled module
+    "trying to differentiate twice",  # a function marked once_differentiable
+    "trying to use forward ad",  # a native operator, forward mode: flash attention, LSTM
+    "forward mode ad",  # a custom function without jvp
+    "setup_context",  # a custom function in torch.func
 )
 
 
 @contextmanager
-def explain_second_order() -> Iterator[None]:
+def explain_second_order(instead: str = "") -> Iterator[None]:
     """Turn torch's refusal of a second derivative into one that says what to do.
+
+    Args:
+        instead: a remedy of the caller's own, put first.
 
     Raises:
         SecondOrderError: in place of torch's RuntimeError or NotImplementedError.
@@ -52,17 +60,13 @@ def explain_second_order() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one of them
-        if isinstance(error, SecondOrderError):
-            raise
         text = str(error)
-        if not any(mark in text.lower() for mark in _MARKS):
+        if isinstance(error, SecondOrderError) or not any(
+            mark in text.lower() for mark in _MARKS
+        ):
             raise
         msg = (
-            f"the inner loss cannot be differentiated twice: torch says "
-            f"{text.splitlines()[0]!r}. A fused kernel (flash or memory-efficient "
-            "attention called past torch's dispatcher, a quantised layer, a custom "
-            'autograd function) is the usual cause. Load the model with attn_implementation="eager", '
-            "or take a first-order estimator: 'first-order', 'darts', or 'sama', 'cg', "
-            "'neumann' with product='finite-difference'."
+            "the inner loss cannot be differentiated twice this way: torch says "
+            f"{text.splitlines()[0]!r}. {instead}{REMEDY}"
         )
         raise SecondOrderError(msg) from error

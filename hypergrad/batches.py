@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from hypergrad.attention import AttentionBackend
 from hypergrad.rng import RngState
@@ -32,13 +35,6 @@ class MicroBatch:
 class Accumulated(tuple[MicroBatch, ...]):
     """Several batches whose weighted losses add up to one (gradient accumulation).
 
-    Args:
-        batches: the batches.
-        weights: one factor for each; None for the mean, `1 / len(batches)`.
-
-    Raises:
-        ValueError: no batch, or another number of weights.
-
     Example:
         >>> [m.weight for m in Accumulated(["a", "b"])]
         [0.5, 0.5]
@@ -49,28 +45,75 @@ class Accumulated(tuple[MicroBatch, ...]):
     def __new__(
         cls, batches: Sequence[Any], weights: Sequence[float] | None = None
     ) -> Accumulated:
-        """Pair each batch with its weight."""
+        """Pair each batch with its weight.
+
+        Args:
+            batches: the batches; one that is a `MicroBatch` already keeps its random
+                state, and its weight becomes a factor.
+            weights: one factor for each; None for the mean, `1 / len(batches)`.
+
+        Returns:
+            The micro-batches.
+
+        Raises:
+            TypeError: `batches` is a single batch.
+            ValueError: no batch, another number of weights, or a weight that is not
+                finite.
+        """
+        if isinstance(batches, (Mapping, Tensor, str, bytes, MicroBatch)):
+            msg = (
+                f"batches is a {type(batches).__name__}, which looks like a single "
+                "batch. Pass a list of batches."
+            )
+            raise TypeError(msg)
+        batches = list(batches)
         if not batches:
             msg = "batches is empty: there is nothing to accumulate. Pass one or more."
             raise ValueError(msg)
         if weights is None:
             weights = [1.0 / len(batches)] * len(batches)
+        weights = [float(weight) for weight in weights]
         if len(weights) != len(batches):
             msg = (
                 f"got {len(batches)} batches and {len(weights)} weights. Pass one "
                 "weight for each batch, or None for their mean."
             )
             raise ValueError(msg)
+        if not all(math.isfinite(weight) for weight in weights):
+            msg = f"weights={weights} must be finite: each is a factor of a loss."
+            raise ValueError(msg)
+        pairs = zip(batches, weights, strict=True)
         return super().__new__(
             cls,
-            [MicroBatch(b, float(w)) for b, w in zip(batches, weights, strict=True)],
+            [
+                replace(b, weight=b.weight * w)
+                if isinstance(b, MicroBatch)
+                else MicroBatch(b, w)
+                for b, w in pairs
+            ],
         )
+
+    def __getnewargs__(self) -> tuple[tuple[MicroBatch, ...], list[float]]:
+        # What pickle and copy.deepcopy call __new__ with.
+        return tuple(self), [1.0] * len(self)
 
 
 def as_micro_batches(
     batch: Any, attention: AttentionBackend = "default"
 ) -> tuple[MicroBatch, ...]:
-    """Read what a user passes as a batch: a batch, or an `Accumulated` of several."""
+    """Read what a user passes as a batch: a batch, or an `Accumulated` of several.
+
+    Args:
+        batch: what was passed; a tuple of `MicroBatch` passes as it is.
+        attention: backend for a plain batch.
+
+    Returns:
+        At least one micro-batch.
+
+    Example:
+        >>> as_micro_batches("a")[0].weight
+        1.0
+    """
     if isinstance(batch, MicroBatch):
         return (batch,)
     if (
@@ -79,4 +122,4 @@ def as_micro_batches(
         and all(isinstance(part, MicroBatch) for part in batch)
     ):
         return tuple(batch)
-    return (replace(MicroBatch(batch), attention=attention),)
+    return (MicroBatch(batch, attention=attention),)

@@ -28,6 +28,10 @@ def average(tree: Mapping[str, Tensor]) -> Params:
     and products are linear in g, so each is averaged where it is made, before it is
     used as a direction.
 
+    Every rank calls this with the same names, shapes and dtypes. One message is sent
+    for each device and dtype, whatever the number of tensors; half precision is summed
+    in float32.
+
     Example:
         >>> import torch
         >>> average({"w": torch.ones(2)})["w"]
@@ -36,9 +40,19 @@ def average(tree: Mapping[str, Tensor]) -> Params:
     ranks = world_size()
     if ranks == 1:
         return dict(tree)
-    out: Params = {}
-    for name in tree:  # same order on each rank: dictionaries keep it
-        tensor = tree[name].detach().clone()
-        dist.all_reduce(tensor)
-        out[name] = tensor.div_(ranks)
-    return out
+    # Sorted, so that ranks agree on the order even where their dictionaries do not.
+    buckets: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name in sorted(tree):
+        tensor = tree[name]
+        kind = torch.promote_types(tensor.dtype, torch.float32)
+        buckets.setdefault((tensor.device, kind), []).append(name)
+    means: Params = {}
+    for (_, kind), names in buckets.items():
+        flat = torch.cat([tree[name].reshape(-1).to(kind) for name in names])
+        dist.all_reduce(flat)
+        flat /= ranks
+        parts = flat.split([tree[name].numel() for name in names])
+        for name, part in zip(names, parts, strict=True):
+            # A copy: each mean owns its memory.
+            means[name] = part.reshape(tree[name].shape).to(tree[name].dtype, copy=True)
+    return {name: means[name] for name in tree}

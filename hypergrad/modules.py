@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hypergrad._checks import some
+from hypergrad._graph import refuse_reentrant
+from hypergrad._module_state import copy_of_buffer
 from hypergrad.errors import HypergradError
 
-__all__ = ["ModuleLoss", "refuse_recompute", "swapped"]
+__all__ = ["ModuleLoss", "refuse_recompute", "select_parameters", "swapped"]
 
 _Slot = tuple[nn.Module, str]
 
 
 def _slots(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[_Slot]]:
     """Find every place of `model` that holds each tensor; tied weights have several."""
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    found: dict[str, list[_Slot]] = {name: [] for name in tensors}
+    places: dict[int, list[_Slot]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in names:
-                found[names[id(parameter)]].append((module, attribute))
-    return found
+            places.setdefault(id(parameter), []).append((module, attribute))
+    return {name: places.get(id(tensor), []) for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -42,7 +44,8 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         tensors: replacements by parameter name, same shapes.
 
     Raises:
-        ValueError: a name that the model does not have, or another shape.
+        ValueError: a name that the model does not have, another shape, or two tensors
+            for one tied weight.
 
     Example:
         >>> import torch
@@ -54,6 +57,7 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         (2.0, False)
     """
     own = dict(model.named_parameters(remove_duplicate=False))
+    placed: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in own:
             msg = (
@@ -65,6 +69,12 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             msg = (
                 f"the replacement of {name!r} has shape {tuple(tensor.shape)} but the "
                 f"parameter has {tuple(own[name].shape)}. Pass a tensor of its shape."
+            )
+            raise ValueError(msg)
+        if placed.setdefault(id(own[name]), tensor) is not tensor:
+            msg = (
+                f"{name!r} is tied to another name that was given another tensor: one "
+                "weight can hold only one. Pass the same tensor, or one name."
             )
             raise ValueError(msg)
     slots = _slots(model, {name: own[name] for name in tensors})
@@ -89,38 +99,35 @@ def _placed(
 
 
 @contextmanager
-def refuse_recompute(model: nn.Module | None) -> Iterator[None]:
-    """Raise where the backward pass of the block runs a forward of `model` again.
+def refuse_recompute() -> Iterator[None]:
+    """Raise where a forward pass of the block asks to be run again in the backward pass.
 
     Activation checkpointing runs the forward again inside the backward pass. After
     `torch.func.functional_call` has put the module's own weights back, that second
     forward uses other weights than the first and the derivative is silently wrong.
 
     Raises:
-        HypergradError: from within the recomputed forward.
+        HypergradError: from within the forward pass.
     """
-    if model is None:
-        yield
-        return
-
-    def refuse(module: nn.Module, args: Any) -> None:
-        if not getattr(model, "_hypergrad_functional", False):
-            raise HypergradError(_CHECKPOINTING)
-
-    handles = [m.register_forward_pre_hook(refuse) for m in model.modules()]
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        # Checkpointing saves its inputs through these hooks; so does offloading
+        # (save_on_cpu), which torch.func refuses as well.
+        with torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTING):
+            yield
+    except HypergradError:
+        raise
+    except RuntimeError as error:
+        if _CHECKPOINTING in str(error) or "saved tensor hooks" in str(error):
+            raise HypergradError(_CHECKPOINTING) from error
+        raise
 
 
 _CHECKPOINTING = (
-    "activation checkpointing is on while the model is evaluated functionally "
-    "(torch.func.functional_call): the recomputed forward would use other weights "
-    "and the derivative would be silently wrong (pytorch #122729). Call "
-    "model.gradient_checkpointing_disable(), or use product='exact' (double "
-    "backward), which runs the module as it is."
+    "activation checkpointing (or another user of saved-tensor hooks) is on while the "
+    "model is evaluated functionally (torch.func): the recomputed forward would use "
+    "other weights and the derivative would be silently wrong (pytorch #122729). Call "
+    "model.gradient_checkpointing_disable(), or use product='exact' (double backward), "
+    "which runs the module as it is."
 )
 
 
@@ -140,8 +147,8 @@ class ModuleLoss:
     """`loss_fn(model, batch)` as a function `(inner_params, outer_params, batch)`.
 
     Where every tensor passed is the one that the module holds, the module runs as it
-    is. Any other dictionary goes through `torch.func.functional_call`; it is never
-    ignored.
+    is. Any other dictionary goes through `torch.func.functional_call`, which leaves the
+    module's buffers alone; it is never ignored.
 
     Args:
         model: the module.
@@ -166,38 +173,107 @@ class ModuleLoss:
         batch: Any,
     ) -> Any:
         given = {**inner_params, **outer_params}
+        self._check_names(given)
         if all(self._holds(name, tensor) for name, tensor in given.items()):
             return self.loss_fn(self.model, batch)
         return self._functional(given, batch)
 
-    def placed(self, tensors: Mapping[str, Tensor]) -> Any:
+    def placed(
+        self, tensors: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
         """Return a context in which the module holds `tensors`; see `swapped`."""
+        self._check_names(tensors)
         return _placed(self._slots, tensors)
 
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in tensors:
+            if name not in self._slots:
+                msg = (
+                    f"the problem has no parameter {name!r} ({some(self._slots)}). Pass "
+                    "dictionaries with the problem's own names."
+                )
+                raise ValueError(msg)
+
     def _holds(self, name: str, tensor: Tensor) -> bool:
-        slots = self._slots.get(name)
-        if not slots:
-            msg = (
-                f"the problem has no parameter {name!r}; it has {sorted(self._slots)}. "
-                "Pass dictionaries with the problem's own names."
-            )
-            raise ValueError(msg)
-        return all(module._parameters[attr] is tensor for module, attr in slots)
+        return all(
+            module._parameters.get(attribute) is tensor
+            for module, attribute in self._slots[name]
+        )
 
     def _functional(self, given: Mapping[str, Tensor], batch: Any) -> Any:
-        checkpointed: Iterable[nn.Module] = (
-            m
+        if any(
+            m.training and getattr(m, "gradient_checkpointing", False) is True
             for m in self.model.modules()
-            if m.training and getattr(m, "gradient_checkpointing", False) is True
-        )
-        if next(iter(checkpointed), None) is not None:
+        ):
             raise HypergradError(_CHECKPOINTING)
+        # functional_call takes a name that the model does not have for none at all.
+        names = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        gone = [name for name in given if name not in names]
+        if gone:
+            msg = (
+                f"the model no longer has the parameters {gone[:4]}: it was changed "
+                "after the problem was made. Make the problem anew."
+            )
+            raise HypergradError(msg)
         replaced = {f"model.{name}": tensor for name, tensor in given.items()}
+        for name, buffer in self.model.named_buffers():
+            replaced[f"model.{name}"] = copy_of_buffer(buffer)
         wrapper = _Functional(self.model, self.loss_fn)
         wrapper.training = self.model.training
-        # object.__setattr__: a plain flag, kept out of nn.Module's registries.
-        object.__setattr__(self.model, "_hypergrad_functional", True)
-        try:
-            return torch.func.functional_call(wrapper, replaced, (batch,))
-        finally:
-            object.__setattr__(self.model, "_hypergrad_functional", False)
+        with refuse_recompute():
+            value = torch.func.functional_call(wrapper, replaced, (batch,))
+        if isinstance(value, Tensor):
+            refuse_reentrant(value)
+        return value
+
+
+def select_parameters(
+    model: nn.Module, trainable: Mapping[str, Tensor], outer: Any
+) -> set[str]:
+    """Return the names of the trainable parameters that `outer` means.
+
+    Args:
+        model: the module.
+        trainable: its parameters that require grad, under all their names.
+        outer: as for `BilevelProblem.from_module`.
+
+    Returns:
+        At least one name.
+
+    Raises:
+        TypeError: `outer` is of no supported kind.
+        ValueError: it, or one of its patterns, matches nothing.
+    """
+    if isinstance(outer, type) and issubclass(outer, nn.Module):
+        of_type = (m for m in model.modules() if isinstance(m, outer))
+        ids = {id(p) for m in of_type for p in m.parameters()}
+        chosen = {name for name, p in trainable.items() if id(p) in ids}
+        return _some_chosen(chosen, outer.__name__, trainable)
+    patterns = [outer] if isinstance(outer, str) else outer
+    if isinstance(patterns, Collection) and all(isinstance(p, str) for p in patterns):
+        chosen = set()
+        for pattern in patterns:
+            hits = {n for n in trainable if n == pattern or fnmatchcase(n, pattern)}
+            chosen |= _some_chosen(hits, repr(pattern), trainable)
+        return _some_chosen(chosen, repr(outer), trainable)
+    if callable(outer) and not isinstance(outer, type):
+        chosen = {name for name, p in trainable.items() if outer(name, p)}
+        return _some_chosen(chosen, getattr(outer, "__name__", repr(outer)), trainable)
+    msg = (
+        f"outer must be names, a module type or a predicate, got {outer!r}. Pass e.g. "
+        'outer="*.magnitude" or outer=lambda name, parameter: ...'
+    )
+    raise TypeError(msg)
+
+
+def _some_chosen(
+    chosen: set[str], outer: str, trainable: Mapping[str, Tensor]
+) -> set[str]:
+    if not chosen:
+        msg = (
+            f"outer={outer} matches none of the {len(trainable)} trainable parameters "
+            f"({some(trainable)}). Check the name against model.named_parameters() and "
+            "requires_grad."
+        )
+        raise ValueError(msg)
+    return chosen

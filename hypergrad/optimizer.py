@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +18,13 @@ from hypergrad._checkpoint import (
     unpack_batches,
     unpack_step,
 )
+from hypergrad._optimizer_parts import (
+    OptimizerLike,
+    all_or_nothing,
+    check_settings,
+    make_level,
+    make_problem,
+)
 from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError, NumericalWarning
 from hypergrad.estimator import HypergradEstimator, Info
@@ -30,8 +36,6 @@ from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
 __all__ = ["BilevelOptimizer", "StepReport"]
-
-OptimizerLike = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         reuse_graph: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.problem = _problem(problem_or_model, loss_fn, outer, outer_loss_fn)
+        self.problem = make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
         if isinstance(estimator, str):
             estimator = make_estimator(estimator)
         if not isinstance(estimator, HypergradEstimator):
@@ -140,13 +144,13 @@ class BilevelOptimizer(torch.optim.Optimizer):
         lookback = estimator.lookback
         if outer_every is None:
             outer_every = max(1, lookback)
-        _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
+        check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         self.outer_every = outer_every
         self.outer_warmup = outer_warmup
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
-        self.inner = _make("inner", inner_optimizer, self.problem.inner_params)
-        self.outer = _make("outer", outer_optimizer, self.problem.outer_params)
+        self.inner = make_level("inner", inner_optimizer, self.problem.inner_params)
+        self.outer = make_level("outer", outer_optimizer, self.problem.outer_params)
         if lookback:
             check_supported(self.inner)
         self._constructing = True
@@ -355,7 +359,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         names = {id(p): name for name, p in params.items()}
         held = [p.grad for p in own]
         try:
-            with _all_or_nothing(optimizer, own):
+            with all_or_nothing(optimizer, own):
                 for p in own:
                     p.grad = grads[names[id(p)]].to(p.dtype)
                 optimizer.step()
@@ -458,108 +462,3 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._estimator_state = dict(saved["estimator_state"])
         if saved["outer_frozen"]:
             self.freeze_outer()
-
-
-@contextmanager
-def _all_or_nothing(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
-) -> Iterator[None]:
-    values = [p.detach().clone() for p in params]
-    slots = {
-        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        for p, state in ((p, optimizer.state.get(p)) for p in params)
-        if state is not None
-    }
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for p, value in zip(params, values, strict=True):
-                p.copy_(value)
-        for p in params:
-            if p in slots:
-                optimizer.state[p] = slots[p]
-            else:
-                optimizer.state.pop(p, None)
-        raise
-
-
-def _problem(
-    given: BilevelProblem | nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    outer: Any,
-    outer_loss_fn: Callable[[Any, Any], Tensor] | None,
-) -> BilevelProblem:
-    if isinstance(given, BilevelProblem):
-        if loss_fn is not None or outer is not None or outer_loss_fn is not None:
-            msg = (
-                "loss_fn, outer and outer_loss_fn go with a module; this problem has its"
-                " losses and outer parameters already. Leave them out."
-            )
-            raise TypeError(msg)
-        return given
-    if not isinstance(given, nn.Module):
-        msg = (
-            "the first argument must be a BilevelProblem or a torch.nn.Module, got "
-            f"{type(given).__name__}."
-        )
-        raise TypeError(msg)
-    if loss_fn is None or outer is None:
-        msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
-        raise TypeError(msg)
-    return BilevelProblem.from_module(
-        given, loss_fn, outer=outer, outer_loss_fn=outer_loss_fn
-    )
-
-
-def _make(level: str, given: OptimizerLike, params: Params) -> torch.optim.Optimizer:
-    if isinstance(given, torch.optim.Optimizer):
-        optimizer = given
-    elif callable(given):
-        # torch refuses an empty list; an empty group steps nothing, which is right.
-        tensors = list(params.values())
-        optimizer = given(tensors) if tensors else given([{"params": []}])  # pyright: ignore[reportArgumentType]
-    else:
-        msg = (
-            f"{level}_optimizer must be a torch optimizer or a function that makes one, "
-            f"got {type(given).__name__}. Pass e.g. partial(torch.optim.AdamW, lr=1e-3)."
-        )
-        raise TypeError(msg)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        msg = f"{level}_optimizer made a {type(optimizer).__name__}, not an optimizer."
-        raise TypeError(msg)
-    names = {id(p): n for n, p in params.items()}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for i, n in names.items() if i not in held]
-    if missing or held - set(names):
-        msg = (
-            f"{level}_optimizer holds {len(held & set(names))} of the {len(names)} "
-            f"{level} parameters and {len(held - set(names))} other tensors "
-            f"(missing: {missing[:4]}). Make it over exactly the problem's "
-            f"{level}_params."
-        )
-        raise ValueError(msg)
-    return optimizer
-
-
-def _check_settings(
-    outer_every: int, outer_warmup: int, max_grad_norm: float | None, reuse_graph: Any
-) -> None:
-    for name, value, least in (
-        ("outer_every", outer_every, 1),
-        ("outer_warmup", outer_warmup, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            msg = f"{name}={value!r} must be a whole number of inner steps."
-            raise TypeError(msg)
-        if value < least:
-            msg = f"{name}={value} must be at least {least} inner steps."
-            raise ValueError(msg)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        msg = (
-            f"max_grad_norm={max_grad_norm} must be positive, or None for no clipping."
-        )
-        raise ValueError(msg)
-    if reuse_graph not in (True, False, "auto"):
-        msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
-        raise ValueError(msg)

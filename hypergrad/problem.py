@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import rng
-from hypergrad._checks import check_disjoint, check_tensor, some
+from hypergrad._checks import check_disjoint, check_names, check_tensor, some
 from hypergrad.errors import HypergradError
-from hypergrad.modules import ModuleLoss
+from hypergrad._module_state import module_untouched
+from hypergrad.modules import ModuleLoss, select_parameters
 from hypergrad.tree import Params
 
 __all__ = ["BilevelProblem", "Level", "Loss"]
@@ -21,9 +21,6 @@ __all__ = ["BilevelProblem", "Level", "Loss"]
 Loss = Callable[[Params, Params, Any], Tensor]
 """`(inner_params, outer_params, batch) -> scalar`."""
 Level = Literal["inner", "outer"]
-
-_LARGEST_SAVED_BUFFER = 16 * 2**20  # bytes; larger ones are packed weights, not state
-
 
 class BilevelProblem:
     r"""Hold two losses and the tensors that each level moves.
@@ -46,11 +43,14 @@ class BilevelProblem:
     A tensor under two names in one set is kept once, under its first name; the other
     name is recorded in `aliases` and the losses still find it in their dictionary.
 
+    Buffers and train/eval mode of a module are left as they are where the problem comes
+    from `from_module`. What else a loss changes by itself cannot be seen from here.
+
     Raises:
         TypeError: a loss that is not callable, a value that is not a tensor.
-        ValueError: an empty outer set; a tensor that is frozen, not a leaf, not
-            floating point, expanded, on the meta device, in both sets, or that shares
-            memory with another.
+        ValueError: an empty outer set; a name in both sets; a tensor that is frozen, not
+            a leaf, not floating point, expanded, on the meta device, made in inference
+            mode, in both sets, or that shares memory with another.
 
     Example:
         g(w, λ) = (w - λ)²/2 and f = w²/2: w*(λ) = λ, so df/dλ = λ = 3.
@@ -95,6 +95,7 @@ class BilevelProblem:
             )
             raise ValueError(msg)
         self.aliases: dict[str, str] = {}
+        check_names(inner_params, outer_params)
         self.inner_params = self._own("inner_params", inner_params)
         self.outer_params = self._own("outer_params", outer_params)
         if not self.outer_params:
@@ -108,8 +109,8 @@ class BilevelProblem:
         self.inner_outputs = inner_outputs
         self.inner_criterion = inner_criterion
         self.module: nn.Module | None = None
-        self.inspected: set[Level] = set()
-        """Losses whose graph was searched for what autograd cannot see through."""
+        self.inspected: set[str] = set()
+        """Kinds of graph that were searched for what autograd cannot see through."""
 
     @classmethod
     def from_module(
@@ -151,16 +152,16 @@ class BilevelProblem:
         if not isinstance(model, nn.Module):
             msg = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise TypeError(msg)
+        for name, fn in (("loss_fn", loss_fn), ("outer_loss_fn", outer_loss_fn)):
+            if not callable(fn) and (fn is not None or name == "loss_fn"):
+                msg = (
+                    f"{name} must be callable, got {type(fn).__name__}. Pass a function "
+                    "(model, batch) -> scalar."
+                )
+                raise TypeError(msg)
         every = dict(model.named_parameters(remove_duplicate=False))
         trainable = {n: p for n, p in every.items() if p.requires_grad}
-        chosen = _select(model, trainable, outer)
-        if not chosen:
-            msg = (
-                f"outer={outer!r} matches none of the {len(trainable)} trainable "
-                f"parameters ({some(trainable)}). Check the name against "
-                "model.named_parameters() and requires_grad."
-            )
-            raise ValueError(msg)
+        chosen = select_parameters(model, trainable, outer)
         # A tied weight has several names; if one of them is outer, all are.
         outer_ids = {id(trainable[name]) for name in chosen}
         inner = {n: p for n, p in trainable.items() if id(p) not in outer_ids}
@@ -243,6 +244,7 @@ class BilevelProblem:
             outer_params: values for some or all of λ.
 
         Raises:
+            TypeError: a value that is not a tensor.
             ValueError: a name that the problem does not have, or another shape.
 
         Example:
@@ -273,6 +275,12 @@ class BilevelProblem:
                         f"({some(own)}). Use the problem's own names."
                     )
                     raise ValueError(msg)
+                if not isinstance(value, Tensor):
+                    msg = (
+                        f"the value for {kind} parameter {name!r} is a "
+                        f"{type(value).__name__}. Pass a tensor."
+                    )
+                    raise TypeError(msg)
                 if own[name].shape != value.shape:
                     msg = (
                         f"the value for {kind} parameter {name!r} has shape "
@@ -282,6 +290,11 @@ class BilevelProblem:
                     raise ValueError(msg)
                 moves.append((own[name], value))
         saved = [(target, target.detach().clone()) for target, _ in moves]
+        # A value may be a view of what is about to move (two tensors that change places).
+        held = {t.untyped_storage().data_ptr() for t, _ in moves if t.numel()}
+        moves = [
+            (t, v.detach().clone() if _storage(v) in held else v) for t, v in moves
+        ]
         try:
             _copy(moves)
             yield
@@ -294,6 +307,12 @@ class BilevelProblem:
 
         Needed for a graph that outlives an optimizer step; pass the same clones as
         `inner_params` to the loss. For a functional problem this does nothing.
+
+        Args:
+            clones: replacements for some or all of w.
+
+        Raises:
+            ValueError: a name that the problem does not have.
         """
         loss = self._losses["inner"]
         with loss.placed(clones) if isinstance(loss, ModuleLoss) else nullcontext():
@@ -303,27 +322,24 @@ class BilevelProblem:
     def untouched(self, state: rng.RngState | None = None) -> Iterator[None]:
         """Leave random state, buffers and train/eval modes as they are.
 
+        The block runs on copies of a module's buffers, so that nothing it saves is
+        changed when it ends.
+
         Args:
             state: random state that the block starts from; None for the present one.
 
         Raises:
-            HypergradError: the block changed a buffer too large to be saved.
+            HypergradError: the block changed a buffer too large to be copied.
         """
         with ExitStack() as stack:
             if self.module is not None:
-                stack.enter_context(_module_untouched(self.module))
+                stack.enter_context(module_untouched(self.module))
             stack.enter_context(rng.replayed(state, self.tensors))
             yield
 
     # -- internals ----------------------------------------------------------------
 
     def _own(self, kind: str, params: Mapping[str, Tensor]) -> Params:
-        if not isinstance(params, Mapping):
-            msg = (
-                f"{kind} must be a dictionary of named tensors, got "
-                f"{type(params).__name__}. Pass e.g. dict(model.named_parameters())."
-            )
-            raise TypeError(msg)
         kept: Params = {}
         seen: dict[int, str] = {}
         for name, tensor in params.items():
@@ -347,85 +363,16 @@ class BilevelProblem:
         return out
 
 
+def _storage(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
 def _copy(moves: list[tuple[Tensor, Tensor]]) -> None:
     # Never through .data: that hides the move from autograd, and a graph kept across
     # it is then silently wrong.
     with torch.inference_mode(mode=False), torch.no_grad():
         for target, value in moves:
             target.copy_(value)
-
-
-@contextmanager
-def _module_untouched(module: nn.Module) -> Iterator[None]:
-    """Let the block work on copies of the buffers, and put the modes back.
-
-    Copies are put in the buffers' places rather than their values back afterwards:
-    batch_norm writes its running statistics without telling autograd, and a graph that
-    outlives the block must find what it saved.
-    """
-    modes = [(m, m.training) for m in module.modules()]
-    copies: dict[int, Tensor] = {}
-    places: list[tuple[nn.Module, str, Tensor]] = []
-    large: list[tuple[str, Tensor, int]] = []
-    for prefix, m in module.named_modules():
-        for name, buffer in m._buffers.items():
-            if buffer is None:
-                continue
-            if buffer.numel() * buffer.element_size() > _LARGEST_SAVED_BUFFER:
-                large.append((f"{prefix}.{name}", buffer, buffer._version))
-                continue
-            places.append((m, name, buffer))
-            if id(buffer) not in copies:
-                copies[id(buffer)] = buffer.detach().clone()
-    try:
-        for m, name, buffer in places:
-            m._buffers[name] = copies[id(buffer)]
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for m, name, buffer in places:
-            m._buffers[name] = buffer
-        lost = [name for name, buffer, version in large if buffer._version != version]
-        if lost:
-            msg = (
-                f"evaluating the loss changed the buffers {lost}, each above "
-                f"{_LARGEST_SAVED_BUFFER} bytes, and no copy of them was kept. Put "
-                "those modules in eval mode while hypergradients are estimated."
-            )
-            raise HypergradError(msg)
-
-
-def _select(model: nn.Module, trainable: Mapping[str, Tensor], outer: Any) -> set[str]:
-    if isinstance(outer, type) and issubclass(outer, nn.Module):
-        ids = {
-            id(p)
-            for m in model.modules()
-            if isinstance(m, outer)
-            for p in m.parameters()
-        }
-        return {name for name, p in trainable.items() if id(p) in ids}
-    patterns = [outer] if isinstance(outer, str) else outer
-    if isinstance(patterns, (list, tuple, set, frozenset)):
-        chosen: set[str] = set()
-        for pattern in patterns:
-            hits = {n for n in trainable if fnmatch.fnmatchcase(n, pattern)}
-            if not hits:
-                msg = (
-                    f"outer={pattern!r} matches none of the {len(trainable)} trainable "
-                    f"parameters ({some(trainable)}). Check the name against "
-                    "model.named_parameters() and requires_grad."
-                )
-                raise ValueError(msg)
-            chosen |= hits
-        return chosen
-    if callable(outer):
-        return {name for name, p in trainable.items() if outer(name, p)}
-    msg = (
-        f"outer must be names, a module type or a predicate, got {outer!r}. Pass e.g. "
-        'outer="*.magnitude" or outer=lambda name, parameter: ...'
-    )
-    raise TypeError(msg)
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> Params:

@@ -33,9 +33,17 @@ def capture(tensors: Iterable[Tensor] = ()) -> RngState:
         ),
         "cpu": torch.get_rng_state(),
     }
-    for device in sorted({str(t.device) for t in tensors if t.device.type != "cpu"}):
-        module = torch.get_device_module(torch.device(device))
-        state[device] = module.get_rng_state(device)
+    return state | _capture_devices({str(t.device) for t in tensors})
+
+
+def _capture_devices(devices: Iterable[str]) -> RngState:
+    state: RngState = {}
+    for name in sorted(set(devices) - {"cpu", "meta"}):
+        device = torch.device(name)
+        module = torch.get_device_module(device)
+        # MPS has one generator and asks for no index.
+        one = device.type == "mps"
+        state[name] = module.get_rng_state() if one else module.get_rng_state(device)
     return state
 
 
@@ -51,7 +59,12 @@ def restore(state: RngState) -> None:
         elif key == "cpu":
             torch.set_rng_state(value)
         else:
-            torch.get_device_module(torch.device(key)).set_rng_state(value, key)
+            device = torch.device(key)
+            module = torch.get_device_module(device)
+            if device.type == "mps":
+                module.set_rng_state(value)
+            else:
+                module.set_rng_state(value, device)
 
 
 @contextmanager
@@ -60,17 +73,33 @@ def replayed(
 ) -> Iterator[RngState]:
     """Run the block from `state` (or the present one), then put the generators back.
 
+    They are put back where the block raises too, and where `state` cannot be set.
+
     Args:
         state: what the block starts from; None starts it from the present state.
-        tensors: their devices' generators are saved and put back.
+        tensors: their devices' generators are saved and put back; so are those that
+            `state` names.
 
     Yields:
         The state that the block starts from.
+
+    Example:
+        >>> import torch
+        >>> now = capture()
+        >>> with replayed(now):
+        ...     first = torch.rand(())
+        >>> with replayed(now):
+        ...     again = torch.rand(())
+        >>> bool(first == again), bool(first == torch.rand(()))
+        (True, True)
     """
     before = capture(tensors)
     if state is not None:
-        restore(state)
+        named = set(state) - {"python", "numpy", "cpu"} - set(before)
+        before |= _capture_devices(named)
     try:
+        if state is not None:
+            restore(state)
         yield before if state is None else state
     finally:
         restore(before)

@@ -297,7 +297,7 @@ def _everything(problem: BilevelProblem) -> list[Any]:
     return [
         *tensors,
         torch.get_rng_state(),
-        torch.from_numpy(np.random.get_state(legacy=True)[1].astype(np.int64)),  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        torch.from_numpy(np.random.get_state(legacy=True)[1].astype(np.int64)),  # pyright: ignore[reportArgumentType]
         random.getstate(),
         torch.is_grad_enabled(),
     ]

@@ -18,6 +18,7 @@ __all__ = [
     "norm",
     "scale",
     "sub",
+    "wide",
     "zeros_like",
 ]
 
@@ -55,6 +56,12 @@ def scale(tree: Mapping[str, Tensor], factor: float) -> Params:
     return {name: t * factor for name, t in tree.items()}
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return `tensor` detached, in float64 (float32 on MPS, which has no float64)."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 def _total(parts: list[Tensor]) -> float:
     # One transfer from the device, not one for each tensor.
     return float(torch.stack([p.to(parts[0].device) for p in parts]).sum())
@@ -76,7 +83,7 @@ def norm(tree: Mapping[str, Tensor] | Iterable[Tensor]) -> float:
     """Return the Euclidean norm; it neither overflows nor vanishes on its way.
 
     Squares are taken in float64 after division by the largest entry, so that norms
-    between 1e-300 and 1e300 are right to rounding.
+    between 1e-300 and 1e300 are right to rounding. NaN and infinity come through.
 
     Example:
         >>> import torch
@@ -103,4 +110,4 @@ def all_finite(tree: Mapping[str, Tensor]) -> bool:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).double()
+    return wide(tensor).reshape(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 from hypergrad import tree
@@ -98,7 +98,7 @@ class Implicit(ImplicitEstimator):
     """
 
     name: ClassVar[str] = "implicit"
-    solver: Solver = CGSolver()
+    solver: Solver = field(default_factory=CGSolver)
     _: KW_ONLY
     product: ProductName = "exact"
     scheme: Scheme = "central"

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad import rng, tree
+from hypergrad._checks import some
 from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.distributed import average
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.problem import BilevelProblem, Level
+from hypergrad.products.evaluation import (
+    Tally,
+    accumulate,
+    derive,
+    recording,
+    replay,
+)
 from hypergrad.tree import Params
 
 __all__ = ["Gradients", "InnerGraph", "Tally", "gradients", "inner_graph", "vjp_of"]
-
-
-@dataclass
-class Tally:
-    """Count evaluations of the model.
-
-    Attributes:
-        n_forward: forward passes on one (micro-)batch.
-        n_backward: backward passes, first and second order alike.
-        n_hvp: second-derivative products.
-    """
-
-    n_forward: int = 0
-    n_backward: int = 0
-    n_hvp: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,12 +49,6 @@ class Gradients:
     unused: frozenset[str]
     graph: InnerGraph | None = None
     batches: tuple[MicroBatch, ...] = ()
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        yield
 
 
 def gradients(
@@ -95,46 +80,55 @@ def gradients(
         Loss and gradients, averaged over ranks.
 
     Raises:
-        HypergradError: the loss depends on none of w, or runs through reentrant
-            activation checkpointing.
+        HypergradError: the loss depends on none of w, a tensor was frozen since the
+            problem was made, or the loss runs through reentrant checkpointing.
         NonFiniteError: the loss or a gradient is NaN or infinite.
+        SecondOrderError: `keep`, and the loss has no second derivative in torch.
+        ValueError: `keep` with several micro-batches.
     """
+    if keep and len(batches) != 1:
+        msg = (
+            f"a graph is kept of one micro-batch, not of {len(batches)}. Pass "
+            "keep=False: products then build it again for each."
+        )
+        raise ValueError(msg)
     total = 0.0
     sums: list[Tensor] = []
     used: set[str] = set()
     graph: InnerGraph | None = None
     names: list[str] = []
     evaluated: list[MicroBatch] = []
-    for given in batches:
-        micro = given
-        if live:
-            micro = replace(given, rng_state=rng.capture(problem.tensors))
-        evaluated.append(micro)
-        w = problem.inner_params
-        if keep:
-            w = {n: _leaf_like(p) for n, p in w.items()}
-        wanted = {**(w if inner else {}), **(problem.outer_params if outer else {})}
-        names = list(wanted)
-        scope = _live if live else replay
-        with scope(problem, micro), problem.swapped(w):
-            loss = scalar_loss(problem, level, w, micro, tally)
-            parts = _grad(loss, wanted, tally, create_graph=keep)
+    with recording():
+        for given in batches:
+            micro = given
+            if live:
+                micro = replace(given, rng_state=rng.capture(problem.tensors))
+            evaluated.append(micro)
+            w = problem.inner_params
             if keep:
-                graph = InnerGraph(w, dict(zip(names, parts, strict=True)), micro)
-        _check_connected(problem, level, loss, wanted, parts)
-        used |= {n for n, part in zip(names, parts, strict=True) if part is not None}
-        total += micro.weight * float(loss.detach())
-        sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-    grads = average(dict(zip(names, sums, strict=True)))
+                w = {n: _leaf_like(p) for n, p in w.items()}
+            wanted = {**(w if inner else {}), **(problem.outer_params if outer else {})}
+            names = list(wanted)
+            scope = attention(micro.attention) if live else replay(problem, micro)
+            with scope, problem.swapped(w):
+                loss, parts = derive(
+                    problem, level, w, wanted, micro, tally, create_graph=keep
+                )
+            if keep:
+                graph = _graph_of(problem, w, names, parts, micro)
+            used |= {n for n, p in zip(names, parts, strict=True) if p is not None}
+            total += micro.weight * loss
+            sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
+        grads = average(dict(zip(names, sums, strict=True)))
+        mean_loss = average({"loss": torch.tensor(total, dtype=torch.float64)})["loss"]
     if not tree.all_finite(grads):
-        bad = [n for n, g in grads.items() if not bool(torch.isfinite(g).all())]
+        bad = {n: g for n, g in grads.items() if not bool(torch.isfinite(g).all())}
         msg = (
-            f"the gradient of the {level} loss is not finite in {bad[:4]} although the "
-            f"loss is ({total:.6g}). A square root or norm at 0, or an overflow, is the "
-            "usual cause. Look at the named parameters; lower the learning rate."
+            f"the gradient of the {level} loss is not finite in {some(bad)}, although "
+            f"the loss is {total:.6g}. A square root or norm at 0, or an overflow, is "
+            "the usual cause. Look at the named parameters; lower the learning rate."
         )
         raise NonFiniteError(msg)
-    mean_loss = average({"loss": torch.tensor(total, dtype=torch.float64)})["loss"]
     return Gradients(
         float(mean_loss),
         {n: grads[n] for n in problem.inner_params} if inner else None,
@@ -153,11 +147,13 @@ class InnerGraph:
         inner: the leaves in w that it was built on.
         grads: ∂g/∂w (and more) by name, None where the loss does not depend on it.
         micro: the data it was built on.
+        versions: w and λ, each with its version counter when the graph was built.
     """
 
     inner: Params
     grads: dict[str, Tensor | None]
     micro: MicroBatch
+    versions: tuple[tuple[str, Tensor, int], ...] = ()
 
     def product(
         self,
@@ -169,9 +165,29 @@ class InnerGraph:
     ) -> list[Tensor | None]:
         """Return the product of `direction` with ∂²g/∂w∂(wanted), None for zeros.
 
+        Args:
+            direction: u, by the names of `inner`.
+            wanted: the leaves to differentiate in.
+            tally: counts the evaluations.
+            retain: whether the graph will be used again; it is freed otherwise.
+
+        Returns:
+            One part for each of `wanted`.
+
         Raises:
+            HypergradError: w or λ was moved since, or the graph was freed.
             SecondOrderError: the loss has no second derivative in torch.
         """
+        # torch checks this for what the graph saved, not for what checkpointing or a
+        # product of its own reads again.
+        moved = [n for n, tensor, version in self.versions if tensor._version != version]
+        if moved:
+            msg = (
+                f"{moved[:4]} moved after the graph of the inner gradient was built: its "
+                "product would mix two points. Take the product first, or build the "
+                "graph again (reuse_graph=False)."
+            )
+            raise HypergradError(msg)
         pairs = [
             (g, direction[n].to(g.dtype))
             for n, g in self.grads.items()
@@ -181,7 +197,7 @@ class InnerGraph:
         if not pairs or not wanted:
             return [None] * len(wanted)
         tally.n_backward += 1
-        with recording(), explain_second_order():
+        with recording(), explain_second_order(), _explain_freed():
             return list(
                 torch.autograd.grad(
                     [g for g, _ in pairs],
@@ -196,10 +212,8 @@ class InnerGraph:
 def inner_graph(problem: BilevelProblem, micro: MicroBatch, tally: Tally) -> InnerGraph:
     """Build the graph of ∂g/∂w on the problem's own tensors at the present point."""
     w = problem.inner_params
-    loss = scalar_loss(problem, "inner", w, micro, tally)
-    parts = _grad(loss, w, tally, create_graph=True)
-    _check_connected(problem, "inner", loss, w, parts)
-    return InnerGraph(w, dict(zip(w, parts, strict=True)), micro)
+    _, parts = derive(problem, "inner", w, w, micro, tally, create_graph=True)
+    return _graph_of(problem, w, list(w), parts, micro)
 
 
 def vjp_of(
@@ -231,117 +245,33 @@ def vjp_of(
     ]
 
 
-# -- evaluation -------------------------------------------------------------------
-
-
 @contextmanager
-def _live(problem: BilevelProblem, micro: MicroBatch) -> Iterator[None]:
-    del problem
-    with attention(micro.attention):
+def _explain_freed() -> Iterator[None]:
+    try:
         yield
-
-
-@contextmanager
-def replay(problem: BilevelProblem, micro: MicroBatch) -> Iterator[None]:
-    with problem.untouched(micro.rng_state), attention(micro.attention):
-        yield
-
-
-def scalar_loss(
-    problem: BilevelProblem, level: Level, w: Params, micro: MicroBatch, tally: Tally
-) -> Tensor:
-    tally.n_forward += 1
-    with recording():
-        loss = problem.loss(level, w, problem.outer_params, micro.batch)
-    if not math.isfinite(float(loss.detach())):
-        msg = (
-            f"the {level} loss is {float(loss.detach())}: a NaN or infinity in the "
-            "batch or the parameters, or an overflow, is the usual cause. Check the "
-            "batch; lower the learning rate of the level that diverged."
-        )
-        raise NonFiniteError(msg)
-    return loss
-
-
-def _grad(
-    loss: Tensor, wanted: Params, tally: Tally, *, create_graph: bool
-) -> list[Tensor | None]:
-    if not wanted or not loss.requires_grad:
-        return [None] * len(wanted)
-    tally.n_backward += 1
-    with recording():
-        try:
-            return list(
-                torch.autograd.grad(
-                    loss,
-                    list(wanted.values()),
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-        except RuntimeError as error:
-            if "use_reentrant" in str(error):
-                raise HypergradError(_REENTRANT) from error
+    except RuntimeError as error:
+        if "second time" not in str(error):
             raise
-
-
-_REENTRANT = (
-    "the loss runs through reentrant activation checkpointing, which torch.autograd.grad "
-    "cannot see through: gradients would be zeros without a word. Pass "
-    "gradient_checkpointing_kwargs={'use_reentrant': False}, or use_reentrant=False to "
-    "torch.utils.checkpoint."
-)
-
-
-def _check_connected(
-    problem: BilevelProblem,
-    level: Level,
-    loss: Tensor,
-    wanted: Params,
-    parts: Sequence[Tensor | None],
-) -> None:
-    if any(part is None for part in parts) or level not in problem.inspected:
-        _refuse_reentrant(loss)
-        problem.inspected.add(level)
-    inner = [
-        part
-        for name, part in zip(wanted, parts, strict=True)
-        if name in problem.inner_params
-    ]
-    if level == "inner" and inner and all(part is None for part in inner):
         msg = (
-            f"the inner loss depends on none of the {len(inner)} inner parameters "
-            f"({', '.join(list(problem.inner_params)[:4])}...): a detached or recomputed "
-            "tensor, torch.no_grad in the loss, or the wrong dictionary, is the usual "
-            "cause. Compute the loss from inner_params."
+            "the graph of the inner gradient was used already and its memory freed. A "
+            "kept graph serves one product; build it again for another."
         )
-        raise HypergradError(msg)
+        raise HypergradError(msg) from error
 
 
-def _refuse_reentrant(loss: Tensor) -> None:
-    pending: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise HypergradError(_REENTRANT)
-        pending.extend(parent for parent, _ in node.next_functions)
-
-
-def accumulate(
-    sums: list[Tensor],
+def _graph_of(
+    problem: BilevelProblem,
+    w: Params,
+    names: Sequence[str],
     parts: Sequence[Tensor | None],
-    like: Sequence[Tensor],
-    weight: float,
-) -> list[Tensor]:
-    new = [
-        torch.zeros_like(t.detach()) if p is None else p.detach() * weight
-        for p, t in zip(parts, like, strict=True)
+    micro: MicroBatch,
+) -> InnerGraph:
+    versions = [
+        (n, t, t._version) for n, t in [*w.items(), *problem.outer_params.items()]
     ]
-    return [a + b for a, b in zip(sums, new, strict=True)] if sums else new
+    return InnerGraph(
+        w, dict(zip(names, parts, strict=True)), micro, tuple(versions)
+    )
 
 
 def _leaf_like(parameter: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ class Adam(ElementwiseRule):
       w_+ = w - \frac{\mathrm{lr}}{c_1}\,\frac{m_+}{\sqrt{v_+/c_2} + \epsilon},
       \quad c_i = 1 - \beta_i^t$$
 
-    The adjoint is exact at g = m = v = 0 too, where $\sqrt{v_+}$ has no derivative: its
-    factor there is g, and is taken as 0.
+    The adjoint is exact at g = m = v = 0 too: $\sqrt{v_+}$ has no derivative there, but
+    is multiplied by $m_+ = 0$, and $\partial w_+/\partial g$ is
+    $-\mathrm{lr}\,(1-\beta_1)/(c_1\epsilon)$. With amsgrad, where the new v equals the
+    largest so far, the derivative goes to the new one.
 
     Args:
         lr: learning rate.
@@ -83,12 +85,15 @@ class Adam(ElementwiseRule):
     def _moments(
         self, w: Tensor, slots: Slots, g: Tensor
     ) -> tuple[int, Tensor, Tensor, Tensor]:
+        # The same operations as torch.optim, so that they round alike.
         t = int(slots["step"]) + 1 if "step" in slots else 1
-        g = (-g if self.maximize else g) + self._coupled * w
+        g = -g if self.maximize else g
+        if self._coupled:
+            g = torch.add(g, w, alpha=self._coupled)
         zero = torch.zeros_like(w)
-        m = self.beta1 * slots.get("exp_avg", zero) + (1 - self.beta1) * g
-        v = self.beta2 * slots.get("exp_avg_sq", zero) + (1 - self.beta2) * g * g
-        return t, g, m, v
+        m = torch.lerp(slots.get("exp_avg", zero), g, 1 - self.beta1)
+        v = slots.get("exp_avg_sq", zero) * self.beta2
+        return t, g, m, torch.addcmul(v, g, g, value=1 - self.beta2)
 
     def step_one(self, w: Tensor, slots: Slots, g: Tensor) -> tuple[Tensor, Slots]:
         """Return one tensor and its slots after a step."""
@@ -103,9 +108,10 @@ class Adam(ElementwiseRule):
             top = torch.maximum(slots.get("max_exp_avg_sq", torch.zeros_like(v)), v)
             new["max_exp_avg_sq"] = top
         c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
-        root = top.sqrt() / math.sqrt(c2) + self.eps
-        w = w * (1 - self.lr * self._decoupled)
-        return w - (self.lr / c1) * (m / root), new
+        d = top.sqrt() / math.sqrt(c2) + self.eps
+        if self._decoupled:
+            w = w * (1 - self.lr * self._decoupled)
+        return torch.addcdiv(w, m, d, value=-self.lr / c1), new
 
     def pull_one(
         self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
@@ -120,7 +126,7 @@ class Adam(ElementwiseRule):
         s = (top / c2).sqrt()
         d = s + self.eps
         m_bar = slots_bar.get("exp_avg", zero) - self.lr / c1 * w_bar / d
-        # where s = 0, m is 0 as well and sqrt has no derivative: the limit is 0.
+        # Where s = 0, m is 0 as well, and so is all that passes through the root.
         live = s > 0
         safe = torch.where(live, s, torch.ones_like(s))
         through = torch.where(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hypergrad.tree import Params
+from hypergrad.tree import Params, wide
 
 __all__ = ["ElementwiseRule", "Pullback", "Rule", "State"]
 
@@ -119,8 +119,9 @@ class ElementwiseRule(Rule):
         new_params: Params = {}
         new_state: State = {}
         for name, w in params.items():
+            w = w.detach()
             new_params[name], new_state[name] = self.step_one(
-                w.detach(), state.get(name, {}), grads[name]
+                w, state.get(name, {}), grads[name].detach().to(w.dtype)
             )
         return new_params, new_state
 
@@ -137,10 +138,10 @@ class ElementwiseRule(Rule):
         out = Pullback({}, {}, {})
         for name, w in params.items():
             # In float64: 1/(sqrt(v) + eps)² spans more digits than float32 has.
-            slots = {k: _wide(t) for k, t in state.get(name, {}).items()}
-            bars = {k: _wide(t) for k, t in state_bar.get(name, {}).items()}
+            slots = {k: wide(t) for k, t in state.get(name, {}).items()}
+            bars = {k: wide(t) for k, t in state_bar.get(name, {}).items()}
             w_bar, slots_bar, g_bar = self.pull_one(
-                _wide(w), slots, _wide(grads[name]), _wide(params_bar[name]), bars
+                wide(w), slots, wide(grads[name]), wide(params_bar[name]), bars
             )
             out.params[name] = w_bar.to(w.dtype)
             out.state[name] = slots_bar  # stays wide until it is used up
@@ -156,11 +157,6 @@ class ElementwiseRule(Rule):
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor if tensor.device.type == "mps" else tensor.double()
-
-
 def check_settings(
     values: Mapping[str, float], below_one: tuple[str, ...] = ()
 ) -> None:
@@ -170,9 +166,15 @@ def check_settings(
         ValueError: naming the setting and its value.
     """
     for name, value in values.items():
-        if not value >= 0 or value == float("inf"):
-            msg = f"{name}={value} must be finite and at least 0."
+        if not 0 <= value < float("inf"):
+            msg = (
+                f"{name}={value} must be finite and at least 0. Pass the value that the "
+                "inner optimizer has."
+            )
             raise ValueError(msg)
         if name in below_one and value >= 1:
-            msg = f"{name}={value} must be below 1: it is a rate of decay."
+            msg = (
+                f"{name}={value} must be below 1: it is a rate of decay, and what is "
+                "older would never be forgotten. Pass e.g. 0.9."
+            )
             raise ValueError(msg)

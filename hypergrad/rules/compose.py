@@ -74,10 +74,15 @@ class Clipped(Rule):
         n, c = self._factor(grads)
         scaled = tree.scale(grads, c)
         pulled = self.rule.pullback(params, state, scaled, params_bar, state_bar)
-        bar = tree.scale(pulled.grads, c)
-        if c < 1.0:
-            along = tree.dot(grads, pulled.grads)
-            bar = tree.add(bar, grads, -self.max_norm / (n + 1e-6) ** 2 / n * along)
+        if c == 1.0:
+            return pulled
+        # By the unit vector g / N: powers of N itself leave the range of float32.
+        unit = {name: tree.wide(g) / n for name, g in grads.items()}
+        along = c * n / (n + 1e-6) * tree.dot(unit, pulled.grads)
+        bar = {
+            name: (c * tree.wide(u) - along * unit[name]).to(u.dtype)
+            for name, u in pulled.grads.items()
+        }
         return Pullback(pulled.params, pulled.state, bar)
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
@@ -102,7 +107,10 @@ class Grouped(Rule):
     """Apply one rule to each group of parameters.
 
     Args:
-        groups: pairs of parameter names and the rule for them.
+        groups: pairs of parameter names and the rule for them; each parameter is in one.
+
+    Raises:
+        ValueError: a parameter is in two groups.
 
     Example:
         >>> import torch
@@ -115,10 +123,38 @@ class Grouped(Rule):
 
     groups: tuple[tuple[tuple[str, ...], Rule], ...]
 
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for names, _ in self.groups:
+            for name in names:
+                if name in seen:
+                    msg = (
+                        f"parameter {name!r} is in two groups, so that two rules would "
+                        "step it. Leave it in one."
+                    )
+                    raise ValueError(msg)
+                seen.add(name)
+
+    def _check_complete(self, params: Params) -> None:
+        """Refuse parameters that no rule steps.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        held = {name for names, _ in self.groups for name in names}
+        for name in params:
+            if name not in held:
+                msg = (
+                    f"parameter {name!r} is in none of the {len(self.groups)} groups, so "
+                    "no rule says how it steps. Add it to a group."
+                )
+                raise ValueError(msg)
+
     def apply(
         self, params: Params, state: State, grads: Params
     ) -> tuple[Params, State]:
         """Return the parameters and state after one step."""
+        self._check_complete(params)
         new_params: Params = {}
         new_state: State = {}
         for names, rule in self.groups:
@@ -136,6 +172,7 @@ class Grouped(Rule):
         state_bar: State,
     ) -> Pullback:
         """Return the adjoints of w, s and g before the step."""
+        self._check_complete(params)
         out = Pullback({}, {}, {})
         for names, rule in self.groups:
             part = rule.pullback(

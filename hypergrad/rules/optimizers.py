@@ -86,6 +86,7 @@ def rule_of(
 
     Raises:
         TypeError: the optimizer is not supported.
+        ValueError: the optimizer does not hold one of the parameters.
 
     Example:
         >>> import torch
@@ -101,6 +102,14 @@ def rule_of(
         held = tuple(names[id(p)] for p in group["params"] if id(p) in names)
         if held:
             groups.append((held, make(group)))
+    missing = set(params) - {name for held, _ in groups for name in held}
+    if missing:
+        msg = (
+            f"the optimizer does not hold parameter {min(missing)!r} (and "
+            f"{len(missing) - 1} others), so its step does not move it. Make it over all "
+            "of them, or pass those that it holds."
+        )
+        raise ValueError(msg)
     rule: Rule = Grouped(tuple(groups))
     return rule if max_norm is None else Clipped(rule, max_norm)
 
@@ -142,6 +151,10 @@ def rule_from_config(config: Mapping[str, Any]) -> Rule:
         )
     kinds: dict[str, type[SGD | Adam]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
     if kind not in kinds:
-        msg = f"unknown rule {kind!r}: the checkpoint comes from another version."
+        known = ", ".join(["clipped", "grouped", *kinds])
+        msg = (
+            f"unknown rule {kind!r} (known: {known}): the checkpoint comes from another "
+            "version, or is no rule's config. Load it with the version that saved it."
+        )
         raise ValueError(msg)
     return kinds[kind](**settings)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hypergrad.rules.base import ElementwiseRule, Slots, check_settings
@@ -20,12 +22,13 @@ class SGD(ElementwiseRule):
       w_+ = w - \mathrm{lr}\, b_+ \;\text{or}\; w - \mathrm{lr}(\tilde g + \mu b_+)
       \text{ (nesterov)}$$
 
-    The first step sets $b_+ = \tilde g$, as torch does.
+    The first step sets $b_+ = \tilde g$, as torch does. Without momentum the other two
+    have no effect, and a buffer from before is kept as it is.
 
     Args:
         lr: learning rate.
         momentum: μ.
-        dampening: τ.
+        dampening: τ, of either sign.
         weight_decay: η, coupled (added to the gradient).
         nesterov: whether to step along $\tilde g + \mu b_+$.
         maximize: whether to climb.
@@ -56,34 +59,45 @@ class SGD(ElementwiseRule):
                 "weight_decay": self.weight_decay,
             }
         )
+        if not math.isfinite(self.dampening):
+            msg = (
+                f"dampening={self.dampening} must be finite. Pass the value that the "
+                "inner optimizer has."
+            )
+            raise ValueError(msg)
 
     def step_one(self, w: Tensor, slots: Slots, g: Tensor) -> tuple[Tensor, Slots]:
         """Return one tensor and its slots after a step."""
-        g = (-g if self.maximize else g) + self.weight_decay * w
+        g = -g if self.maximize else g
+        if self.weight_decay:
+            g = torch.add(g, w, alpha=self.weight_decay)
         if not self.momentum:
-            return w - self.lr * g, {}
+            return torch.add(w, g, alpha=-self.lr), dict(slots)
         old = slots.get("momentum_buffer")
-        new = g if old is None else self.momentum * old + (1 - self.dampening) * g
-        along = g + self.momentum * new if self.nesterov else new
-        return w - self.lr * along, {"momentum_buffer": new}
+        if old is None:
+            new = g.clone()
+        else:
+            new = torch.add(old * self.momentum, g, alpha=1 - self.dampening)
+        along = torch.add(g, new, alpha=self.momentum) if self.nesterov else new
+        return torch.add(w, along, alpha=-self.lr), {"momentum_buffer": new}
 
     def pull_one(
         self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
     ) -> tuple[Tensor, Slots, Tensor]:
         """Return the adjoints of one tensor, its slots and its gradient."""
         along_bar = -self.lr * w_bar
+        buffer = slots.get("momentum_buffer")
+        buffer_bar = slots_bar.get("momentum_buffer", torch.zeros_like(w_bar))
         out: Slots = {}
         if not self.momentum:
             g_bar = along_bar
         else:
-            g_bar = along_bar if self.nesterov else 0 * along_bar
-            new_bar = along_bar * self.momentum if self.nesterov else along_bar
-            if "momentum_buffer" in slots_bar:
-                new_bar = new_bar + slots_bar["momentum_buffer"]
-            if slots.get("momentum_buffer") is None:
-                g_bar = g_bar + new_bar
-            else:
-                g_bar = g_bar + (1 - self.dampening) * new_bar
-                out["momentum_buffer"] = self.momentum * new_bar
+            g_bar = along_bar if self.nesterov else torch.zeros_like(w_bar)
+            # along = g + μ·new with nesterov, else new.
+            buffer_bar = buffer_bar + (self.momentum if self.nesterov else 1) * along_bar
+            g_bar = g_bar + (1 if buffer is None else 1 - self.dampening) * buffer_bar
+            buffer_bar = self.momentum * buffer_bar
+        if buffer is not None:
+            out["momentum_buffer"] = buffer_bar
         w_bar = w_bar + self.weight_decay * g_bar
         return w_bar, out, -g_bar if self.maximize else g_bar

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hypergrad import tree
 from hypergrad.errors import NonFiniteError, NumericalWarning, SolveError
 from hypergrad.tree import Params
 
@@ -28,8 +29,9 @@ class SolveResult:
     Attributes:
         x: same keys, shapes and dtypes as b.
         n_matvec: products with H that it took.
-        residual_norm: $\|(H + \delta I)x - b\| / \|b\|$, for Neumann its bound by the
-            last term; None where it is not known.
+        residual_norm: $\|(H + \delta I)x - b\| / \|b\|$; for Neumann the norm of the
+            last term, which bounds it where the series converges; None where it is not
+            known.
         converged: whether the solver reached its own goal.
         reason: empty where all is well, else what happened, why, and what to try.
         damping: δ that was used; above the setting where curvature was negative.
@@ -52,7 +54,8 @@ class Solver(ABC):
     """Solve (H + δI) x = b for a symmetric H that is known by its products alone.
 
     Laws: b = 0 gives exact zeros without a product; b and the state are unchanged;
-    scaling b scales x.
+    scaling b scales x; a right-hand side, product or solution that is not finite raises
+    `NonFiniteError`.
     """
 
     @abstractmethod
@@ -116,8 +119,16 @@ def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
     """Return the result, after a warning or instead of an error where it has a reason.
 
     Raises:
+        NonFiniteError: the solution overflowed.
         SolveError: the result has a reason and `on_failure` is `"raise"`.
     """
+    if not tree.all_finite(result.x):
+        why = result.reason or (
+            "the smallest eigenvalues of the inner Hessian are too small for the dtype. "
+            "Raise damping, or scale the losses."
+        )
+        msg = f"the solution of the linear solve is not finite: {why}"
+        raise NonFiniteError(msg)
     if result.reason and on_failure == "raise":
         raise SolveError(result.reason)
     if result.reason and on_failure == "warn":
@@ -125,13 +136,26 @@ def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
     return result
 
 
-def flatten(tree: Params) -> Tensor:
+def working_dtype(vector: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that a solve works in: float32 or finer."""
+    dtype = torch.float32
+    for t in vector.values():
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def resolution(vector: Mapping[str, Tensor]) -> float:
+    """Return the rounding unit of products with vectors like this: the coarsest."""
+    return max((torch.finfo(t.dtype).eps for t in vector.values()), default=0.0)
+
+
+def flatten(vector: Mapping[str, Tensor]) -> Tensor:
     """Return all entries as one vector, in float32 or finer, on the first device."""
-    device = next(iter(tree.values())).device
-    wide = torch.float32
-    for t in tree.values():
-        wide = torch.promote_types(wide, t.dtype)
-    return torch.cat([t.detach().reshape(-1).to(device, wide) for t in tree.values()])
+    device = next(iter(vector.values())).device
+    dtype = working_dtype(vector)
+    return torch.cat(
+        [t.detach().reshape(-1).to(device, dtype) for t in vector.values()]
+    )
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
@@ -143,6 +167,66 @@ def unflatten(vector: Tensor, like: Params) -> Params:
         out[name] = part.reshape(t.shape).to(t.device, t.dtype)
         start += t.numel()
     return out
+
+
+def product(matvec: Matvec, vector: Tensor, like: Params) -> Tensor:
+    """Return H times a flat vector, as a flat vector of the same dtype and device.
+
+    Args:
+        matvec: v -> Hv.
+        vector: v, flat.
+        like: names, shapes and dtypes that `matvec` expects, in the order of `vector`.
+
+    Returns:
+        Hv, its entries in the order of `like` whatever that of the answer.
+
+    Raises:
+        NonFiniteError: Hv is NaN or infinite.
+        ValueError: Hv lacks a name or has another shape.
+    """
+    answer = matvec(unflatten(vector, like))
+    for name, t in like.items():
+        if name not in answer or answer[name].shape != t.shape:
+            got = tuple(answer[name].shape) if name in answer else "nothing"
+            msg = (
+                f"the matvec returned {got} for {name!r}, whose shape is "
+                f"{tuple(t.shape)}: it must map vectors to vectors of the same names "
+                "and shapes. Look at the function passed as matvec."
+            )
+            raise ValueError(msg)
+    flat = flatten({name: answer[name] for name in like}).to(vector)
+    if not bool(torch.isfinite(flat).all()):
+        msg = (
+            "a product with the inner Hessian is not finite: a norm or square root at 0 "
+            "in the inner loss, or an overflow in low precision, is the usual cause. "
+            "Run the inner loss in float32, or raise its epsilons."
+        )
+        raise NonFiniteError(msg)
+    return flat
+
+
+def check_symmetric(asymmetry: float) -> str:
+    """Return a message where products are not those of a symmetric matrix.
+
+    Args:
+        asymmetry: how far H and its transpose differ, relative to the largest of H.
+
+    Returns:
+        The message; empty up to 0.1, which finite differences in low precision reach.
+    """
+    if asymmetry <= _MOST_ASYMMETRY:
+        return ""
+    return (
+        f"the products are not those of a symmetric matrix: H and its transpose differ "
+        f"by {asymmetry:.2g} of the largest eigenvalue, so they are not second "
+        "derivatives of one loss and the solution means little. A part of the loss that "
+        "is detached from the graph (a normalisation, say) or random numbers drawn anew "
+        "for each product are the usual causes. Compute the loss in full, and replay "
+        "its random numbers."
+    )
+
+
+_MOST_ASYMMETRY = 0.1
 
 
 def check_finite_rhs(norm: float) -> None:

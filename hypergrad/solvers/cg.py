@@ -17,6 +17,8 @@ from hypergrad.solvers.base import (
     check_count,
     check_damping,
     check_on_failure,
+    check_symmetric,
+    resolution,
     settle,
 )
 from hypergrad.solvers.krylov import lanczos, positive_damping
@@ -25,29 +27,33 @@ from hypergrad.tree import Params
 __all__ = ["CGSolver"]
 
 
-class _Residual:
-    """Relative residual of the CG iterate, by the recurrence of an LDLᵀ of T + δI."""
+class _Converged:
+    r"""Tell, while T grows, whether the CG iterate is good enough.
+
+    With T + δI = LDLᵀ, pivots $d_k = \alpha_k + \delta - \beta_{k-1}^2 / d_{k-1}$, the
+    last entry of $y = (T + \delta I)^{-1} e_1$ is $-\beta_{k-1}/d_k$ times the one
+    before, and the relative residual is $|\beta_k y_k|$ [S03, §6.7].
+    """
 
     def __init__(self, damping: float, rtol: float) -> None:
-        self.damping = damping
-        self.rtol = rtol
-        self.indefinite = False
-        self._pivot = 0.0
-        self._last = 1.0
-        self._beta = 0.0
+        self._damping = damping
+        self._rtol = rtol
+        self._definite = True
+        self._pivot = self._last = 1.0
+        self._beta = -1.0  # so that the first pivot and entry need no case of their own
 
     def __call__(self, alpha: float, beta: float) -> bool:
-        pivot = alpha + self.damping
-        if self._beta:
-            pivot -= self._beta**2 / self._pivot
-            self._last *= -self._beta / pivot if pivot else 0.0
-        elif pivot:
-            self._last = 1.0 / pivot
-        if pivot <= 0:
+        first = self._beta < 0
+        back = 0.0 if first else self._beta**2 / self._pivot
+        self._pivot = alpha + self._damping - back
+        if self._pivot <= 0:
             # Not positive definite: go on, for a good estimate of how negative it is.
-            self.indefinite = True
-        self._pivot, self._beta = pivot or 1e-300, beta
-        return not self.indefinite and abs(beta * self._last) <= self.rtol
+            self._definite = False
+        if not self._definite:
+            return False
+        self._last *= -self._beta / self._pivot
+        self._beta = beta
+        return abs(beta * self._last) <= self._rtol
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,18 @@ class CGSolver(Solver):
     1e-11), and where H + δI turns out not to be positive definite, δ is raised on the
     same basis.
 
-    Exact within n steps, or as many as b has distinct eigenvalues. Error after k steps
-    at most $2\sqrt\kappa\,((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k$.
+    Exact within n steps, or as many as there are distinct eigenvalues in b. Relative
+    error after k steps at most $2\sqrt\kappa\,((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^k$
+    [S03, §6.11]. What rounding leaves, about ε·κ, is part of the residual reported.
 
     Args:
         max_iter: largest number of products with H.
-        rtol: relative residual to stop at.
-        damping: δ.
+        rtol: relative residual to stop at; below ε of the dtype it counts as that.
+        damping: δ; raised where H + δI is not positive definite, or singular to
+            rounding.
         on_failure: `"warn"`, `"raise"` or `"return"` where the residual stays above
-            `rtol` or the curvature is negative.
+            `rtol`, the curvature is negative or H is not symmetric. Where H = 0 and
+            δ = 0 there is no solution, and zeros are returned with the reason.
 
     Raises:
         TypeError: `max_iter` is not a whole number.
@@ -107,31 +116,39 @@ class CGSolver(Solver):
     ) -> SolveResult:
         """Return the CG iterate at which the residual is small or products run out."""
         del state
-        krylov = lanczos(
-            matvec, b, self.max_iter, stop=_Residual(self.damping, self.rtol)
-        )
+        # Below the rounding unit the recurrence goes on to 0 and the residual does not.
+        rtol = max(self.rtol, resolution(b))
+        krylov = lanczos(matvec, b, self.max_iter, stop=_Converged(self.damping, rtol))
         if krylov is None:
             return SolveResult(tree.zeros_like(b), residual_norm=0.0)
         t = krylov.matrix()
         ritz = torch.linalg.eigvalsh(t)
         lowest, highest = float(ritz[0]), float(ritz[-1])
-        damping, reason = positive_damping(lowest, highest, self.damping)
-        shifted = t + damping * torch.eye(len(t), dtype=t.dtype)
-        y = torch.linalg.solve(shifted, torch.eye(len(t), dtype=t.dtype)[0])
-        residual = abs(float(krylov.off_diagonal[-1] * y[-1]))
-        converged = residual <= self.rtol or float(krylov.off_diagonal[-1]) == 0.0
-        if not reason and not converged:
-            reason = (
-                f"CG stopped after {krylov.steps} products with relative residual "
-                f"{residual:.2g} (rtol {self.rtol:.2g}); eigenvalues between "
-                f"{lowest:.3g} and {highest:.3g} were seen. Raise max_iter, or damping."
-            )
+        damping, raised = positive_damping(lowest, highest, self.damping, krylov.eps)
+        identity = torch.eye(len(t), dtype=t.dtype)
+        stalled = ""
+        if lowest + damping > 0:
+            y = torch.linalg.solve(t + damping * identity, identity[0])
+            residual = abs(float(krylov.off_diagonal[-1] * y[-1]))
+            if residual > rtol:
+                stalled = (
+                    f"CG stopped after {krylov.steps} products with relative residual "
+                    f"{residual:.2g} (rtol {rtol:.2g}); eigenvalues between {lowest:.3g} "
+                    f"and {highest:.3g} were seen, and damping is {damping:.3g}. Raise "
+                    "max_iter, or damping."
+                )
+        else:  # H = 0: nothing in the Krylov space is nearer to a solution than 0
+            y, residual = torch.zeros_like(identity[0]), 1.0
+        asymmetric = check_symmetric(krylov.asymmetry)
+        # What rounding of the products leaves, whatever the recurrence says.
+        size = max(abs(lowest), abs(highest)) + damping
+        rounding = krylov.eps * size * float(torch.linalg.vector_norm(y))
         result = SolveResult(
             krylov.combine(y, b),
             n_matvec=krylov.steps,
-            residual_norm=residual,
-            converged=converged,
-            reason=reason,
+            residual_norm=max(residual, rounding),
+            converged=residual <= rtol and not asymmetric,
+            reason=" ".join(filter(None, (raised, asymmetric, stalled))),
             damping=damping,
             curvature=(lowest, highest),
         )

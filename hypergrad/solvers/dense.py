@@ -17,9 +17,14 @@ from hypergrad.solvers.base import (
     check_count,
     check_damping,
     check_finite_rhs,
+    check_symmetric,
     flatten,
+    product,
+    resolution,
+    settle,
     unflatten,
 )
+from hypergrad.solvers.krylov import is_zero
 from hypergrad.tree import Params
 
 __all__ = ["DenseSolver"]
@@ -28,6 +33,8 @@ __all__ = ["DenseSolver"]
 @dataclass(frozen=True)
 class DenseSolver(Solver):
     """Build H from n products and solve by LU factorisation: exact to rounding times κ.
+
+    The factorisation is in float64 whatever the dtype of the products.
 
     Args:
         max_size: largest n that is accepted; H takes n² numbers.
@@ -59,7 +66,7 @@ class DenseSolver(Solver):
 
         Raises:
             ValueError: n is above `max_size`.
-            SolveError: H + δI is singular.
+            SolveError: H + δI is singular to rounding, or H is not symmetric.
         """
         del state
         size = tree.norm(b)
@@ -74,25 +81,32 @@ class DenseSolver(Solver):
                 f" max_size is {self.max_size}. Use CG, or raise max_size."
             )
             raise ValueError(msg)
-        identity = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        hessian = torch.stack([flatten(matvec(unflatten(e, b))) for e in identity])
-        hessian = ((hessian + hessian.T) / 2).double()
+        rows = [product(matvec, e, b) for e in torch.eye(n).to(rhs)]
+        hessian = tree.wide(torch.stack(rows))
+        largest = float(hessian.abs().max())
+        skew = float((hessian - hessian.T).abs().max())
+        asymmetric = check_symmetric(skew / largest if largest else 0.0)
+        if asymmetric:
+            raise SolveError(asymmetric)
+        hessian = (hessian + hessian.T) / 2
         eigenvalues = torch.linalg.eigvalsh(hessian)
-        matrix = hessian + self.damping * identity.double()
-        try:
-            x = torch.linalg.solve(matrix, rhs.double())
-        except torch.linalg.LinAlgError as error:
+        lowest, highest = float(eigenvalues[0]), float(eigenvalues[-1])
+        nearest = float((eigenvalues + self.damping).abs().min())
+        if is_zero(nearest, max(-lowest, highest) + self.damping, resolution(b)):
             msg = (
-                f"the inner Hessian with damping {self.damping} is singular (eigenvalues "
-                f"{float(eigenvalues[0]):.3g} to {float(eigenvalues[-1]):.3g}): the "
-                "inner problem has flat directions. Pass damping above 0."
+                f"the inner Hessian with damping {self.damping:.3g} is singular to working "
+                f"precision (eigenvalues from {lowest:.3g} to {highest:.3g}): the inner "
+                "problem has flat directions. Pass damping above 0, or float64 tensors."
             )
-            raise SolveError(msg) from error
-        residual = torch.linalg.vector_norm(matrix @ x - rhs.double()) / size
-        return SolveResult(
-            unflatten(x.to(rhs.dtype), b),
+            raise SolveError(msg)
+        matrix = hessian + self.damping * torch.eye(n).to(hessian)
+        x = torch.linalg.solve(matrix, tree.wide(rhs))
+        residual = torch.linalg.vector_norm(matrix @ x - tree.wide(rhs)) / size
+        result = SolveResult(
+            unflatten(x, b),
             n_matvec=n,
             residual_norm=float(residual),
             damping=self.damping,
-            curvature=(float(eigenvalues[0]), float(eigenvalues[-1])),
+            curvature=(lowest, highest),
         )
+        return settle(result, "return")

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.solvers.base import Matvec, Solver, SolveResult
-from hypergrad.solvers.neumann import check_scale
+from hypergrad.solvers.base import (
+    Matvec,
+    Solver,
+    SolveResult,
+    check_finite_rhs,
+    settle,
+)
 from hypergrad.tree import Params
 
 __all__ = ["IdentitySolver"]
@@ -23,7 +28,7 @@ class IdentitySolver(Solver):
         scale: the multiple; exact where H is 1/scale times the identity.
 
     Raises:
-        ValueError: `scale` is not positive.
+        ValueError: `scale` is not positive and finite.
 
     Example:
         >>> import torch
@@ -35,11 +40,17 @@ class IdentitySolver(Solver):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_scale(float(self.scale))
+        if not 0 < self.scale < float("inf"):
+            msg = (
+                f"scale={self.scale} must be positive and finite: it stands in for the "
+                "inverse of the inner Hessian. Pass about 1 / (its eigenvalues)."
+            )
+            raise ValueError(msg)
 
     def solve(
         self, matvec: Matvec, b: Params, state: Mapping[str, Tensor] | None = None
     ) -> SolveResult:
-        """Return the scaled right-hand side."""
+        """Return the scaled right-hand side; whether it solves anything is not known."""
         del matvec, state
-        return SolveResult(tree.scale(b, self.scale))
+        check_finite_rhs(tree.norm(b))
+        return settle(SolveResult(tree.scale(b, self.scale)), "return")

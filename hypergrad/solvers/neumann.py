@@ -17,10 +17,12 @@ from hypergrad.solvers.base import (
     SolveResult,
     check_count,
     check_damping,
+    check_finite_rhs,
     check_on_failure,
+    check_symmetric,
     settle,
 )
-from hypergrad.solvers.krylov import lanczos, positive_damping
+from hypergrad.solvers.krylov import is_zero, lanczos, positive_damping
 from hypergrad.tree import Params
 
 __all__ = ["NeumannSolver", "check_scale"]
@@ -57,12 +59,19 @@ class NeumannSolver(Solver):
     Krylov space, where they are the same, so that the largest eigenvalue (and with it α)
     and negative curvature are known without power iterations.
 
+    `scale="auto"` is 1 / (Λ + δ). Each Ritz value θ has a coupling c to what lies
+    outside the Krylov space, and H an eigenvalue between θ - c and θ + c; Λ is the
+    largest θ + c. H may have larger eigenvalues that b hardly contains. They do no harm
+    within k terms: the norm of each term is at most that of b, of the last one at most
+    √(k+1) times it.
+
     Args:
-        num_terms: k, the number of products with H.
-        scale: α; `"auto"` for 1 / (a bound of the largest eigenvalue seen + δ).
+        num_terms: k, the largest number of products with H.
+        scale: α, or `"auto"`.
         damping: δ. With `scale="auto"` it is raised where curvature is negative.
-        on_failure: `"warn"`, `"raise"` or `"return"` where the series would diverge or
-            curvature is negative.
+        on_failure: `"warn"`, `"raise"` or `"return"` where the series would diverge,
+            curvature is negative or H is not symmetric. Where H = 0 and δ = 0 there is
+            nothing to learn α from, and zeros are returned with the reason.
 
     Raises:
         TypeError: `num_terms` is not a whole number.
@@ -95,39 +104,33 @@ class NeumannSolver(Solver):
     def solve(
         self, matvec: Matvec, b: Params, state: Mapping[str, Tensor] | None = None
     ) -> SolveResult:
-        """Return the truncated series; `state` carries the largest eigenvalue seen."""
-        del state
+        """Return the truncated series; `state` tells the Λ that was used."""
+        del state  # each solve learns its own
         if self.num_terms == 0:
-            return SolveResult(
-                tree.scale(b, float(self.scale)), damping=self.damping, converged=False
+            check_finite_rhs(tree.norm(b))
+            return settle(
+                SolveResult(tree.scale(b, float(self.scale)), damping=self.damping),
+                self.on_failure,
             )
         krylov = lanczos(matvec, b, self.num_terms)
         if krylov is None:
             return SolveResult(tree.zeros_like(b), residual_norm=0.0)
         ritz, vectors = torch.linalg.eigh(krylov.matrix())
-        lowest = float(ritz[0])
-        # What the last vector still couples to bounds how far the largest may be.
+        lowest, highest = float(ritz[0]), float(ritz[-1])
         coupling = (krylov.off_diagonal[-1] * vectors[-1]).abs()
-        highest = float((ritz + coupling).max())
-        damping, reason = self.damping, ""
+        bound = float((ritz + coupling).max())
+        damping, raised = self.damping, ""
         if self.scale == "auto":
-            damping, reason = positive_damping(lowest, highest, damping)
-            scale = 1.0 / (highest + damping)
+            # Flat directions are harmless: there, each term adds α times b.
+            flat = is_zero(lowest + damping, bound + damping, krylov.eps)
+            if not flat or bound + damping == 0.0:
+                damping, raised = positive_damping(
+                    lowest, bound, damping, krylov.eps
+                )
+            scale = 1.0 / (bound + damping) if bound + damping > 0 else 0.0
         else:
             scale = self.scale
-        if not 0 < scale * (float(ritz[-1]) + damping) < 2:
-            reason = (
-                f"the Neumann series diverges: scale {scale:.3g} times the largest "
-                f"eigenvalue {float(ritz[-1]):.3g} plus damping {damping:.3g} is not "
-                "between 0 and 2. Pass scale='auto', or one below "
-                f"{2 / max(float(ritz[-1]) + damping, 1e-300):.3g}."
-            )
-        elif not reason and lowest + damping < 0:
-            reason = (
-                f"the Neumann series diverges: curvature of the inner loss is "
-                f"{lowest:.3g} along one direction and damping is {damping:.3g}. Pass "
-                f"scale='auto', or damping above {-lowest:.3g}."
-            )
+        diverges = self._diverges(lowest, highest, damping, scale, krylov.eps)
         t = krylov.matrix(krylov.basis.shape[0])
         term = torch.zeros(t.shape[0], dtype=torch.float64)
         term[0] = 1.0
@@ -135,15 +138,44 @@ class NeumannSolver(Solver):
         for _ in range(self.num_terms):
             term = term - scale * (t @ term + damping * term)
             total = total + term
-        contracts = "diverges" not in reason
+        asymmetric = check_symmetric(krylov.asymmetry)
         result = SolveResult(
             krylov.combine(scale * total, b),
             n_matvec=krylov.steps,
             residual_norm=float(torch.linalg.vector_norm(term)),
-            converged=contracts,
-            reason=reason,
+            converged=scale > 0 and not diverges and not asymmetric,
+            reason=" ".join(filter(None, (raised, diverges, asymmetric))),
             damping=damping,
-            curvature=(lowest, float(ritz[-1])),
-            state={"lambda_max": torch.tensor(highest, dtype=torch.float64)},
+            curvature=(lowest, highest),
+            state={"lambda_max": torch.tensor(bound, dtype=torch.float64)},
         )
         return settle(result, self.on_failure)
+
+    def _diverges(
+        self, lowest: float, highest: float, damping: float, scale: float, eps: float
+    ) -> str:
+        """Return why the series diverges; empty where it does not."""
+        if self.scale == "auto":
+            return ""
+        top = highest + damping
+        if scale * top >= 2:
+            return (
+                f"the Neumann series diverges: scale {scale:.3g} times the largest "
+                f"eigenvalue {highest:.3g} plus damping {damping:.3g} is "
+                f"{scale * top:.3g}, and must be below 2. Pass scale='auto', or one below "
+                f"{2 / top:.3g}."
+            )
+        flat = is_zero(lowest + damping, top, eps)
+        if lowest + damping < 0 and not flat:
+            return (
+                f"the Neumann series diverges: curvature of the inner loss is "
+                f"{lowest:.3g} along one direction and damping is {damping:.3g}. Pass "
+                f"scale='auto', or damping above {-lowest:.3g}."
+            )
+        if lowest == highest == damping == 0.0:
+            return (
+                "the Neumann series diverges: the inner Hessian is 0 along the right-hand "
+                "side and damping is 0, so that each term is as large as the last. Pass "
+                "damping above 0, or look at the inner loss."
+            )
+        return ""

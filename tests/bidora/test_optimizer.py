@@ -35,17 +35,17 @@ pytestmark = [
 
 def bert(seed: int = 0, dropout: float = 0.1) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return BertForSequenceClassification(config)
+    settings: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_labels": 3,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    return BertForSequenceClassification(BertConfig(**settings))
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -277,7 +277,7 @@ def test_a_new_frozen_head_is_named(how: str) -> None:
     if how == "get_peft_model":
         model = get_peft_model(bert(), lora(task_type=None))
     else:
-        model.add_adapter(lora(task_type=None))  # pyright: ignore[reportCallIssue]
+        model.add_adapter(lora(task_type=None))
     with pytest.warns(
         UserWarning, match=r"frozen \(.*classifier\.weight.*modules_to_save"
     ):

@@ -60,7 +60,7 @@ class Case:
 
 def softmax_case() -> Case:
     """Softmax regression on the wine data with one log penalty for each feature."""
-    data = load_wine()
+    data: Any = load_wine()
     features = torch.tensor(data.data, dtype=torch.float64)
     features = (features - features.mean(0)) / features.std(0)
     labels = torch.tensor(data.target)
@@ -124,7 +124,7 @@ def network_case(seed: int = 0) -> Case:
         },
         {
             "scale": 1 + draw(4) / 4,
-            "shift": draw(()) / 4,
+            "shift": draw() / 4,
             "log_decay": torch.tensor(-3.0, dtype=torch.float64),
         },
         [data(), data(), data()],
@@ -306,7 +306,4 @@ def indirect_truth(case: Case, hand: Hand, n_steps: int, window: int) -> Params:
     value = hand_run(case, hand, n_steps, 0, lam)
     parts = torch.autograd.grad(value, list(lam.values()), allow_unused=True)
     direct = dict(zip(lam, parts, strict=True))
-    return {
-        n: t if direct[n] is None else t - direct[n]  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
-        for n, t in total.items()
-    }
+    return {n: t if direct[n] is None else t - direct[n] for n, t in total.items()}

@@ -1,0 +1,237 @@
+r"""The Gram regulariser of BiDoRA, at the cost of a few thin products.
+
+With V = W0 + s·B·A, rows divided by their norms in :math:`\hat V`, a layer's term is
+
+.. math::
+    \|\hat V \hat V^\top - I\|_F^2 = \|\hat V \hat V^\top\|_F^2 - \mathrm{out} .
+
+The Gram matrix is :math:`V V^\top = G_0 + C B^\top + B C^\top` with
+:math:`G_0 = W_0 W_0^\top` and
+:math:`C = s\,W_0 A^\top + \tfrac{s^2}{2} B (A A^\top)`, both `(out, r)` but for
+:math:`G_0`. With :math:`e_i` the inverse squared row norms, the squared norm becomes
+
+.. math::
+    \sum_{ij} e_i e_j (G_0)_{ij}^2
+    + 4 \langle C_e, G_0 B_e \rangle
+    + 2 \langle C^\top C_e, B^\top B_e \rangle
+    + 2 \operatorname{tr} (B^\top C_e)^2,
+    \qquad C_e = \operatorname{diag}(e)\, C ,
+
+so :math:`V` is never formed and :math:`G_0` is all that depends on `in`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bidora import _norms, _peft, dora
+from bidora._norms import BaseWeight, WeightCache
+
+__all__ = ["gram_penalty", "orthogonality"]
+
+
+class _Gram:
+    """The matrix W Wᵀ as blocks of rows, from a copy of it or made when needed."""
+
+    def __init__(self, weight: BaseWeight, dtype: torch.dtype, full: Tensor | None):
+        self.weight = weight
+        self.dtype = dtype
+        self.full = full
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the rows of W Wᵀ, `(k, out)` at a time."""
+        dense = self.weight.fetch() if self.full is None else self.full
+        rows = max(1, _norms.BLOCK_ELEMENTS // max(dense.shape))
+        for start in range(0, dense.shape[0], rows):
+            left = dense[start : start + rows].to(self.dtype)
+            if self.full is None:
+                right = _norms.row_blocks(dense, self.dtype)
+                left = torch.cat([left @ block.T for _, block in right], dim=1)
+            yield left
+
+
+class _GramProducts(torch.autograd.Function):
+    r"""The linear map :math:`(X, e) \mapsto (G_0 X, (G_0 \circ G_0)\, e)`.
+
+    Both matrices are symmetric, so the map is its own derivative in either mode, any
+    number of times, and nothing of size `(out, out)` is kept for the backward pass.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, e: Tensor, stored: Tensor, gram: _Gram
+    ) -> tuple[Tensor, Tensor]:
+        with _norms.autocast_off(x.device):
+            parts = [(rows @ x, rows.square() @ e) for rows in gram.blocks()]
+        products, squares = zip(*parts, strict=True)
+        return torch.cat(products), torch.cat(squares)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, _, stored, ctx.gram = inputs
+        ctx.save_for_backward(stored)  # for its version check
+        ctx.save_for_forward(stored)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (stored,) = ctx.saved_tensors
+        return *_gram_products(grads[0], grads[1], stored, ctx.gram), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        (stored,) = ctx.saved_tensors
+        return _gram_products(tangents[0], tangents[1], stored, ctx.gram)
+
+
+def _gram_products(
+    x: Tensor, e: Tensor, stored: Tensor, gram: _Gram
+) -> tuple[Tensor, Tensor]:
+    """Apply `_GramProducts`, typed."""
+    return cast(tuple[Tensor, Tensor], _GramProducts.apply(x, e, stored, gram))
+
+
+def gram_penalty(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
+) -> Tensor:
+    r"""Return :math:`\|\hat V \hat V^\top - I\|_F^2` of one adapted weight.
+
+    Differentiable twice in `lora_a`, `lora_b` and, where it requires a gradient,
+    `weight`. The value is a difference of numbers of size `out`, so its absolute error
+    is that of `out`: 1e-7 · out in float32.
+
+    Args:
+        weight: W0, `(out, in)`.
+        lora_a: A, `(r, in)`.
+        lora_b: B, `(out, r)`.
+        scaling: s.
+
+    Returns:
+        A scalar in float32, in float64 where a tensor is float64.
+
+    Example:
+        The rows (3, 0) and (3, 0) + (0, 4) have cosine 3/5, twice off the diagonal.
+
+        >>> import torch
+        >>> W, A = torch.tensor([[3.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+        >>> B = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{gram_penalty(W, A, B):.4f}")  # 2 · 0.36
+        0.7200
+    """
+    rows = BaseWeight.of(weight)
+    dtype = _norms.compute_dtype(weight, lora_a, lora_b)
+    base = _norms.base_norms(rows, dtype)
+    squared = _norms.squared_norms(rows, lora_a, lora_b, scaling, base)
+    gram = _Gram(rows, dtype, None)
+    return _penalty(gram, lora_a, lora_b, scaling, squared)
+
+
+def orthogonality(
+    model: nn.Module, *, adapter: str | None = None, max_cache_bytes: int = 1 << 30
+) -> Tensor:
+    r"""Return BiDoRA's regulariser, summed over the DoRA layers of a model.
+
+    .. math:: R = \sum_\text{layers} \|\hat V \hat V^\top - I_\text{out}\|_F^2,
+        \qquad V = W_0 + s B A \text{ with rows normalised}
+
+    Exact, differentiable twice in A and B. Normalised rows go with magnitudes per
+    output feature; the Gram matrix of the input axis, :math:`\hat V^\top \hat V`,
+    gives the same plus the constant in − out per layer.
+
+    Cost per layer: O(out²·r) and `(out, out)` numbers kept while the base weight stays
+    as it is. Where these would exceed `max_cache_bytes`, rows of :math:`W_0 W_0^\top`
+    are made anew each time, in blocks, for O(out²·in).
+
+    Args:
+        model: A model with DoRA layers, exact or not.
+        adapter: Name of one adapter; by default each layer's active ones.
+        max_cache_bytes: Most bytes to keep, over all layers.
+
+    Returns:
+        A scalar on the device of the first layer, in float32 or float64.
+
+    Raises:
+        ValueError: No layer has such a DoRA adapter, adapters are merged into the base
+            weights, or `max_cache_bytes` is negative.
+    """
+    if max_cache_bytes < 0:
+        raise ValueError(
+            f"max_cache_bytes={max_cache_bytes} is negative; use 0 to keep nothing."
+        )
+    layers = [
+        layer
+        for _, layer in _peft.dora_layers(model)
+        if _peft.is_replaceable(layer)
+        and (layer.is_active if adapter is None else layer.adapter == adapter)
+    ]
+    if not layers:
+        which = (
+            "active adapter as DoRA" if adapter is None else f"DoRA adapter {adapter!r}"
+        )
+        raise ValueError(
+            f"No Linear or Conv1D layer has the {which}, so there is no direction to "
+            "regularise. Make one with LoraConfig(use_dora=True), activate it with "
+            "model.set_adapter(name), or leave the regulariser out."
+        )
+    if any(layer.is_merged for layer in layers):
+        raise ValueError(
+            "Adapters are merged into the base weights, so W0 is not there to compute "
+            "with. Call unmerge_adapter() first."
+        )
+    size = sum(max(4, x.lora_b.itemsize) * x.lora_b.shape[0] ** 2 for x in layers)
+    total: Tensor | None = None
+    for layer in layers:
+        squared = dora.squared_norms(layer)
+        gram = _cached_gram(
+            layer.weight, squared.dtype, layer.cache, size <= max_cache_bytes
+        )
+        term = _penalty(gram, layer.lora_a, layer.lora_b, layer.scaling, squared)
+        total = term if total is None else total + term.to(total.device, total.dtype)
+    return cast(Tensor, total)
+
+
+def _penalty(
+    gram: _Gram, lora_a: Tensor, lora_b: Tensor, scaling: float, squared: Tensor
+) -> Tensor:
+    """Return the penalty, given the squared norms of the adapted rows."""
+    dtype, weight = gram.dtype, gram.weight
+    with _norms.autocast_off(lora_a.device):
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        e = squared.reciprocal()
+        cross = _norms.times_rows(a, weight).T
+        c = torch.addmm(cross, b, a @ a.T, beta=scaling, alpha=scaling**2 / 2)
+        b_e, c_e = e[:, None] * b, e[:, None] * c
+        if weight.key() is None:
+            dense = weight.fetch().to(dtype)
+            full = dense @ dense.T
+            g_b, squares = full @ b_e, full.square() @ e
+        else:
+            g_b, squares = _gram_products(b_e, e, weight.stored, gram)
+        mixed = b.T @ c_e
+        frobenius = (
+            e @ squares
+            + 4 * (c_e * g_b).sum()
+            + 2 * ((c.T @ c_e) * (b.T @ b_e)).sum()
+            + 2 * (mixed * mixed.T).sum()
+        )
+    return frobenius - squared.numel()
+
+
+def _cached_gram(
+    weight: BaseWeight, dtype: torch.dtype, cache: WeightCache, kept: bool
+) -> _Gram:
+    """Return W Wᵀ, from the cache or into it where it is `kept`."""
+    key, name = weight.key(), f"gram-{dtype}"
+    if not kept or key is None:
+        return _Gram(weight, dtype, None)
+    full = cache.get(key, name)
+    if full is None:
+        with torch.inference_mode(False), torch.no_grad():
+            full = torch.cat(list(_Gram(weight, dtype, None).blocks()))
+        cache.put(key, name, full)
+    return _Gram(weight, dtype, full)
