@@ -1,11 +1,10 @@
 r"""Row norms of an adapted weight from its low-rank factors, and their cache.
 
-For a frozen weight :math:`W` with rows :math:`w_i`, factors :math:`A`, :math:`B` with
-rows :math:`b_i` and scaling :math:`s`,
+For a frozen weight $W$ with rows $w_i$, factors $A$, $B$ with
+rows $b_i$ and scaling $s$,
 
-.. math::
-    \|w_i + s\,b_i A\|^2
-        = \|w_i\|^2 + 2 s\, b_i \cdot (A w_i) + s^2\, b_i (A A^\top) b_i^\top .
+$$\|w_i + s\,b_i A\|^2
+  = \|w_i\|^2 + 2 s\, b_i \cdot (A w_i) + s^2\, b_i (A A^\top) b_i^\top .$$
 
 Everything is computed in float32 (float64 where a tensor is float64) with autocast off:
 in bfloat16 the value is off by 5e-4 and its derivative by tens of percent. This file
@@ -171,7 +170,7 @@ def cached_base_norms(
 
 
 class _FrozenProduct(torch.autograd.Function):
-    r"""The linear maps :math:`X \mapsto X W^\top` and, adjoint, :math:`X \mapsto X W`.
+    r"""The linear maps $X \mapsto X W^\top$ and, adjoint, $X \mapsto X W$.
 
     Plain autograd would keep the converted copy of a bfloat16 or quantised `W` until
     the backward pass; this keeps `W` as it is stored and converts blocks of rows when
@@ -221,7 +220,7 @@ def frozen_product(
 
 
 def times_rows(x: Tensor, weight: BaseWeight) -> Tensor:
-    r"""Return :math:`X W^\top`, `(k, out)`, for `x` of shape `(k, in)`."""
+    r"""Return $X W^\top$, `(k, out)`, for `x` of shape `(k, in)`."""
     stored = weight.stored
     same = stored.dtype == x.dtype and not weight.quantised
     if same or weight.key() is None:
@@ -238,13 +237,13 @@ def squared_norms(
     rows: Tensor | None = None,
     wait: bool = False,
 ) -> Tensor:
-    r"""Return :math:`\|w_i + s\,b_i A\|^2` of every row, `(out,)`, differentiable.
+    r"""Return $\|w_i + s\,b_i A\|^2$ of every row, `(out,)`, differentiable.
 
     Exact but for rounding: where the adapter nearly cancels the weight the expansion
     loses digits (5e-5 at nine tenths cancelled), so such rows are computed from their
     entries. On the CPU they are found here. Elsewhere finding them would stop the host
     until the device is done, so they are those given in `rows`, and an expansion that
-    came out below the rounding error of :math:`\|w_i\|^2` is set to that error, with
+    came out below the rounding error of $\|w_i\|^2$ is set to that error, with
     derivative zero.
 
     Args:

@@ -1,10 +1,10 @@
 r"""DoRA whose gradient is the gradient of the loss, at the cost of LoRA.
 
-A DoRA layer computes :math:`y = x\,W'^\top + b` with rows
+A DoRA layer computes $y = x\,W'^\top + b$ with rows
 
-.. math:: w'_i = m_i \frac{w_i + s\,b_i A}{\|w_i + s\,b_i A\|} .
+$$w'_i = m_i \frac{w_i + s\,b_i A}{\|w_i + s\,b_i A\|} .$$
 
-PEFT builds :math:`B A` (out × in) in every forward pass and treats the norm as a
+PEFT builds $B A$ (out × in) in every forward pass and treats the norm as a
 constant in the backward pass, so what autograd returns is not the gradient of the loss,
 and the matrix of second derivatives is not symmetric. `use_exact_dora` replaces that
 forward pass and nothing else: injection, configuration, merging, saving and quantised
@@ -102,7 +102,7 @@ class ExactDora:
 def direction_norms(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
 ) -> Tensor:
-    r"""Return the row norms :math:`\|w_i + s\,b_i A\|` without building :math:`B A`.
+    r"""Return the row norms $\|w_i + s\,b_i A\|$ without building $B A$.
 
     Differentiable any number of times in `lora_a`, `lora_b` and, where it requires a
     gradient, `weight`. Computed in float32, in float64 where a tensor is float64. Takes

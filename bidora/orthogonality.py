@@ -1,23 +1,21 @@
 r"""The Gram regulariser of BiDoRA, at the cost of a few thin products.
 
-With V = W0 + s·B·A, rows divided by their norms in :math:`\hat V`, a layer's term is
+With V = W0 + s·B·A, rows divided by their norms in $\hat V$, a layer's term is
 
-.. math::
-    \|\hat V \hat V^\top - I\|_F^2 = \|\hat V \hat V^\top\|_F^2 - \mathrm{out} .
+$$\|\hat V \hat V^\top - I\|_F^2 = \|\hat V \hat V^\top\|_F^2 - \mathrm{out} .$$
 
-The Gram matrix is :math:`V V^\top = G_0 + C B^\top + B C^\top` with
-:math:`G_0 = W_0 W_0^\top` and
-:math:`C = s\,W_0 A^\top + \tfrac{s^2}{2} B (A A^\top)`, both `(out, r)` but for
-:math:`G_0`. With :math:`e_i` the inverse squared row norms, the squared norm becomes
+The Gram matrix is $V V^\top = G_0 + C B^\top + B C^\top$ with
+$G_0 = W_0 W_0^\top$ and
+$C = s\,W_0 A^\top + \tfrac{s^2}{2} B (A A^\top)$, both `(out, r)` but for
+$G_0$. With $e_i$ the inverse squared row norms, the squared norm becomes
 
-.. math::
-    \sum_{ij} e_i e_j (G_0)_{ij}^2
-    + 4 \langle C_e, G_0 B_e \rangle
-    + 2 \langle C^\top C_e, B^\top B_e \rangle
-    + 2 \operatorname{tr} (B^\top C_e)^2,
-    \qquad C_e = \operatorname{diag}(e)\, C ,
+$$\sum_{ij} e_i e_j (G_0)_{ij}^2
+  + 4 \langle C_e, G_0 B_e \rangle
+  + 2 \langle C^\top C_e, B^\top B_e \rangle
+  + 2 \operatorname{tr} (B^\top C_e)^2,
+  \qquad C_e = \operatorname{diag}(e)\, C ,$$
 
-so :math:`V` is never formed and :math:`G_0` is all that depends on `in`.
+so $V$ is never formed and $G_0$ is all that depends on `in`.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ class _Gram:
 
 
 class _GramProducts(torch.autograd.Function):
-    r"""The linear map :math:`(X, e) \mapsto (G_0 X, (G_0 \circ G_0)\, e)`.
+    r"""The linear map $(X, e) \mapsto (G_0 X, (G_0 \circ G_0)\, e)$.
 
     Both matrices are symmetric, so the map is its own derivative in either mode, any
     number of times, and nothing of size `(out, out)` is kept for the backward pass.
@@ -99,7 +97,7 @@ def _gram_products(
 def gram_penalty(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
 ) -> Tensor:
-    r"""Return :math:`\|\hat V \hat V^\top - I\|_F^2` of one adapted weight.
+    r"""Return $\|\hat V \hat V^\top - I\|_F^2$ of one adapted weight.
 
     Differentiable twice in `lora_a`, `lora_b` and, where it requires a gradient,
     `weight`. The value is a difference of numbers of size `out`, so its absolute error
@@ -136,15 +134,15 @@ def orthogonality(
 ) -> Tensor:
     r"""Return BiDoRA's regulariser, summed over the DoRA layers of a model.
 
-    .. math:: R = \sum_\text{layers} \|\hat V \hat V^\top - I_\text{out}\|_F^2,
+    $$R = \sum_\text{layers} \|\hat V \hat V^\top - I_\text{out}\|_F^2,$$
         \qquad V = W_0 + s B A \text{ with rows normalised}
 
     Exact, differentiable twice in A and B. Normalised rows go with magnitudes per
-    output feature; the Gram matrix of the input axis, :math:`\hat V^\top \hat V`,
+    output feature; the Gram matrix of the input axis, $\hat V^\top \hat V$,
     gives the same plus the constant in − out per layer.
 
     Cost per layer: O(out²·r) and `(out, out)` numbers kept while the base weight stays
-    as it is. Where these would exceed `max_cache_bytes`, rows of :math:`W_0 W_0^\top`
+    as it is. Where these would exceed `max_cache_bytes`, rows of $W_0 W_0^\top$
     are made anew each time, in blocks, for O(out²·in).
 
     Args:
