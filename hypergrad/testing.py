@@ -126,7 +126,7 @@ def quadratic(
         The problem, with inner parameter `"w"` and outer parameter `"shift"` of size 2.
 
     Example:
-        >>> quadratic([1.0, 2.0]).hessian.trace().item()
+        >>> round(quadratic([1.0, 2.0]).hessian.trace().item(), 9)
         3.0
     """
     make = torch.Generator().manual_seed(seed)

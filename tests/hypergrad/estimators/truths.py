@@ -95,7 +95,7 @@ def network_case(seed: int = 0) -> Case:
     make = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, dtype=torch.float64)
+        return torch.randn(shape, generator=make, dtype=torch.float64)
 
     def predict(inner: Params, outer: Params, x: Tensor) -> Tensor:
         hidden = torch.tanh((x * outer["scale"]) @ inner["first"] + inner["bias"])
