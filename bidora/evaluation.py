@@ -14,7 +14,7 @@ from bidora.tasks.encoding import BatchStream, Encoded
 
 __all__ = ["Scores", "evaluate", "outer_step_cost", "predict", "probe", "time_a_step"]
 
-EVALUATION_BATCH = 64
+EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True)

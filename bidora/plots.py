@@ -48,7 +48,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path, title: str) -> No
         records = [record for record in history if record["phase"] == phase]
         loss, accuracy = axes[0][column], axes[1][column]
         loss.set_title(TITLES.get(phase, phase), fontsize=11)
-        _draw_steps(loss, records)
+        loss.legend(handles=_draw_steps(loss, records), loc="upper right", fontsize=8)
         _draw_evaluations(loss, records, phase, "loss")
         _draw_evaluations(accuracy, records, phase, "accuracy")
         accuracy.set_xlabel("step")
@@ -57,7 +57,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path, title: str) -> No
     axes[0][0].set_ylabel("cross-entropy loss")
     axes[0][0].set_ylim(bottom=0)
     axes[1][0].set_ylabel("accuracy")
-    axes[1][0].set_ylim(0, 1)
+    axes[1][0].set_ylim(0, 1.03)
     axes[1][0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for ax in axes.flat:
         ax.grid(alpha=0.25)
@@ -66,15 +66,16 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path, title: str) -> No
         figure.savefig(path, format="png")
 
 
-def _draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> None:
-    """Draw the loss of every batch, faint: it is noisy and seen under dropout."""
+def _draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
+    """Draw what every step minimised, faint: it is noisy and seen under dropout."""
     steps = [r for r in records if r.get("inner_loss") is not None]
-    ax.plot(
+    return ax.plot(
         [r["step"] for r in steps],
         [r["inner_loss"] for r in steps],
         color=COLOURS["train"],
-        alpha=0.25,
+        alpha=0.3,
         linewidth=0.8,
+        label="inner loss of each batch",
     )
 
 

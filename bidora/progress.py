@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from bidora.training import Listener
+from bidora.report import Listener
 
 __all__ = ["ProgressListener"]
 
@@ -29,12 +29,21 @@ class ProgressListener(Listener):
         self._step = 0
 
     def message(self, text: str) -> None:
-        """Write a line."""
+        """Write a line.
+
+        Args:
+            text: The line.
+        """
         self._out.write(text + "\n")
         self._out.flush()
 
     def phase(self, name: str, steps: int) -> None:
-        """Begin a progress bar."""
+        """Begin a progress bar.
+
+        Args:
+            name: What stands before it.
+            steps: Where it ends.
+        """
         self.close()
         self._phase, self._step, self._losses = name, 0, {}
         self._bar = tqdm(
@@ -46,7 +55,12 @@ class ProgressListener(Listener):
         )
 
     def step(self, step: int, losses: dict[str, float]) -> None:
-        """Move the bar on, and show the losses as running means over some ten steps."""
+        """Move the bar on, and show the losses as running means over some ten steps.
+
+        Args:
+            step: How far the phase is.
+            losses: The newest losses.
+        """
         for name, loss in losses.items():
             mean = self._losses.get(name, loss)
             self._losses[name] = mean + 0.1 * (loss - mean)
@@ -62,7 +76,14 @@ class ProgressListener(Listener):
             self._bar = None
 
     def where(self, folder: str) -> str:
-        """Say how far the run came and what is left of it, as the end of a sentence."""
+        """Say how far the run came and what is left of it, as the end of a sentence.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            Words to follow "stopped by Ctrl-C".
+        """
         if not self._phase:
             return " before the training began"
         return (

@@ -116,7 +116,7 @@ class RunFolder:
 
     def _files_of_earlier_run(self) -> list[str]:
         """Return the names that an earlier run says it wrote."""
-        names = set(RUN_FILES)
+        names: set[str] = set(RUN_FILES)
         try:
             metrics = json.loads((self.path / "metrics.json").read_text("utf-8"))
             names.update(str(name) for name in metrics["files"])

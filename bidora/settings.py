@@ -17,6 +17,15 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 
 METHODS = ("bidora", "dora", "lora")
 
+OTHER_MODEL_LR = 5e-4
+"""Learning rate for models that this one's default was not tried on."""
+
+TASK_LENGTHS = {"docstrings": 32}
+"""Tokens kept of a text, by task: nine of ten docstrings are shorter."""
+
+OTHER_TASK_LENGTH = 128
+"""Tokens kept of a text of any other task, where the model takes as many."""
+
 SEARCH_ONLY = (
     "estimator",
     "estimator_settings",
@@ -53,7 +62,7 @@ class TrainSettings:
     test_file: str | None = None
     column_names: tuple[str, ...] | None = None
     quoting: str = "auto"
-    max_length: int = 64
+    max_length: int | None = None
 
     rank: int = 4
     alpha: float = 8.0
@@ -61,9 +70,9 @@ class TrainSettings:
 
     steps: int = 240
     batch_size: int = 16
-    inner_lr: float = 3e-3
+    inner_lr: float = 5e-3
     inner_weight_decay: float = 0.1
-    outer_lr: float = 3e-3
+    outer_lr: float = 5e-3
     outer_weight_decay: float = 0.1
     warmup_ratio: float = 0.06
     max_grad_norm: float = 1.0
@@ -76,11 +85,11 @@ class TrainSettings:
     validation_fraction: float = 0.2
     orthogonality: float = 1e-5
     retrain_steps: int = 240
-    retrain_lr: float = 3e-3
+    retrain_lr: float = 5e-3
 
     output_dir: str = "runs/bidora-docstrings-seed0"
     overwrite: bool = False
-    eval_every: int = 30
+    eval_every: int = 40
     device: str = "auto"
 
     @classmethod
@@ -89,6 +98,8 @@ class TrainSettings:
 
         Not given, the retraining takes as many steps as the search, at its rate; the
         magnitudes learn at the rate of the directions, from batches of the same size.
+        The class's own rates suit the bundled model; another one learns at
+        `OTHER_MODEL_LR`.
 
         Args:
             given: Options by name; leave out what the user left out.
@@ -106,14 +117,17 @@ class TrainSettings:
         method = given.get("method", "bidora")
         _refuse_meaningless(method, given)
         steps = given.get("steps", cls.steps)
-        inner_lr = given.get("inner_lr", cls.inner_lr)
+        other_model = given.get("model", cls.model) != cls.model
+        usual_lr = OTHER_MODEL_LR if other_model else cls.inner_lr
+        inner_lr = given.get("inner_lr", usual_lr)
         derived = {
+            "inner_lr": inner_lr,
             "outer_lr": inner_lr,
             "outer_batch_size": given.get("batch_size", cls.batch_size),
             "outer_warmup": max(0, min(cls.outer_warmup, steps // 4)),
             "retrain_steps": steps,
             "retrain_lr": inner_lr,
-            "eval_every": max(1, steps // 8),
+            "eval_every": max(1, steps // 6),
             "output_dir": _default_folder(
                 method, given.get("task", cls.task), given.get("seed", cls.seed)
             ),
@@ -127,8 +141,10 @@ class TrainSettings:
                 f"unknown --method {self.method!r}; choose one of {', '.join(METHODS)}."
             )
         counts = ("steps", "retrain_steps", "batch_size", "outer_batch_size", "rank")
-        for name in (*counts, "outer_every", "eval_every", "max_length"):
+        for name in (*counts, "outer_every", "eval_every"):
             self._check(name, lambda x: x >= 1, "a whole number of 1 or more")
+        if self.max_length is not None:
+            self._check("max_length", lambda x: x >= 4, "a whole number of 4 or more")
         for name in ("inner_lr", "outer_lr", "retrain_lr", "alpha", "max_grad_norm"):
             self._check(name, lambda x: x > 0, "a finite number above 0")
         for name in ("inner_weight_decay", "outer_weight_decay", "orthogonality"):
@@ -139,12 +155,49 @@ class TrainSettings:
         self._check(
             "validation_fraction", lambda x: 0 < x < 1, "a number between 0 and 1"
         )
-        if self.method == "bidora" and self.outer_warmup >= self.steps:
+        if self.method == "bidora" and self.outer_steps == 0:
             raise UserError(
-                f"--outer-warmup {self.outer_warmup} leaves no outer step in --steps "
-                f"{self.steps}, so the magnitudes would never move; lower it or train "
-                "longer."
+                f"--outer-every {self.outer_every} with --outer-warmup "
+                f"{self.outer_warmup} leaves no outer step in --steps {self.steps}, so "
+                "the magnitudes would never move; lower them or train longer."
             )
+
+    def tokens_kept(self, longest: int | None) -> int:
+        """Return how many tokens of a text are kept.
+
+        Args:
+            longest: What the model takes; None where it sets no bound.
+
+        Returns:
+            `max_length`, or where it is None, what suits the task and the model.
+
+        Raises:
+            UserError: If `max_length` is more than the model takes.
+
+        Example:
+            >>> TrainSettings(task="reviews.csv").tokens_kept(64)
+            64
+        """
+        if self.max_length is None:
+            usual = TASK_LENGTHS.get(self.task, OTHER_TASK_LENGTH)
+            return usual if longest is None else min(usual, longest)
+        if longest is not None and self.max_length > longest:
+            raise UserError(
+                f"--max-length {self.max_length} is more than the {longest} tokens "
+                f"that {self.model!r} takes; choose {longest} or fewer."
+            )
+        return self.max_length
+
+    @property
+    def outer_steps(self) -> int:
+        """The number of outer steps in the search.
+
+        Example:
+            >>> TrainSettings(steps=24, outer_every=4, outer_warmup=10).outer_steps
+            4
+        """
+        first = max(self.outer_warmup, 1)
+        return self.steps // self.outer_every - (first - 1) // self.outer_every
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON can hold them."""

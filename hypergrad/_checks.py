@@ -12,7 +12,14 @@ __all__ = ["check_disjoint", "check_names", "check_tensor", "some"]
 
 
 def some(names: Mapping[str, Any], most: int = 6) -> str:
-    """List the first few names.
+    """Return the first few names.
+
+    Args:
+        names: a dictionary by name.
+        most: number of names to show.
+
+    Returns:
+        The names, separated by commas.
 
     Example:
         >>> some({"a": 1, "b": 2, "c": 3}, most=2)
@@ -123,7 +130,7 @@ def check_disjoint(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     def span(t: Tensor) -> tuple[int, int]:
-        start = t.storage_offset() * t.element_size()
+        start = int(t.storage_offset()) * t.element_size()
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         return start, start + (last + 1) * t.element_size()
 
@@ -150,7 +157,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _addresses(tensor: Tensor) -> Tensor:
-    index = torch.full((1,), tensor.storage_offset())
+    index = torch.full((1,), int(tensor.storage_offset()))
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         index = (index[:, None] + torch.arange(size) * stride).reshape(-1)
     return index * tensor.element_size()

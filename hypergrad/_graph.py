@@ -12,7 +12,13 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from hypergrad.errors import HypergradError
 
-__all__ = ["REENTRANT", "leaf_ids", "once_only", "refuse_reentrant", "underived_backwards"]
+__all__ = [
+    "REENTRANT",
+    "leaf_ids",
+    "once_only",
+    "refuse_reentrant",
+    "underived_backwards",
+]
 
 REENTRANT = (
     "the loss runs through reentrant activation checkpointing, which "
@@ -22,7 +28,7 @@ REENTRANT = (
 )
 
 # All functions that the decorator makes share one code object.
-_ONCE = once_differentiable(lambda ctx: None).__code__  # pyright: ignore[reportFunctionMemberAccess]
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
@@ -53,7 +59,13 @@ def leaf_ids(loss: Tensor) -> set[int]:
 
 
 def once_only(loss: Tensor) -> list[str]:
-    """Name the custom functions in the graph that are marked `once_differentiable`.
+    """Return the custom functions in the graph that are marked `once_differentiable`.
+
+    Args:
+        loss: where the graph ends.
+
+    Returns:
+        Their names.
 
     `torch.autograd.grad(..., allow_unused=True)` takes their second derivative for 0.
     """
@@ -88,11 +100,8 @@ def underived_backwards(loss: Tensor) -> Iterator[list[str]]:
         if ends and starts and any(g is not None and bool(g.any()) for g in inputs):
             found.append(name)
 
-    handles = [
-        node.register_hook(partial(note, node.name()))
-        for node in _nodes(loss)
-        if isinstance(node, BackwardCFunction)
-    ]
+    custom: list[Any] = [n for n in _nodes(loss) if isinstance(n, BackwardCFunction)]
+    handles = [node.register_hook(partial(note, node.name())) for node in custom]
     try:
         yield found
     finally:

@@ -39,9 +39,7 @@ def module_untouched(module: nn.Module) -> Iterator[None]:
         HypergradError: the block changed a buffer too large to be copied.
     """
     modes = [(m, m.training) for m in module.modules()]
-    saved = [
-        (m, dict(m._buffers), _plain(m)) for m in module.modules() if m._buffers
-    ]
+    saved = [(m, dict(m._buffers), _plain(m)) for m in module.modules() if m._buffers]
     copies: dict[int, Tensor] = {}  # one for each buffer, however many names it has
     versions: dict[str, tuple[Tensor, int]] = {}
     with torch.inference_mode(mode=False):

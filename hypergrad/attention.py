@@ -56,6 +56,7 @@ def explain_second_order(instead: str = "") -> Iterator[None]:
 
     Raises:
         SecondOrderError: in place of torch's RuntimeError or NotImplementedError.
+        RuntimeError: any other error of the block, as it is.
     """
     try:
         yield

@@ -108,6 +108,7 @@ def refuse_recompute() -> Iterator[None]:
 
     Raises:
         HypergradError: from within the forward pass.
+        RuntimeError: any other error of the block, as it is.
     """
     try:
         # Checkpointing saves its inputs through these hooks; so does offloading
@@ -172,15 +173,14 @@ class ModuleLoss:
         outer_params: Mapping[str, Tensor],
         batch: Any,
     ) -> Any:
+        """Return the loss at these parameters."""
         given = {**inner_params, **outer_params}
         self._check_names(given)
         if all(self._holds(name, tensor) for name, tensor in given.items()):
             return self.loss_fn(self.model, batch)
         return self._functional(given, batch)
 
-    def placed(
-        self, tensors: Mapping[str, Tensor]
-    ) -> AbstractContextManager[None]:
+    def placed(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Return a context in which the module holds `tensors`; see `swapped`."""
         self._check_names(tensors)
         return _placed(self._slots, tensors)

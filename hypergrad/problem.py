@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hypergrad import rng
 from hypergrad._checks import check_disjoint, check_names, check_tensor, some
-from hypergrad.errors import HypergradError
 from hypergrad._module_state import module_untouched
 from hypergrad.modules import ModuleLoss, select_parameters
 from hypergrad.tree import Params
@@ -21,6 +20,7 @@ __all__ = ["BilevelProblem", "Level", "Loss"]
 Loss = Callable[[Params, Params, Any], Tensor]
 """`(inner_params, outer_params, batch) -> scalar`."""
 Level = Literal["inner", "outer"]
+
 
 class BilevelProblem:
     r"""Hold two losses and the tensors that each level moves.

@@ -264,7 +264,7 @@ def test_every_citation_is_resolved() -> None:
     assert known
     sources = [
         path
-        for folder in (*PACKAGES, "docs", "tests")
+        for folder in (*PACKAGES, "docs")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in {".py", ".md"}
     ]

@@ -27,6 +27,7 @@ __all__ = [
     "collect_docstrings",
     "encode",
     "holdout_split",
+    "is_hub_task",
     "load_task",
 ]
 
@@ -58,10 +59,9 @@ def load_task(
         UserError: If there is no such task, or its data cannot be used.
     """
     columns = columns or Columns()
-    path = Path(name).expanduser()
-    if name != "docstrings" and (is_table_file(name) or path.exists()):
+    if name != "docstrings" and not is_hub_task(name):
         return load_file_task(
-            path,
+            Path(name).expanduser(),
             seed=seed,
             test_path=None if test_file is None else Path(test_file).expanduser(),
             columns=columns,
@@ -77,6 +77,20 @@ def load_task(
             )
         return load_docstrings_task(seed)
     return load_hub_task(name, seed=seed, columns=columns)
+
+
+def is_hub_task(name: str) -> bool:
+    """Return whether a task's name is that of a data set of the Hub.
+
+    Args:
+        name: As `load_task` takes it.
+
+    Returns:
+        True unless it is `docstrings`, or a file or folder, there or not.
+    """
+    is_file = is_table_file(name) or Path(name).expanduser().exists()
+    looks_local = name.startswith((".", "/", "~"))
+    return not (name == "docstrings" or is_file or looks_local)
 
 
 def _refuse_file_options(

@@ -112,6 +112,7 @@ def to_examples(table: Table, columns: Columns, label_names: Sequence[str]) -> E
 
     Raises:
         UserError: If a text or label is missing, or a label is not in `label_names`.
+        ValueError: If the columns were not resolved.
     """
     if columns.text is None or columns.label is None:
         raise ValueError("resolve the columns against the table first")

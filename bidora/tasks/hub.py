@@ -100,15 +100,11 @@ def _glue_task(name: str) -> str:
 
 def _fetch(name: str, repository: str, configuration: str | None) -> dict[str, Any]:
     """Return the data set's parts by name."""
+    import datasets
+
     try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"the data set {name!r} needs the package datasets: pip install datasets; "
-            "or pass your own texts with --task FILE.csv."
-        ) from None
-    try:
-        return dict(datasets.load_dataset(repository, configuration))
+        parts: Any = datasets.load_dataset(repository, configuration)
+        return {str(part): rows for part, rows in parts.items()}
     except Exception as error:  # many kinds: network, name, script, configuration
         first_line = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -21,11 +21,11 @@ from hypergrad.products.difference import (
     check_scheme,
     default_radius,
 )
+from hypergrad.products.evaluation import Tally
 from hypergrad.products.exact import DoubleBackward, ForwardOverReverse, Product
 from hypergrad.products.gradients import (
     Gradients,
     InnerGraph,
-    Tally,
     gradients,
     vjp_of,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from hypergrad.tree import Params
 __all__ = [
     "Tally",
     "accumulate",
+    "backward_pass",
     "check_finite_loss",
     "check_reads_its_arguments",
     "derive",
@@ -65,6 +66,20 @@ def recording() -> Iterator[None]:
 
 
 @contextmanager
+def backward_pass(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Run a backward pass in the block, out of the caller's autocast.
+
+    Autocast belongs around the forward pass alone: a backward pass within it rounds its
+    own products to the low precision (2e-3 of a DoRA norm's derivative).
+    """
+    with ExitStack() as stack:
+        for kind in {t.device.type for t in tensors}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def replay(problem: BilevelProblem, micro: MicroBatch) -> Iterator[None]:
     """Evaluate in the block from the micro-batch's random state, and leave no trace."""
     with problem.untouched(micro.rng_state), attention(micro.attention):
@@ -96,7 +111,26 @@ def derive(
     *,
     create_graph: bool,
 ) -> tuple[float, list[Tensor | None]]:
-    """Evaluate a loss and its gradient, None for what it does not depend on."""
+    """Evaluate a loss and its gradient at given tensors.
+
+    Args:
+        problem: the problem.
+        level: which loss.
+        w: the inner tensors to call it with.
+        wanted: the leaves to differentiate in, of `w` and of the outer parameters.
+        micro: the data; its random state and attention backend are the caller's to set.
+        tally: counts the evaluation.
+        create_graph: whether the gradient will be differentiated again.
+
+    Returns:
+        The loss, and a gradient for each of `wanted`: None where it is not connected.
+
+    Raises:
+        HypergradError: the loss depends on none of w, a tensor was frozen since the
+            problem was made, or the loss hides a derivative from autograd.
+        NonFiniteError: the loss is NaN or infinite.
+        SecondOrderError: `create_graph`, and part of the loss cannot be derived twice.
+    """
     _check_not_frozen(wanted)
     # A graph is searched the first time, and wherever something is not connected.
     kind = f"{level} loss, {'second' if create_graph else 'first'} order"
@@ -120,9 +154,17 @@ def derive(
             _refuse_underived(underived)
         missing = [n for n, p in zip(wanted, parts, strict=True) if p is None]
         if missing:
-            _check_connected(problem, level, loss, missing, warned)
+            refuse_reentrant(loss)
+            fresh = {f"{kind}: {name}" for name in missing} - problem.inspected
+            if fresh and not first:  # connected once, and not now
+                tally.n_forward += 1
+                with problem.untouched(micro.rng_state), _heeding_warnings() as warned:
+                    problem.loss(level, w, problem.outer_params, micro.batch)
+            _check_connected(problem, level, missing, warned)
+            problem.inspected |= fresh
         if (first or missing) and w is not problem.inner_params:
-            check_reads_its_arguments(problem, loss, w)
+            given = [*w.values(), *problem.outer_params.values()]
+            check_reads_its_arguments(problem, loss, given)
     problem.inspected.add(kind)
     return value, parts
 
@@ -131,14 +173,15 @@ def _grad(
     loss: Tensor, wanted: list[Tensor], create_graph: bool
 ) -> list[Tensor | None]:
     try:
-        parts = torch.autograd.grad(
-            loss, wanted, create_graph=create_graph, allow_unused=True
-        )
+        with backward_pass(wanted):
+            parts = torch.autograd.grad(
+                loss, wanted, create_graph=create_graph, allow_unused=True
+            )
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise HypergradError(REENTRANT) from error
         raise
-    return [p if p is None or not p.is_sparse else p.to_dense() for p in parts]
+    return list(parts)
 
 
 @contextmanager
@@ -169,11 +212,9 @@ def _check_not_frozen(wanted: Params) -> None:
 def _check_connected(
     problem: BilevelProblem,
     level: Level,
-    loss: Tensor,
     missing: Sequence[str],
     warned: Sequence[str],
 ) -> None:
-    refuse_reentrant(loss)
     # Where no input requires grad, reentrant checkpointing cuts the graph and warns.
     if any("None of the inputs have requires_grad" in text for text in warned):
         raise HypergradError(REENTRANT)
@@ -189,21 +230,28 @@ def _check_connected(
 
 
 def check_reads_its_arguments(
-    problem: BilevelProblem, loss: Tensor, w: Params
+    problem: BilevelProblem, loss: Tensor, given: Iterable[Tensor]
 ) -> None:
-    leaves = leaf_ids(loss)
-    given = {id(t) for t in w.values()}
-    own = {
-        n: t
-        for n, t in {**problem.inner_params, **problem.outer_params}.items()
-        if id(t) in leaves and id(t) not in given
-    }
+    """Refuse a loss that reads the problem's own tensors where others were passed.
+
+    Args:
+        problem: the problem.
+        loss: the inner loss.
+        given: what it was called with.
+
+    Raises:
+        HypergradError: naming the tensors.
+    """
+    others = leaf_ids(loss) - {id(t) for t in given}
+    params = {**problem.inner_params, **problem.outer_params}
+    own = {n: t for n, t in params.items() if id(t) in others}
     if own:
         msg = (
             f"the inner loss was handed other tensors for {some(own)} and read the "
             "problem's own all the same: it holds them in a closure or an attribute, "
             "and derivatives would miss that part. Compute the loss from inner_params "
-            "(or through the module's own parameters), or pass reuse_graph=False."
+            "(or through the module's own parameters), or pass reuse_graph=False and "
+            "product='exact'."
         )
         raise HypergradError(msg)
 
@@ -224,8 +272,14 @@ def accumulate(
     like: Sequence[Tensor],
     weight: float,
 ) -> list[Tensor]:
-    new = [
-        torch.zeros_like(t.detach()) if p is None else p.detach() * weight
-        for p, t in zip(parts, like, strict=True)
-    ]
+    """Add weighted parts to sums; None is zeros like `like`, an empty sum is new."""
+
+    def weighted(part: Tensor | None, t: Tensor) -> Tensor:
+        if part is None:
+            return torch.zeros_like(t.detach())
+        part = part.detach()
+        # An embedding with sparse=True gives sparse gradients.
+        return (part.to_dense() if part.is_sparse else part) * weight
+
+    new = [weighted(p, t) for p, t in zip(parts, like, strict=True)]
     return [a + b for a, b in zip(sums, new, strict=True)] if sums else new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,27 +12,38 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import some
 from hypergrad.attention import explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.distributed import average
 from hypergrad.errors import NonFiniteError
 from hypergrad.modules import refuse_recompute
 from hypergrad.problem import BilevelProblem
-from hypergrad.products.gradients import (
-    InnerGraph,
+from hypergrad.products.evaluation import (
     Tally,
     accumulate,
-    inner_graph,
+    check_finite_loss,
+    check_reads_its_arguments,
     recording,
     replay,
 )
+from hypergrad.products.gradients import InnerGraph, inner_graph
 from hypergrad.tree import Params
 
 __all__ = ["DoubleBackward", "ForwardOverReverse", "Product"]
 
 
 class Product(ABC):
-    """Second-derivative products of the inner loss at the problem's present point."""
+    """Second-derivative products of the inner loss at the problem's present point.
+
+    Laws: linear in the direction, exact zeros for a direction of zeros; the problem is
+    left as it was.
+
+    Args:
+        problem: the problem.
+        batches: data of the inner loss.
+        tally: counts the evaluations.
+    """
 
     def __init__(
         self, problem: BilevelProblem, batches: Sequence[MicroBatch], tally: Tally
@@ -55,6 +67,9 @@ class Product(ABC):
 
         Returns:
             Both products, averaged over ranks.
+
+        Raises:
+            NonFiniteError: the direction, the loss or a product is NaN or infinite.
         """
 
     def hvp(self, direction: Params) -> Params:
@@ -64,6 +79,22 @@ class Product(ABC):
     def mixed_vjp(self, direction: Params) -> Params:
         """Return `direction`ᵀ ∂²g/∂w∂λ, same keys and shapes as `outer_params`."""
         return self.vjp(direction, inner=False)[1]
+
+    def _check_direction(self, direction: Params) -> float:
+        """Return the norm of the direction.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite.
+        """
+        length = tree.norm(direction)
+        if not math.isfinite(length):
+            msg = (
+                f"the direction of a second-derivative product has norm {length}. The "
+                "outer gradient or a solver's iterate overflowed, perhaps: scale the "
+                "outer loss down, or raise damping."
+            )
+            raise NonFiniteError(msg)
+        return length
 
     def _wanted(self, inner: bool, outer: bool) -> Params:
         p = self.problem
@@ -75,10 +106,12 @@ class Product(ABC):
     def _split(self, parts: Params, inner: bool, outer: bool) -> tuple[Params, Params]:
         parts = average(parts)
         if not tree.all_finite(parts):
+            bad = {n: t for n, t in parts.items() if not bool(torch.isfinite(t).all())}
             msg = (
-                "a second-derivative product of the inner loss is not finite. A norm "
-                "or square root at 0, or an overflow in low precision, is the usual "
-                "cause. Run the inner loss in float32, or raise its epsilons."
+                "a second-derivative product of the inner loss is not finite in "
+                f"{some(bad)}. A norm or square root at 0, or an overflow in low "
+                "precision, is the usual cause. Run the inner loss in float32, or raise "
+                "its epsilons."
             )
             raise NonFiniteError(msg)
         return (
@@ -101,6 +134,9 @@ class DoubleBackward(Product):
         kept: a graph kept from the inner step, used in place of a new one, once.
         single_use: whether one product is all that will be asked for; the graph is
             then freed by it.
+
+    Raises:
+        ValueError: a kept graph for several micro-batches.
     """
 
     def __init__(
@@ -112,21 +148,28 @@ class DoubleBackward(Product):
         single_use: bool = False,
     ) -> None:
         super().__init__(problem, batches, tally)
+        if kept is not None and len(batches) != 1:
+            msg = (
+                f"a kept graph is that of one micro-batch, and there are {len(batches)}. "
+                "Pass kept=None."
+            )
+            raise ValueError(msg)
         self._graph = kept
-        self._kept = kept is not None
         self._single_use = single_use
 
     def vjp(
         self, direction: Params, *, inner: bool = True, outer: bool = True
     ) -> tuple[Params, Params]:
         """Return `(hvp, mixed_vjp)` by double backward."""
+        self._check_direction(direction)
         wanted = self._wanted(inner, outer)
         sums: list[Tensor] = []
         used: set[str] = set()
         for micro in self.batches:
-            parts = self._one(replace(micro, attention="math"), direction, wanted)
+            with recording():
+                parts = self._one(replace(micro, attention="math"), direction, wanted)
+                sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
             used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
-            sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
         if outer:
             self.unused = set(self.problem.outer_params) - used
         return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
@@ -155,37 +198,48 @@ class ForwardOverReverse(Product):
 
     Keeps no graph between products. Never the other way round: reverse-over-forward is
     silently wrong through layer_norm in torch 2.13 (pytorch #196695).
+
+    Args:
+        problem: the problem.
+        batches: the data.
+        tally: counts the evaluations.
     """
 
     def vjp(
         self, direction: Params, *, inner: bool = True, outer: bool = True
     ) -> tuple[Params, Params]:
         """Return `(hvp, mixed_vjp)` by forward-over-reverse."""
-        problem = self.problem
+        self._check_direction(direction)
         wanted = self._wanted(inner, outer)
         sums: list[Tensor] = []
+        for micro in self.batches:
+            with recording():
+                both = self._one(replace(micro, attention="math"), direction)
+                parts = [both[name] for name in wanted]
+                sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
+        return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
+
+    def _one(self, micro: MicroBatch, direction: Params) -> Params:
+        problem = self.problem
         w = {n: p.detach() for n, p in problem.inner_params.items()}
         lam = {n: p.detach() for n, p in problem.outer_params.items()}
         tangent = {n: direction[n].to(w[n].dtype) for n in w}
-        for micro in self.batches:
-            self.tally.n_forward += 1
-            self.tally.n_backward += 1
-            self.tally.n_hvp += 1
-
-            def gradient(w: Params, batch: Any = micro.batch) -> Any:
-                return torch.func.grad(
-                    lambda a, b: problem.inner_loss(a, b, batch), argnums=(0, 1)
-                )(w, lam)
-
-            math = replace(micro, attention="math")
-            with (
-                recording(),
-                replay(problem, math),
-                refuse_recompute(problem.module),
-                explain_second_order(),
-            ):
-                _, (h, m) = torch.func.jvp(gradient, (w,), (tangent,))
-            both = {**h, **m}
-            parts = [both[n].detach() for n in wanted]
-            sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-        return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
+        self.tally.n_forward += 1
+        self.tally.n_backward += 1
+        self.tally.n_hvp += 1
+        # The value comes along to be looked at: a loss that ignores its arguments has
+        # derivatives of zeros here.
+        gradient = torch.func.grad_and_value(
+            lambda a, b: problem.inner_loss(a, b, micro.batch), argnums=(0, 1)
+        )
+        with (
+            replay(problem, micro),
+            refuse_recompute(),
+            explain_second_order("Take product='exact', which needs no forward mode. "),
+        ):
+            pushed: Any = torch.func.jvp(lambda a: gradient(a, lam), (w,), (tangent,))
+            (_, loss), ((h, m), _) = pushed
+        check_finite_loss("inner", float(loss.detach()))
+        if loss.requires_grad:
+            check_reads_its_arguments(problem, loss, ())
+        return {name: part.detach() for name, part in {**h, **m}.items()}

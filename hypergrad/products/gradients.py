@@ -19,6 +19,7 @@ from hypergrad.problem import BilevelProblem, Level
 from hypergrad.products.evaluation import (
     Tally,
     accumulate,
+    backward_pass,
     derive,
     recording,
     replay,
@@ -180,7 +181,9 @@ class InnerGraph:
         """
         # torch checks this for what the graph saved, not for what checkpointing or a
         # product of its own reads again.
-        moved = [n for n, tensor, version in self.versions if tensor._version != version]
+        moved = [
+            n for n, tensor, version in self.versions if tensor._version != version
+        ]
         if moved:
             msg = (
                 f"{moved[:4]} moved after the graph of the inner gradient was built: its "
@@ -197,11 +200,17 @@ class InnerGraph:
         if not pairs or not wanted:
             return [None] * len(wanted)
         tally.n_backward += 1
-        with recording(), explain_second_order(), _explain_freed():
+        leaves = list(wanted.values())
+        with (
+            recording(),
+            backward_pass(leaves),
+            explain_second_order(),
+            _explain_freed(),
+        ):
             return list(
                 torch.autograd.grad(
                     [g for g, _ in pairs],
-                    list(wanted.values()),
+                    leaves,
                     [u for _, u in pairs],
                     retain_graph=retain,
                     allow_unused=True,
@@ -269,9 +278,7 @@ def _graph_of(
     versions = [
         (n, t, t._version) for n, t in [*w.items(), *problem.outer_params.items()]
     ]
-    return InnerGraph(
-        w, dict(zip(names, parts, strict=True)), micro, tuple(versions)
-    )
+    return InnerGraph(w, dict(zip(names, parts, strict=True)), micro, tuple(versions))
 
 
 def _leaf_like(parameter: Tensor) -> Tensor:

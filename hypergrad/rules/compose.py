@@ -77,7 +77,7 @@ class Clipped(Rule):
         if c == 1.0:
             return pulled
         # By the unit vector g / N: powers of N itself leave the range of float32.
-        unit = {name: tree.wide(g) / n for name, g in grads.items()}
+        unit = {name: tree.wide(g) / (n or 1.0) for name, g in grads.items()}
         along = c * n / (n + 1e-6) * tree.dot(unit, pulled.grads)
         bar = {
             name: (c * tree.wide(u) - along * unit[name]).to(u.dtype)

@@ -84,6 +84,9 @@ def rule_of(
         params: the parameters by name.
         max_norm: gradient norm that is clipped to before the step; None for none.
 
+    Returns:
+        A `Grouped` rule, within a `Clipped` one where `max_norm` is given.
+
     Raises:
         TypeError: the optimizer is not supported.
         ValueError: the optimizer does not hold one of the parameters.
@@ -129,6 +132,12 @@ def state_of(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> 
 
 def rule_from_config(config: Mapping[str, Any]) -> Rule:
     """Make a rule from what `Rule.config` returned.
+
+    Args:
+        config: plain values, as they come out of a checkpoint.
+
+    Returns:
+        A rule equal to the one that was asked for its config.
 
     Raises:
         ValueError: an unknown kind.

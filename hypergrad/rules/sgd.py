@@ -94,7 +94,9 @@ class SGD(ElementwiseRule):
         else:
             g_bar = along_bar if self.nesterov else torch.zeros_like(w_bar)
             # along = g + μ·new with nesterov, else new.
-            buffer_bar = buffer_bar + (self.momentum if self.nesterov else 1) * along_bar
+            buffer_bar = (
+                buffer_bar + (self.momentum if self.nesterov else 1) * along_bar
+            )
             g_bar = g_bar + (1 if buffer is None else 1 - self.dampening) * buffer_bar
             buffer_bar = self.momentum * buffer_bar
         if buffer is not None:

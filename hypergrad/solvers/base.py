@@ -21,6 +21,9 @@ Matvec = Callable[[Params], Params]
 """A symmetric linear map on dictionaries of tensors."""
 OnFailure = Literal["warn", "raise", "return"]
 
+_MOST_ASYMMETRY = 0.1
+"""What finite differences in low precision may reach, and second derivatives never do."""
+
 
 @dataclass(frozen=True)
 class SolveResult:
@@ -212,7 +215,7 @@ def check_symmetric(asymmetry: float) -> str:
         asymmetry: how far H and its transpose differ, relative to the largest of H.
 
     Returns:
-        The message; empty up to 0.1, which finite differences in low precision reach.
+        The message; empty up to 0.1.
     """
     if asymmetry <= _MOST_ASYMMETRY:
         return ""
@@ -224,9 +227,6 @@ def check_symmetric(asymmetry: float) -> str:
         "for each product are the usual causes. Compute the loss in full, and replay "
         "its random numbers."
     )
-
-
-_MOST_ASYMMETRY = 0.1
 
 
 def check_finite_rhs(norm: float) -> None:

@@ -34,10 +34,7 @@ def check_scale(scale: float | str) -> None:
     Raises:
         ValueError: with the value.
     """
-    if isinstance(scale, str):
-        good = scale == "auto"
-    else:
-        good = 0 < scale < float("inf")
+    good = scale == "auto" if isinstance(scale, str) else 0 < scale < float("inf")
     if not good:
         msg = (
             f"scale={scale!r} must be 'auto' or positive: the series converges for "
@@ -124,9 +121,7 @@ class NeumannSolver(Solver):
             # Flat directions are harmless: there, each term adds α times b.
             flat = is_zero(lowest + damping, bound + damping, krylov.eps)
             if not flat or bound + damping == 0.0:
-                damping, raised = positive_damping(
-                    lowest, bound, damping, krylov.eps
-                )
+                damping, raised = positive_damping(lowest, bound, damping, krylov.eps)
             scale = 1.0 / (bound + damping) if bound + damping > 0 else 0.0
         else:
             scale = self.scale
