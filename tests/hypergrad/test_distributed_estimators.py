@@ -61,8 +61,8 @@ def trained(name: str, rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    place = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     for name in NAMES:
         torch.save(trained(name, rank, 2), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
