@@ -139,7 +139,7 @@ class CGSolver(Solver):
                 )
         else:  # H = 0: nothing in the Krylov space is nearer to a solution than 0
             y, residual = torch.zeros_like(identity[0]), 1.0
-        asymmetric = check_symmetric(krylov.asymmetry)
+        asymmetric = check_symmetric(krylov.asymmetry, krylov.eps)
         # What rounding of the products leaves, whatever the recurrence says.
         size = max(abs(lowest), abs(highest)) + damping
         rounding = krylov.eps * size * float(torch.linalg.vector_norm(y))

@@ -85,7 +85,7 @@ class DenseSolver(Solver):
         hessian = tree.wide(torch.stack(rows))
         largest = float(hessian.abs().max())
         skew = float((hessian - hessian.T).abs().max())
-        asymmetric = check_symmetric(skew / largest if largest else 0.0)
+        asymmetric = check_symmetric(skew / (largest or 1.0), resolution(b))
         if asymmetric:
             raise SolveError(asymmetric)
         hessian = (hessian + hessian.T) / 2

@@ -133,7 +133,7 @@ class NeumannSolver(Solver):
         for _ in range(self.num_terms):
             term = term - scale * (t @ term + damping * term)
             total = total + term
-        asymmetric = check_symmetric(krylov.asymmetry)
+        asymmetric = check_symmetric(krylov.asymmetry, krylov.eps)
         result = SolveResult(
             krylov.combine(scale * total, b),
             n_matvec=krylov.steps,
