@@ -163,7 +163,10 @@ class _Job:
         # "auto" would ask the Hub about embeddings, which are never adapted here.
         self.model.save_pretrained(str(staging), save_embedding_layers=False)
         self.tokenizer.save_pretrained(str(staging))
-        title = f"{self.settings.method} on {self.task.name}, seed {self.settings.seed}"
+        title = (
+            f"{self.settings.method} on {self.task.name}, seed {self.settings.seed}\n"
+            f"curves of up to {CURVE_EXAMPLES} examples of each set"
+        )
         draw_curves(self.history, staging / "curves.png", title)
         files = folder.publish()
         parameters = list(self.model.parameters())
