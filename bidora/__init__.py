@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-import hypergrad
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-if not hasattr(hypergrad, "BilevelProblem"):
-    raise ImportError(
-        f"the package 'hypergrad' at {hypergrad.__file__} is another project's: its files "
-        "shadow those of 'hypergrad-bidora'. Run: pip uninstall hypergrad, then pip "
-        "install --force-reinstall --no-deps hypergrad-bidora."
+if TYPE_CHECKING:
+    from bidora.dora import (
+        check_norms,
+        exact_dora_layers,
+        magnitudes,
+        plain_dora_layers,
+        use_exact_dora,
+        use_peft_dora,
     )
-
-from bidora.dora import (
-    check_norms,
-    exact_dora_layers,
-    magnitudes,
-    plain_dora_layers,
-    use_exact_dora,
-    use_peft_dora,
-)
-from bidora.optimizer import BiDoRAOptimizer
-from bidora.orthogonality import orthogonality
+    from bidora.optimizer import BiDoRAOptimizer
 
 __all__ = [
     "BiDoRAOptimizer",
     "check_norms",
     "exact_dora_layers",
     "magnitudes",
-    "orthogonality",
     "plain_dora_layers",
     "use_exact_dora",
     "use_peft_dora",
 ]
+
+# Loaded at first use: `bidora --help` needs neither torch nor peft, and the command sets
+# how torch's threads wait before torch is there.
+_HOMES = {"BiDoRAOptimizer": "bidora.optimizer"}
+
+
+def _refuse_foreign_hypergrad() -> None:
+    spec = find_spec("hypergrad")
+    place = Path(spec.origin) if spec and spec.origin else Path()
+    if not (place.parent / "problem.py").is_file():
+        raise ImportError(
+            f"the package 'hypergrad' at {place} is another project's: its files shadow "
+            "those of 'hypergrad-bidora'. Run: pip uninstall hypergrad, then pip install "
+            "--force-reinstall --no-deps hypergrad-bidora."
+        )
+
+
+_refuse_foreign_hypergrad()
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(_HOMES.get(name, "bidora.dora")), name)
+    raise AttributeError(f"module 'bidora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
