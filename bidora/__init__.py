@@ -28,8 +28,7 @@ __all__ = [
     "use_peft_dora",
 ]
 
-# Loaded at first use: `bidora --help` needs neither torch nor peft, and the command sets
-# how torch's threads wait before torch is there.
+# Loaded at first use: `bidora --help` needs neither torch nor peft.
 _HOMES = {"BiDoRAOptimizer": "bidora.optimizer"}
 
 

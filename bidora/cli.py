@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import sys
 import textwrap
 import warnings
@@ -53,9 +52,6 @@ def _train(options: dict[str, Any]) -> int:
     if "estimator_settings" in options:
         options["estimator_settings"] = _pairs(options["estimator_settings"])
     settings = TrainSettings.from_options(**options)
-    # Read when torch is first imported. Threads that spin while they wait make a step 20
-    # times as slow when another process wants a core (measured: 6.7 s, else 0.34 s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from bidora.progress import ProgressListener
