@@ -25,8 +25,10 @@ class Unrolled(HypergradEstimator):
       \bar\lambda \mathrel{+}= \frac{\partial^2 g}{\partial\lambda\,\partial w}\bar g$$
 
     Exact for K steps of the real optimizer: momentum, Adam's moments, decay, clipping
-    and changing learning rates included. Memory is that of one step whatever K is: each
-    step's graph is built again from a copy of w, used once and freed. Cost: 2 to 2.5
+    and changing learning rates included. The graph in memory is that of one step
+    whatever K is: it is built again from a copy of w, used once and freed. Each of the K
+    records keeps copies of w, its moments and its gradient, which is little for adapters
+    and counts where a large head is trained. Cost: 2 to 2.5
     inner gradients for each step.
 
     Where λ moved within the window, each step is revisited at its own λ and the result
