@@ -28,8 +28,8 @@ class Unrolled(HypergradEstimator):
     and changing learning rates included. The graph in memory is that of one step
     whatever K is: it is built again from a copy of w, used once and freed. Each of the K
     records keeps copies of w, its moments and its gradient, which is little for adapters
-    and counts where a large head is trained. Cost: 2 to 2.5
-    inner gradients for each step.
+    and counts where a large head is trained. Cost: 2 to 2.5 inner gradients for each
+    step.
 
     Where λ moved within the window, each step is revisited at its own λ and the result
     is the derivative for a common shift of all of them; `info.reason` says so.

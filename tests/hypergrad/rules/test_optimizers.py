@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -201,6 +202,6 @@ def test_config_of_another_version() -> None:
 
 
 def test_config_of_closures_is_refused() -> None:
-    torchopt = pytest.importorskip("torchopt")
+    torchopt: Any = importlib.import_module("torchopt")
     with pytest.raises(ValueError, match="cannot be saved"):
         Clipped(TorchOptRule(torchopt.sgd(0.1)), 1.0).config()

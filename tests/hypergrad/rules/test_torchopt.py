@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from hypergrad.rules import (
 from tests.hypergrad.rules.reference import Named, copies, random_named, same
 from tests.tolerances import error, tol
 
-torchopt: Any = pytest.importorskip("torchopt")
+torchopt: Any = importlib.import_module("torchopt")
 F64 = torch.float64
 
 SGDS: dict[str, dict[str, Any]] = {
