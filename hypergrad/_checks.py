@@ -1,14 +1,22 @@
-"""Checks of what a user passes as the tensors of a problem."""
+"""Checks of what a user passes: settings, and the tensors of a problem."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_disjoint", "check_names", "check_tensor", "some"]
+__all__ = [
+    "check_disjoint",
+    "check_names",
+    "check_new_name",
+    "check_number",
+    "check_tensor",
+    "some",
+]
 
 
 def some(names: Mapping[str, Any], most: int = 6) -> str:
@@ -27,6 +35,34 @@ def some(names: Mapping[str, Any], most: int = 6) -> str:
     """
     shown = ", ".join(list(names)[:most])
     return shown + (", ..." if len(names) > most else "")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse a setting that is not a real number; a bool is none.
+
+    Raises:
+        TypeError: with the value.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        msg = (
+            f"{name}={value!r} must be a number, got {type(value).__name__}. Pass a "
+            "plain float."
+        )
+        raise TypeError(msg)
+
+
+def check_new_name(kind: str, name: str, taken: Mapping[str, Any]) -> None:
+    """Refuse a name that cannot be registered.
+
+    Raises:
+        ValueError: the name is taken, or has other characters than it may.
+    """
+    if not name or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
+        msg = f"name={name!r} must be made of lower-case letters, digits and hyphens."
+        raise ValueError(msg)
+    if name in taken:
+        msg = f"{kind} named {name!r} is registered already. Choose another name."
+        raise ValueError(msg)
 
 
 def check_names(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> None:

@@ -120,6 +120,8 @@ class BilevelProblem:
         *,
         outer: str | Sequence[str] | type[nn.Module] | Callable[[str, Tensor], bool],
         outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        inner_outputs: Callable[[Any, Any], Any] | None = None,
+        inner_criterion: Callable[[Any, Any], Tensor] | None = None,
     ) -> BilevelProblem:
         """Split the trainable parameters of a module into inner and outer ones.
 
@@ -130,6 +132,9 @@ class BilevelProblem:
                 (`"*.magnitude"`), a module type (all its parameters), or a predicate
                 `(name, parameter) -> bool`.
             outer_loss_fn: the outer loss; `loss_fn` where None.
+            inner_outputs: for Gauss-Newton curvature: `(model, batch) -> outputs`, the
+                predictions that `inner_criterion` scores, such as logits.
+            inner_criterion: `(outputs, batch) -> scalar`.
 
         Returns:
             A problem whose losses run the module as it is whenever they are called on
@@ -168,8 +173,16 @@ class BilevelProblem:
         outer_params = {n: p for n, p in trainable.items() if id(p) in outer_ids}
         inner_loss = ModuleLoss(model, loss_fn, _unique(trainable))
         outer_loss = ModuleLoss(model, outer_loss_fn or loss_fn, _unique(trainable))
+        predict = inner_outputs
+        if predict is not None:
+            predict = ModuleLoss(model, predict, _unique(trainable))
         problem = cls(
-            cast(Loss, inner_loss), cast(Loss, outer_loss), inner, outer_params
+            cast(Loss, inner_loss),
+            cast(Loss, outer_loss),
+            inner,
+            outer_params,
+            predict,
+            inner_criterion,
         )
         problem.module = model
         return problem
@@ -195,23 +208,8 @@ class BilevelProblem:
             ValueError: the loss is not a scalar.
         """
         fn = self._losses[level]
-        if self.module is None and self.aliases:
-            inner_params = self._with_aliases(inner_params)
-            outer_params = self._with_aliases(outer_params)
-        value: Any = fn(inner_params, outer_params, batch)
-        if not isinstance(value, Tensor):
-            msg = (
-                f"{level}_loss returned {type(value).__name__}, not a tensor. Return "
-                "the scalar loss tensor itself (not .item(), not a model output)."
-            )
-            raise TypeError(msg)
-        if value.dim() != 0:
-            msg = (
-                f"{level}_loss returned a tensor of shape {tuple(value.shape)}, not a "
-                "scalar: a loss per example, perhaps. Reduce it, e.g. loss.mean()."
-            )
-            raise ValueError(msg)
-        return value
+        value: Any = fn(*self._named(inner_params, outer_params), batch)
+        return _scalar(f"{level}_loss", value)
 
     def inner_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
         """Evaluate g; see `loss`."""
@@ -220,6 +218,49 @@ class BilevelProblem:
     def outer_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
         """Evaluate f; see `loss`."""
         return self.loss("outer", inner, outer, batch)
+
+    def outputs(self, inner: Params, outer: Params, batch: Any) -> Any:
+        """Evaluate the predictions that the inner loss scores.
+
+        Args:
+            inner: w.
+            outer: λ.
+            batch: handed on as it is.
+
+        Returns:
+            What `inner_outputs` returns.
+
+        Raises:
+            ValueError: the problem was made without `inner_outputs`.
+        """
+        if self.inner_outputs is None:
+            msg = (
+                "this problem has no inner_outputs: it was made from losses alone. Pass "
+                "inner_outputs and inner_criterion to it."
+            )
+            raise ValueError(msg)
+        return self.inner_outputs(*self._named(inner, outer), batch)
+
+    def criterion(self, outputs: Any, batch: Any) -> Tensor:
+        """Evaluate what the inner loss makes of predictions, and check it as `loss` does.
+
+        Args:
+            outputs: the predictions.
+            batch: handed on as it is.
+
+        Returns:
+            What `inner_criterion` returns, of shape `()`.
+
+        Raises:
+            ValueError: the problem was made without `inner_criterion`.
+        """
+        if self.inner_criterion is None:
+            msg = (
+                "this problem has no inner_criterion: it was made from losses alone. "
+                "Pass inner_outputs and inner_criterion to it."
+            )
+            raise ValueError(msg)
+        return _scalar("inner_criterion", self.inner_criterion(outputs, batch))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -357,10 +398,32 @@ class BilevelProblem:
             kept[name] = tensor
         return kept
 
+    def _named(self, inner: Params, outer: Params) -> tuple[Params, Params]:
+        """Return both sets as a functional problem's callables expect them."""
+        if self.module is None and self.aliases:
+            return self._with_aliases(inner), self._with_aliases(outer)
+        return inner, outer
+
     def _with_aliases(self, params: Params) -> Params:
         out = dict(params)
         out.update({a: params[n] for a, n in self.aliases.items() if n in params})
         return out
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        msg = (
+            f"{name} returned {type(value).__name__}, not a tensor. Return the scalar "
+            "loss tensor itself (not .item(), not a model output)."
+        )
+        raise TypeError(msg)
+    if value.dim() != 0:
+        msg = (
+            f"{name} returned a tensor of shape {tuple(value.shape)}, not a scalar: a "
+            "loss per example, perhaps. Reduce it, e.g. loss.mean()."
+        )
+        raise ValueError(msg)
+    return value
 
 
 def _storage(tensor: Tensor) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from hypergrad import tree
+from hypergrad._checks import check_number
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError
 from hypergrad.problem import BilevelProblem
@@ -28,13 +29,17 @@ def check_scheme(scheme: str, radius: float | None) -> None:
     """Refuse settings of a finite difference that mean nothing.
 
     Raises:
+        TypeError: a radius that is not a number.
         ValueError: an unknown scheme, or a radius that is not positive and finite.
     """
-    if scheme not in _POWERS:
+    if scheme not in list(_POWERS):  # a list, since not everything can be hashed
         known = ", ".join(map(repr, _POWERS))
         msg = f"scheme={scheme!r} is unknown; choose one of {known}."
         raise ValueError(msg)
-    if radius is not None and not (math.isfinite(radius) and radius > 0):
+    if radius is None:
+        return
+    check_number("radius", radius)
+    if not (math.isfinite(radius) and radius > 0):
         msg = (
             f"radius={radius} must be positive and finite: it is the distance that the "
             "inner parameters are moved. Pass None for the default of the dtype."
@@ -70,6 +75,12 @@ class FiniteDifference(Product):
     With v = ∂f/∂w as the direction, the central scheme at its default radius is right
     to about 1e-10 in float64 and 1e-4 in float32; in bfloat16 it is not.
 
+    Where truncation dominates, the estimate of the error is right to a few percent.
+    Rounding is noise: there the estimate is its typical size, within 10 times of the
+    error of any product of several entries. That of a single number can be small by
+    luck, and the estimate is then too large, one time in ten. It is never below what
+    storing the two gradients in their dtype loses, and infinite where both are equal.
+
     Args:
         problem: the problem.
         batches: the data.
@@ -78,15 +89,18 @@ class FiniteDifference(Product):
             `"richardson"` (∝ radius⁴, twice the cost).
         radius: distance in the norm of w; None for the default of the coarsest dtype
             that takes part, an autocast around the call included.
-        error_estimate: for the central and Richardson schemes, take one more difference
-            at twice the largest distance and report in `error` how far the results are
-            apart; costs as much as a central difference.
+        error_estimate: take one more difference, at twice the largest distance, and
+            estimate from it the error of the product, in `error`; costs as much as a
+            central difference, or one evaluation with the forward scheme.
         base: gradient in λ at the present point, where the inner step has computed it
             already; serves the forward scheme.
 
     Raises:
+        TypeError: a setting of another kind.
         ValueError: an unknown scheme, or a radius that is not positive and finite.
     """
+
+    order: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -109,8 +123,8 @@ class FiniteDifference(Product):
         """Largest distance that the last product asked to move a part of w by."""
         self.error_estimate = error_estimate
         self.error: float | None = None
-        """Estimated relative error of the last product, good to a factor of 10, where
-        one was asked for: of its outer part, or of its inner part where that was all."""
+        """Estimated relative error of the last product where one was asked for: of its
+        outer part, or of its inner part where that was all."""
         self._base: tuple[Params, Params] | None = None if base is None else ({}, base)
 
     def vjp(
@@ -121,54 +135,56 @@ class FiniteDifference(Product):
         self.tally.n_hvp += 1
         wanted = self._wanted(inner, outer)
         total = off = tree.zeros_like(wanted)
+        least = 0.0
         self.radius = self._asked
         if length:
             for part, epsilon in self._groups(direction, self._asked / length):
                 self.radius = max(self.radius, epsilon * tree.norm(part))
-                value, error = self._scheme(part, epsilon, inner, outer)
+                value, error, lost = self._scheme(part, epsilon, inner, outer)
                 total, off = tree.add(total, value), tree.add(off, error)
+                least += lost
         self.error = None
-        if self.error_estimate and self.scheme != "forward":
+        if self.error_estimate:
             judged = self.problem.outer_params if outer else self.problem.inner_params
             size = tree.norm([total[n] for n in judged])
-            self.error = tree.norm([off[n] for n in judged]) / size if size else 0.0
+            error = max(tree.norm([off[n] for n in judged]), least)
+            self.error = error / size if size else math.inf if error else 0.0
         return self._split(total, inner, outer)
 
     def _scheme(
         self, u: Params, epsilon: float, inner: bool, outer: bool
-    ) -> tuple[Params, Params]:
-        """Return a product and an estimate of its error, zeros where none is known."""
+    ) -> tuple[Params, Params, float]:
+        """Return a product, an estimate of its error, and the least norm of that.
 
-        def central(factor: int) -> Params:
+        The error is zeros where no estimate was asked for.
+        """
+
+        def quotient(factor: int) -> tuple[Params, float]:
             return self._quotient(u, factor * epsilon, inner, outer)
 
-        if self.scheme == "forward":
-            value = self._quotient(u, epsilon, inner, outer, two_sided=False)
-            return value, tree.zeros_like(value)
-        near = central(1)
-        if self.scheme == "central" and not self.error_estimate:
-            return near, tree.zeros_like(near)
+        near, lost = quotient(1)
+        if self.scheme != "richardson" and not self.error_estimate:
+            return near, tree.zeros_like(near), lost
+        far, _ = quotient(2)
         # A central difference errs ∝ radius²: the errors of far and near are as 4 to 1.
-        far = central(2)
+        # A one-sided one errs ∝ radius: as 2 to 1.
+        if self.scheme == "forward":
+            return near, _combine(far, near, 1.0), lost
         if self.scheme == "central":
-            return near, _combine(far, near, 1 / 3)
+            return near, _combine(far, near, 1 / 3), lost
         best = tree.add(near, _combine(near, far, 1 / 3))
         if not self.error_estimate:
-            return best, tree.zeros_like(best)
+            return best, tree.zeros_like(best), lost
         # Of the difference to the result at twice the distance, 1/15 is truncation where
         # that dominates, and most is rounding where that does: something between.
-        second = tree.add(far, _combine(far, central(4), 1 / 3))
-        return best, _combine(second, best, 1 / 5)
+        second = tree.add(far, _combine(far, quotient(4)[0], 1 / 3))
+        return best, _combine(second, best, 1 / 5), lost
 
     def _quotient(
-        self,
-        u: Params,
-        epsilon: float,
-        inner: bool,
-        outer: bool,
-        *,
-        two_sided: bool = True,
-    ) -> Params:
+        self, u: Params, epsilon: float, inner: bool, outer: bool
+    ) -> tuple[Params, float]:
+        """Return a difference quotient, and what storing its gradients costs it."""
+        two_sided = self.scheme != "forward"
         w = {n: self.problem.inner_params[n].detach() for n in u}
         plus = _moved(w, u, epsilon)
         minus = _moved(w, u, -epsilon) if two_sided else w
@@ -180,10 +196,15 @@ class FiniteDifference(Product):
             low = self._gradient(minus, inner, outer)
         else:
             low = self._start(inner, outer)
-        return {
+        value = {
             n: ((high[n].double() - low[n].double()) / along).to(high[n].dtype)
             for n in high
         }
+        if not self.error_estimate:
+            return value, 0.0
+        judged = self.problem.outer_params if outer else self.problem.inner_params
+        sizes = [tree.wide(high[n]) * torch.finfo(high[n].dtype).eps for n in judged]
+        return value, _STORED * tree.norm(sizes) / abs(along)
 
     def _gradient(self, w: Params, inner: bool, outer: bool) -> Params:
         with self.problem.at(w):
@@ -250,6 +271,9 @@ class FiniteDifference(Product):
 # The largest part of a step that may be lost to rounding. What is lost is noise, which
 # the curvature averages out.
 _MOST_LOST = 0.5
+# Root mean square of the difference of two rounded numbers, in units of eps times their
+# size: rounding errors are even between -1/2 and 1/2 of a spacing of 1/2 to 1 eps.
+_STORED = 0.3
 
 
 def _coarsest(params: Iterable[torch.Tensor]) -> torch.dtype:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hypergrad._checks import some
 from hypergrad.attention import explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.distributed import average
-from hypergrad.errors import NonFiniteError
+from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.modules import refuse_recompute
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.evaluation import (
@@ -24,6 +24,7 @@ from hypergrad.products.evaluation import (
     accumulate,
     check_finite_loss,
     check_reads_its_arguments,
+    derive,
     recording,
     replay,
 )
@@ -31,6 +32,9 @@ from hypergrad.products.gradients import InnerGraph, inner_graph
 from hypergrad.tree import Params
 
 __all__ = ["DoubleBackward", "ForwardOverReverse", "Product"]
+
+_VMAPPED = 8
+"""Directions of one vmapped pass: it holds that many copies of what a backward holds."""
 
 
 class Product(ABC):
@@ -44,6 +48,9 @@ class Product(ABC):
         batches: data of the inner loss.
         tally: counts the evaluations.
     """
+
+    order: ClassVar[int] = 2
+    """1 where first derivatives suffice, so that fused attention works."""
 
     def __init__(
         self, problem: BilevelProblem, batches: Sequence[MicroBatch], tally: Tally
@@ -75,6 +82,18 @@ class Product(ABC):
     def hvp(self, direction: Params) -> Params:
         """Return (∂²g/∂w²) `direction`."""
         return self.vjp(direction, outer=False)[0]
+
+    def hvps(self, directions: Params) -> Params:
+        """Return (∂²g/∂w²) u for several u, stacked along a leading axis of each tensor.
+
+        Args:
+            directions: by the names of `inner_params`, shapes `(k, *shape)`.
+        """
+        count = len(next(iter(directions.values())))
+        rows = [
+            self.hvp({n: t[i] for n, t in directions.items()}) for i in range(count)
+        ]
+        return {n: torch.stack([row[n] for row in rows]) for n in directions}
 
     def mixed_vjp(self, direction: Params) -> Params:
         """Return `direction`ᵀ ∂²g/∂w∂λ, same keys and shapes as `outer_params`."""
@@ -156,6 +175,7 @@ class DoubleBackward(Product):
             raise ValueError(msg)
         self._graph = kept
         self._single_use = single_use
+        self._vmaps = True
 
     def vjp(
         self, direction: Params, *, inner: bool = True, outer: bool = True
@@ -174,8 +194,47 @@ class DoubleBackward(Product):
             self.unused = set(self.problem.outer_params) - used
         return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
 
+    def hvps(self, directions: Params) -> Params:
+        """Return several products from one vmapped backward pass, a few at a time."""
+        self._check_direction(directions)
+        count = len(next(iter(directions.values())))
+        parts = []
+        for first in range(0, count, _VMAPPED):
+            chunk = {n: t[first : first + _VMAPPED] for n, t in directions.items()}
+            parts.append(self._chunk(chunk))
+        return {n: torch.cat([part[n] for part in parts]) for n in directions}
+
+    def _chunk(self, directions: Params) -> Params:
+        if not self._vmaps:
+            return super().hvps(directions)
+        several = len(next(iter(directions.values())))
+        wanted = self._wanted(inner=True, outer=False)
+        sums: list[Tensor] = []
+        before = replace(self.tally)
+        try:
+            for micro in self.batches:
+                with recording():
+                    parts = self._one(
+                        replace(micro, attention="math"), directions, wanted, several
+                    )
+                    like = [directions[n] for n in wanted]
+                    sums = accumulate(sums, parts, like, micro.weight)
+        except RuntimeError as error:
+            # Not every operator has a batched backward (nor every custom function);
+            # what else went wrong shows in the single products.
+            if isinstance(error, HypergradError):
+                raise
+            self._vmaps = False
+            vars(self.tally).update(vars(before))
+            return super().hvps(directions)
+        return self._split(dict(zip(wanted, sums, strict=True)), True, False)[0]
+
     def _one(
-        self, micro: MicroBatch, direction: Params, wanted: Params
+        self,
+        micro: MicroBatch,
+        direction: Params,
+        wanted: Params,
+        several: int = 0,
     ) -> list[Tensor | None]:
         problem, tally = self.problem, self.tally
         reusable = len(self.batches) == 1 and not self._single_use
@@ -187,7 +246,9 @@ class DoubleBackward(Product):
                     self._graph = graph
             targets = {n: graph.inner.get(n, t) for n, t in wanted.items()}
             with problem.swapped(graph.inner):
-                result = graph.product(direction, targets, tally, retain=reusable)
+                result = graph.product(
+                    direction, targets, tally, retain=reusable, several=several
+                )
             if not reusable:
                 self._graph = None
             return result
@@ -204,6 +265,8 @@ class ForwardOverReverse(Product):
         batches: the data.
         tally: counts the evaluations.
     """
+
+    _asked = False
 
     def vjp(
         self, direction: Params, *, inner: bool = True, outer: bool = True
@@ -242,4 +305,27 @@ class ForwardOverReverse(Product):
         check_finite_loss("inner", float(loss.detach()))
         if loss.requires_grad:
             check_reads_its_arguments(problem, loss, ())
-        return {name: part.detach() for name, part in {**h, **m}.items()}
+        parts = {name: part.detach() for name, part in {**h, **m}.items()}
+        if not self._asked:
+            self._ask_about_zeros(micro, parts)
+        return parts
+
+    def _ask_about_zeros(self, micro: MicroBatch, parts: Params) -> None:
+        # Forward mode answers with zeros for what is not connected; reverse mode tells
+        # those from zeros that are derivatives.
+        self._asked = True
+        if all(bool(part.any()) for part in parts.values()):
+            return
+        problem, wanted = self.problem, self._wanted(True, True)
+        with replay(problem, micro):
+            _, grads = derive(
+                problem,
+                "inner",
+                problem.inner_params,
+                wanted,
+                micro,
+                self.tally,
+                create_graph=False,
+            )
+        used = {n for n, g in zip(wanted, grads, strict=True) if g is not None}
+        self.unused = set(problem.outer_params) - used

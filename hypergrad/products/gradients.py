@@ -163,6 +163,7 @@ class InnerGraph:
         tally: Tally,
         *,
         retain: bool,
+        several: int = 0,
     ) -> list[Tensor | None]:
         """Return the product of `direction` with ∂²g/∂w∂(wanted), None for zeros.
 
@@ -171,6 +172,8 @@ class InnerGraph:
             wanted: the leaves to differentiate in.
             tally: counts the evaluations.
             retain: whether the graph will be used again; it is freed otherwise.
+            several: number of directions stacked along a leading axis of `direction`,
+                for which one backward pass is vmapped; 0 for a single one without it.
 
         Returns:
             One part for each of `wanted`.
@@ -196,10 +199,10 @@ class InnerGraph:
             for n, g in self.grads.items()
             if n in self.inner and g is not None and g.requires_grad
         ]
-        tally.n_hvp += 1
+        tally.n_hvp += several or 1
         if not pairs or not wanted:
             return [None] * len(wanted)
-        tally.n_backward += 1
+        tally.n_backward += several or 1
         leaves = list(wanted.values())
         with (
             recording(),
@@ -214,6 +217,7 @@ class InnerGraph:
                     [u for _, u in pairs],
                     retain_graph=retain,
                     allow_unused=True,
+                    is_grads_batched=several > 0,
                 )
             )
 
