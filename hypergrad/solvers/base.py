@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,11 +15,25 @@ from hypergrad import tree
 from hypergrad.errors import NonFiniteError, NumericalWarning, SolveError
 from hypergrad.tree import Params
 
-__all__ = ["Matvec", "OnFailure", "SolveResult", "Solver"]
+__all__ = ["BlockMatvec", "Matvec", "OnFailure", "SolveResult", "Solver"]
 
 Matvec = Callable[[Params], Params]
 """A symmetric linear map on dictionaries of tensors."""
 OnFailure = Literal["warn", "raise", "return"]
+
+
+@runtime_checkable
+class BlockMatvec(Protocol):
+    """A matvec that can take several vectors at once, for less than one by one."""
+
+    def __call__(self, vector: Params, /) -> Params:
+        """Return Hv."""
+        ...
+
+    def many(self, vectors: Params, /) -> Params:
+        """Return Hv for several v, stacked along a leading axis of each tensor."""
+        ...
+
 
 _MOST_ASYMMETRY = 0.02
 """Largest relative asymmetry of H that passes for an error of its products."""
@@ -105,6 +119,17 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     if value < least:
         msg = f"{name}={value} must be at least {least}."
         raise ValueError(msg)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse a switch that is neither True nor False.
+
+    Raises:
+        TypeError: with the value.
+    """
+    if not isinstance(value, bool):
+        msg = f"{name}={value!r} must be True or False, got {type(value).__name__}."
+        raise TypeError(msg)
 
 
 def check_on_failure(value: str) -> None:
@@ -205,6 +230,37 @@ def product(matvec: Matvec, vector: Tensor, like: Params) -> Tensor:
             "Run the inner loss in float32, or raise its epsilons."
         )
         raise NonFiniteError(msg)
+    return flat
+
+
+def products(matvec: Matvec, vectors: Tensor, like: Params) -> Tensor:
+    """Return H times several flat vectors, at once where `matvec` is a `BlockMatvec`.
+
+    Args:
+        matvec: v -> Hv.
+        vectors: `(k, n)`.
+        like: as for `product`.
+
+    Returns:
+        `(k, n)`, of the dtype and device that flat vectors have.
+
+    Raises:
+        NonFiniteError: a product is NaN or infinite.
+    """
+    if not isinstance(matvec, BlockMatvec):
+        return torch.stack([product(matvec, v, like) for v in vectors])
+    stacked: Params = {}
+    start = 0
+    for name, t in like.items():
+        part = vectors[:, start : start + t.numel()]
+        stacked[name] = part.reshape(-1, *t.shape).to(t.device, t.dtype)
+        start += t.numel()
+    answer = matvec.many(stacked)
+    rows = [{n: answer[n][i] for n in like} for i in range(len(vectors))]
+    flat = torch.stack([flatten(row) for row in rows])
+    if not bool(torch.isfinite(flat).all()):
+        # The single product says what is wrong.
+        return torch.stack([product(matvec, v, like) for v in vectors])
     return flat
 
 
