@@ -220,6 +220,23 @@ class HypergradEstimator(ABC):
         """Return the rule of the steps taken where none are given; None for none."""
         return None
 
+    def resolve(
+        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
+    ) -> HypergradEstimator:
+        """Return the estimator to use on this problem: itself, but for `auto`.
+
+        Args:
+            problem: the problem; it is left as it was.
+            inner_batch: data of the inner loss, to try it with.
+            rule: what the inner optimizer's steps are; None where there is no rule for
+                it, so that nothing can look back at them.
+
+        Returns:
+            An estimator that resolves to itself.
+        """
+        del problem, inner_batch, rule
+        return self
+
     def estimate(
         self,
         problem: BilevelProblem,

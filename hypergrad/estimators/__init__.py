@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.first_order import FirstOrder
 from hypergrad.estimators.implicit import Implicit, ImplicitEstimator
 from hypergrad.estimators.neumann import Neumann
+from hypergrad.estimators.nystrom import Nystrom
 from hypergrad.estimators.registry import (
     estimator_names,
     make_estimator,
@@ -16,12 +18,14 @@ from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
 
 __all__ = [
+    "Auto",
     "ConjugateGradient",
     "Darts",
     "FirstOrder",
     "Implicit",
     "ImplicitEstimator",
     "Neumann",
+    "Nystrom",
     "Sama",
     "Unrolled",
     "estimator_names",

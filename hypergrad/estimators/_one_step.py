@@ -7,7 +7,14 @@ from typing import Any
 
 from hypergrad import tree
 from hypergrad.estimator import HypergradEstimator, Indirect, Point, difference_info
-from hypergrad.products import ProductName, Scheme, check_product, check_scheme
+from hypergrad.products import (
+    ProductName,
+    Scheme,
+    check_product,
+    check_scheme,
+    product_order,
+)
+from hypergrad.solvers.base import check_flag
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -27,6 +34,7 @@ class OneStepEstimator(HypergradEstimator):
     def __post_init__(self) -> None:
         check_product(self.product)
         check_scheme(self.scheme, self.radius)
+        check_flag("error_estimate", self.error_estimate)
 
     @property
     def lookback(self) -> int:
@@ -36,7 +44,7 @@ class OneStepEstimator(HypergradEstimator):
     @property
     def order(self) -> int:
         """First order where products are finite differences."""
-        return 1 if self.product == "finite-difference" else 2
+        return product_order(self.product)
 
     @property
     def needs_byproduct(self) -> bool:

@@ -6,8 +6,9 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from hypergrad.estimators.implicit import ImplicitEstimator
-from hypergrad.products import ProductName, Scheme
-from hypergrad.solvers import CGSolver, OnFailure, Solver
+from hypergrad.products import Curvature, ProductName, Scheme
+from hypergrad.solvers import CGSolver, NystromSketch, OnFailure, Solver
+from hypergrad.solvers.base import check_count
 
 __all__ = ["ConjugateGradient"]
 
@@ -30,9 +31,17 @@ class ConjugateGradient(ImplicitEstimator):
         max_iter: largest number of products with H.
         rtol: residual, relative to ∂f/∂w, to stop at.
         damping: δ; raised where curvature is negative, and `info` says so.
+        preconditioner_rank: rank of a low-rank model of H that preconditions; 0 for
+            none. It takes as many products, once for `preconditioner_every` estimates.
+        preconditioner_every: number of estimates that share a model, by their `state`.
+        warm_start: whether to start from the solution of the last estimate, by its
+            `state`, at one more product: pays where batches stay the same.
         product: how products with second derivatives are taken.
         scheme: scheme of the finite difference.
         radius: its distance in w; None for the default of the dtype.
+        error_estimate: whether to report the error of a finite mixed difference in
+            `info`.
+        curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
         on_failure: `"warn"`, `"raise"` or `"return"` where it did not converge.
 
     Raises:
@@ -63,16 +72,30 @@ class ConjugateGradient(ImplicitEstimator):
     _: KW_ONLY
     rtol: float = 1e-6
     damping: float = 0.0
+    preconditioner_rank: int = 0
+    preconditioner_every: int = 10
+    warm_start: bool = False
     product: ProductName = "exact"
     scheme: Scheme = "central"
     radius: float | None = None
+    error_estimate: bool = False
+    curvature: Curvature = "hessian"
     on_failure: OnFailure = "warn"
 
     def make_solver(self) -> Solver:
         """Return the solver with these settings."""
+        check_count("preconditioner_rank", self.preconditioner_rank, least=0)
+        check_count("preconditioner_every", self.preconditioner_every)
+        sketch = None
+        if self.preconditioner_rank:
+            sketch = NystromSketch(
+                self.preconditioner_rank, every=self.preconditioner_every
+            )
         return CGSolver(
             self.max_iter,
             rtol=self.rtol,
             damping=self.damping,
+            preconditioner=sketch,
+            warm_start=self.warm_start,
             on_failure=self.on_failure,
         )

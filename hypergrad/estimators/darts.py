@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+from hypergrad._checks import check_number
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
 from hypergrad.products import ProductName, Scheme
@@ -32,9 +33,11 @@ class Darts(OneStepEstimator):
         product: how the mixed product is taken.
         scheme: scheme of the finite difference.
         radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report its error in `info`, at twice the cost.
+        error_estimate: whether to report its error in `info`, at twice the cost; see
+            `hypergrad.products.FiniteDifference`.
 
     Raises:
+        TypeError: a setting of another kind.
         ValueError: a setting out of range.
 
     Example:
@@ -67,7 +70,10 @@ class Darts(OneStepEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inner_lr is not None and not 0 < self.inner_lr < float("inf"):
+        if self.inner_lr is None:
+            return
+        check_number("inner_lr", self.inner_lr)
+        if not 0 < self.inner_lr < float("inf"):
             msg = (
                 f"inner_lr={self.inner_lr} must be positive: it is the rate ξ of the "
                 "virtual step. Pass None for the inner optimizer's own."

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from hypergrad import tree
 from hypergrad.estimator import HypergradEstimator, Indirect, Point, difference_info
-from hypergrad.products import ProductName, Scheme, check_product, check_scheme
-from hypergrad.solvers import CGSolver, Solver
+from hypergrad.products import (
+    Curvature,
+    FiniteDifference,
+    GaussNewton,
+    Product,
+    ProductName,
+    Scheme,
+    check_curvature,
+    check_product,
+    check_scheme,
+    product_order,
+)
+from hypergrad.solvers import Solver, make_solver
+from hypergrad.solvers.base import check_flag
+from hypergrad.tree import Params
 
 __all__ = ["Implicit", "ImplicitEstimator"]
 
@@ -22,10 +35,14 @@ class ImplicitEstimator(HypergradEstimator):
     product: ProductName = "exact"
     scheme: Scheme = "central"
     radius: float | None = None
+    error_estimate: bool = False
+    curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
         check_product(self.product)
         check_scheme(self.scheme, self.radius)
+        check_flag("error_estimate", self.error_estimate)
+        check_curvature(self.curvature)
         self.make_solver()
 
     @abstractmethod
@@ -35,18 +52,22 @@ class ImplicitEstimator(HypergradEstimator):
     @property
     def order(self) -> int:
         """First order where products are finite differences."""
-        return 1 if self.product == "finite-difference" else 2
+        return product_order(self.product)
 
     def indirect(self, point: Point) -> Indirect:
         """Return -∂²g/∂λ∂w (∂²g/∂w² + δI)⁻¹ v."""
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"curvature": self.curvature}
         if self.product == "finite-difference":
-            settings = {"scheme": self.scheme, "radius": self.radius}
+            settings |= {"scheme": self.scheme, "radius": self.radius}
         with point.product(self.product, **settings) as product:
-            solved = self.make_solver().solve(product.hvp, point.v, point.state)
+            solved = self.make_solver().solve(_Curved(product), point.v, point.state)
+            mixed = product.product if isinstance(product, GaussNewton) else product
+            if isinstance(mixed, FiniteDifference):
+                # Not before: the solve's products need no estimate, which costs as much.
+                mixed.error_estimate = self.error_estimate
             grads = tree.scale(product.mixed_vjp(solved.x), -1.0)
             info = {
-                **difference_info(product),
+                **difference_info(mixed),
                 "residual_norm": solved.residual_norm,
                 "converged": solved.converged,
                 "damping": solved.damping,
@@ -54,6 +75,19 @@ class ImplicitEstimator(HypergradEstimator):
                 "reason": solved.reason,
             }
         return Indirect(grads, state=solved.state, info=info)
+
+
+class _Curved:
+    """Products with the inner curvature, as solvers call them."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def __call__(self, vector: Params) -> Params:
+        return self._product.hvp(vector)
+
+    def many(self, vectors: Params) -> Params:
+        return self._product.hvps(vectors)
 
 
 @dataclass(frozen=True)
@@ -65,16 +99,24 @@ class Implicit(ImplicitEstimator):
       \Big(\frac{\partial^2 g}{\partial w^2} + \delta I\Big)^{-1}
       \frac{\partial f}{\partial w}$$
 
-    Exact where w is a minimum of g, δ = 0, and the solver is.
+    Exact where w is a minimum of g, δ = 0, and the solver is. Three choices make it: how
+    the system is solved, how products are taken, and what curvature they are of.
+    `ConjugateGradient`, `Neumann` and `Nystrom` are presets.
 
     Args:
-        solver: any `Solver`; `ConjugateGradient` and `Neumann` are presets.
-        product: how products with second derivatives are taken.
+        solver: a `Solver`, or a name of `hypergrad.solvers.solver_names()` for one at
+            its defaults.
+        product: how products with second derivatives are taken; a name of
+            `hypergrad.products.product_names()`.
         scheme: scheme of the finite difference.
         radius: its distance in w; None for the default of the dtype.
+        error_estimate: whether to report the error of the mixed product in `info`,
+            where it is a finite difference, at twice that product's cost.
+        curvature: `"hessian"`, or `"gauss-newton"` for a problem that has
+            `inner_outputs`: never negative where the criterion is convex.
 
     Raises:
-        TypeError: `solver` is not a `Solver`.
+        TypeError: `solver` is neither a `Solver` nor a name.
         ValueError: a setting out of range.
 
     Example:
@@ -82,7 +124,6 @@ class Implicit(ImplicitEstimator):
 
         >>> import torch
         >>> from hypergrad import BilevelProblem
-        >>> from hypergrad.solvers import DenseSolver
         >>> w = torch.tensor(3.0, requires_grad=True)
         >>> lam = torch.tensor(3.0, requires_grad=True)
         >>> problem = BilevelProblem(
@@ -91,25 +132,30 @@ class Implicit(ImplicitEstimator):
         ...     {"w": w},
         ...     {"lam": lam},
         ... )
-        >>> Implicit(DenseSolver()).estimate(
+        >>> Implicit("dense").estimate(
         ...     problem, inner_batch=None, outer_batch=None
         ... ).outer_grads["lam"].item()
         3.0
     """
 
     name: ClassVar[str] = "implicit"
-    solver: Solver = field(default_factory=CGSolver)
+    solver: Solver | str = "cg"
     _: KW_ONLY
     product: ProductName = "exact"
     scheme: Scheme = "central"
     radius: float | None = None
+    error_estimate: bool = False
+    curvature: Curvature = "hessian"
 
     def make_solver(self) -> Solver:
         """Return the solver that was set."""
-        if not isinstance(self.solver, Solver):
+        solver = self.solver
+        if isinstance(solver, str):
+            solver = make_solver(solver)
+        if not isinstance(solver, Solver):
             msg = (
-                f"solver must be a hypergrad.solvers.Solver, got {self.solver!r}. Pass "
-                "e.g. CGSolver(max_iter=50)."
+                f"solver must be a hypergrad.solvers.Solver or a name, got {solver!r}. "
+                "Pass e.g. 'dense' or CGSolver(max_iter=50)."
             )
             raise TypeError(msg)
-        return self.solver
+        return solver

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 from hypergrad.estimators.implicit import ImplicitEstimator
-from hypergrad.products import ProductName, Scheme
+from hypergrad.products import Curvature, ProductName, Scheme
 from hypergrad.solvers import NeumannSolver, OnFailure, Solver
 
 __all__ = ["Neumann"]
@@ -33,6 +33,9 @@ class Neumann(ImplicitEstimator):
         product: how products with second derivatives are taken.
         scheme: scheme of the finite difference.
         radius: its distance in w; None for the default of the dtype.
+        error_estimate: whether to report the error of a finite mixed difference in
+            `info`.
+        curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
         on_failure: `"warn"`, `"raise"` or `"return"` where the series would diverge.
 
     Raises:
@@ -67,6 +70,8 @@ class Neumann(ImplicitEstimator):
     product: ProductName = "exact"
     scheme: Scheme = "central"
     radius: float | None = None
+    error_estimate: bool = False
+    curvature: Curvature = "hessian"
     on_failure: OnFailure = "warn"
 
     def make_solver(self) -> Solver:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+from hypergrad._checks import check_new_name
 from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
+from hypergrad.estimators.nystrom import Nystrom
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
 
@@ -19,10 +23,19 @@ __all__ = ["estimator_names", "make_estimator", "register_estimator"]
 Factory = Callable[..., HypergradEstimator]
 
 _ENTRY_POINTS = "hypergrad.estimators"
-_PLANNED = ("nystrom", "auto")
 _registry: dict[str, Factory] = {
     kind.name: kind
-    for kind in (FirstOrder, Darts, Unrolled, ConjugateGradient, Neumann, Sama)
+    for kind in (
+        Auto,
+        FirstOrder,
+        Darts,
+        Unrolled,
+        Implicit,
+        ConjugateGradient,
+        Neumann,
+        Nystrom,
+        Sama,
+    )
 }
 
 
@@ -50,12 +63,7 @@ def register_estimator(name: str, factory: Factory) -> None:
     if not callable(factory):
         msg = f"factory must be callable, got {type(factory).__name__}."
         raise TypeError(msg)
-    if not name or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
-        msg = f"name={name!r} must be made of lower-case letters, digits and hyphens."
-        raise ValueError(msg)
-    if name in _registry:
-        msg = f"an estimator named {name!r} is registered already. Choose another name."
-        raise ValueError(msg)
+    check_new_name("an estimator", name, _registry)
     _registry[name] = factory
 
 
@@ -64,7 +72,7 @@ def estimator_names() -> list[str]:
 
     Example:
         >>> estimator_names()[:2]
-        ['cg', 'darts']
+        ['auto', 'cg']
     """
     found = {point.name for point in entry_points(group=_ENTRY_POINTS)}
     return sorted(found | set(_registry))
@@ -94,8 +102,7 @@ def make_estimator(name: str, **settings: Any) -> HypergradEstimator:
             factory = point.load()
     if factory is None:
         known = ", ".join(estimator_names())
-        why = "is not in this version" if name in _PLANNED else "is unknown"
-        msg = f"estimator {name!r} {why}; choose one of {known}."
+        msg = f"estimator {name!r} is unknown; choose one of {known}."
         raise ValueError(msg)
     try:
         return factory(**settings)

@@ -11,6 +11,7 @@ from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
 from hypergrad.products import ProductName, Scheme
 from hypergrad.rules import Rule
+from hypergrad.rules.base import check_rule
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -42,9 +43,11 @@ class Sama(OneStepEstimator):
         product: how the mixed product is taken.
         scheme: scheme of the finite difference.
         radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report its error in `info`, at twice the cost.
+        error_estimate: whether to report its error in `info`, at twice the cost; see
+            `hypergrad.products.FiniteDifference`.
 
     Raises:
+        TypeError: a setting of another kind.
         ValueError: a setting out of range.
 
     Example:
@@ -74,6 +77,11 @@ class Sama(OneStepEstimator):
     scheme: Scheme = "central"
     radius: float | None = None
     error_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule is not None:
+            check_rule("rule", self.rule)
 
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from hypergrad import tree
 from hypergrad.estimator import HypergradEstimator, Indirect, Point
 from hypergrad.rules import Rule, State
+from hypergrad.rules.base import check_rule
 from hypergrad.solvers.base import check_count
 
 __all__ = ["Unrolled"]
@@ -39,7 +40,7 @@ class Unrolled(HypergradEstimator):
         rule: rule of the virtual steps where no steps are given.
 
     Raises:
-        TypeError: `num_steps` is not a whole number.
+        TypeError: `num_steps` is not a whole number, or `rule` not a rule.
         ValueError: `num_steps` is below 1.
 
     Example:
@@ -70,6 +71,8 @@ class Unrolled(HypergradEstimator):
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
+        if self.rule is not None:
+            check_rule("rule", self.rule)
 
     @property
     def lookback(self) -> int:
