@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
@@ -143,7 +144,9 @@ class NystromSketch:
         theta, vectors = torch.linalg.eigh((core + core.T) / 2)
         # Below this an eigenvalue of the core is rounding, and its inverse is noise.
         size = float(theta.abs().max())
-        kept = theta.abs() > 10 * rank * resolution(b) * size
+        # The rounding of k products is as a random matrix: its norm grows as √k.
+        noise = 4 * math.sqrt(rank) * resolution(b)
+        kept = theta.abs() > noise * size
         if not bool(kept.any()):
             return LowRank(y[:0], theta[:0].cpu(), skew, uses, rank)
         # Yᵀ = QR: the model is Q (R core⁺ Rᵀ) Qᵀ, whose middle is small and symmetric.
@@ -152,7 +155,7 @@ class NystromSketch:
         small = (middle / theta[kept]) @ middle.T
         eigenvalues, turn = torch.linalg.eigh((small + small.T) / 2)
         # Rank is lost where core was singular: those directions are not known to be flat.
-        known = eigenvalues.abs() > 10 * rank * resolution(b) * eigenvalues.abs().max()
+        known = eigenvalues.abs() > noise * eigenvalues.abs().max()
         basis = (q @ turn[:, known]).T
         return LowRank(basis, eigenvalues[known].cpu(), skew, uses, rank)
 
