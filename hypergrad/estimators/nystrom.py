@@ -42,7 +42,8 @@ class Nystrom(ImplicitEstimator):
         error_estimate: whether to report the error of a finite mixed difference in
             `info`.
         curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
-        on_failure: `"warn"`, `"raise"` or `"return"` where damping had to be raised.
+        on_failure: `"warn"`, `"raise"` or `"return"` where damping had to be raised, or
+            the residual is above 1.
 
     Raises:
         TypeError: a count that is not a whole number.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
 from hypergrad.products import ProductName, Scheme
 from hypergrad.rules import Rule
-from hypergrad.rules.base import check_rule
+from hypergrad.rules.base import check_finite, check_rule
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -96,6 +96,7 @@ class Sama(OneStepEstimator):
         direction, dropped = pulled.grads, 0
         if self.product == "finite-difference":
             direction, dropped = _without_dead(direction, step)
+        check_finite(replace(pulled, grads=direction))
         return self._mixed(point, step, direction, dropped=dropped)
 
 

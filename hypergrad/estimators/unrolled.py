@@ -8,7 +8,7 @@ from typing import ClassVar
 from hypergrad import tree
 from hypergrad.estimator import HypergradEstimator, Indirect, Point
 from hypergrad.rules import Rule, State
-from hypergrad.rules.base import check_rule
+from hypergrad.rules.base import check_finite, check_rule
 from hypergrad.solvers.base import check_count
 
 __all__ = ["Unrolled"]
@@ -94,8 +94,10 @@ class Unrolled(HypergradEstimator):
         total = tree.zeros_like(point.problem.outer_params)
         unused = set(point.problem.outer_params)
         for back, step in enumerate(reversed(point.steps), start=1):
-            pulled = step.rule.pullback(
-                step.inner_params, step.state, step.grads, w_bar, state_bar
+            pulled = check_finite(
+                step.rule.pullback(
+                    step.inner_params, step.state, step.grads, w_bar, state_bar
+                )
             )
             oldest = back == len(point.steps)
             with point.product_at(step) as product:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_number
 from hypergrad.errors import NonFiniteError, NumericalWarning, SolveError
 from hypergrad.tree import Params
 
@@ -96,8 +97,10 @@ def check_damping(damping: float) -> None:
     """Refuse a damping that is negative or not finite.
 
     Raises:
+        TypeError: not a number.
         ValueError: with the value.
     """
+    check_number("damping", damping)
     if not (damping >= 0 and damping < float("inf")):
         msg = (
             f"damping={damping} must be finite and at least 0: it is added to the "
@@ -253,7 +256,7 @@ def products(matvec: Matvec, vectors: Tensor, like: Params) -> Tensor:
     start = 0
     for name, t in like.items():
         part = vectors[:, start : start + t.numel()]
-        stacked[name] = part.reshape(-1, *t.shape).to(t.device, t.dtype)
+        stacked[name] = part.reshape(len(vectors), *t.shape).to(t.device, t.dtype)
         start += t.numel()
     answer = matvec.many(stacked)
     rows = [{n: answer[n][i] for n in like} for i in range(len(vectors))]

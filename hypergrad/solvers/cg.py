@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_number
 from hypergrad.solvers._shifted import Change, Start, galerkin, ritz_values
 from hypergrad.solvers.base import (
     Matvec,
@@ -122,6 +123,7 @@ class CGSolver(Solver):
         check_count("max_iter", self.max_iter)
         check_damping(self.damping)
         check_on_failure(self.on_failure)
+        check_number("rtol", self.rtol)
         if not 0 <= self.rtol < 1:
             msg = (
                 f"rtol={self.rtol} must be in [0, 1): it is the residual, relative to "

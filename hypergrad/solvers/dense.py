@@ -19,7 +19,7 @@ from hypergrad.solvers.base import (
     check_finite_rhs,
     check_symmetric,
     flatten,
-    product,
+    products,
     resolution,
     settle,
     unflatten,
@@ -81,8 +81,7 @@ class DenseSolver(Solver):
                 f" max_size is {self.max_size}. Use CG, or raise max_size."
             )
             raise ValueError(msg)
-        rows = [product(matvec, e, b) for e in torch.eye(n).to(rhs)]
-        hessian = tree.wide(torch.stack(rows))
+        hessian = tree.wide(products(matvec, torch.eye(n).to(rhs), b))
         largest = float(hessian.abs().max())
         skew = float((hessian - hessian.T).abs().max())
         asymmetric = check_symmetric(skew / (largest or 1.0), resolution(b))
@@ -102,11 +101,20 @@ class DenseSolver(Solver):
         matrix = hessian + self.damping * torch.eye(n).to(hessian)
         x = torch.linalg.solve(matrix, tree.wide(rhs))
         residual = torch.linalg.vector_norm(matrix @ x - tree.wide(rhs)) / size
+        indefinite = ""
+        if lowest + self.damping < 0:
+            indefinite = (
+                f"curvature of the inner loss is {lowest:.3g} along one direction "
+                f"(largest {highest:.3g}), so the inner problem is not at a minimum: the "
+                "system was solved as it is, and its solution is not the derivative of "
+                f"one. Train the inner problem longer, or set damping above {-lowest:.3g}."
+            )
         result = SolveResult(
             unflatten(x, b),
             n_matvec=n,
             residual_norm=float(residual),
             damping=self.damping,
             curvature=(lowest, highest),
+            reason=indefinite,
         )
         return settle(result, "return")

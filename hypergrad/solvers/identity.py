@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_number
 from hypergrad.solvers.base import (
     Matvec,
     Solver,
@@ -28,6 +29,7 @@ class IdentitySolver(Solver):
         scale: the multiple; exact where H is 1/scale times the identity.
 
     Raises:
+        TypeError: `scale` is not a number.
         ValueError: `scale` is not positive and finite.
 
     Example:
@@ -40,6 +42,7 @@ class IdentitySolver(Solver):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("scale", self.scale)
         if not 0 < self.scale < float("inf"):
             msg = (
                 f"scale={self.scale} must be positive and finite: it stands in for the "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_number
 from hypergrad.solvers.base import (
     Matvec,
     OnFailure,
@@ -32,8 +33,11 @@ def check_scale(scale: float | str) -> None:
     """Refuse a scale that is neither `"auto"` nor positive.
 
     Raises:
+        TypeError: another kind than a number or a name.
         ValueError: with the value.
     """
+    if not isinstance(scale, str):
+        check_number("scale", scale)
     good = scale == "auto" if isinstance(scale, str) else 0 < scale < float("inf")
     if not good:
         msg = (

@@ -193,8 +193,8 @@ class NystromSolver(Solver):
         kind: which products; see `NystromSketch`.
         every: number of solves that share a model.
         seed: of the model.
-        on_failure: `"warn"`, `"raise"` or `"return"` where damping was raised or H is
-            not symmetric.
+        on_failure: `"warn"`, `"raise"` or `"return"` where damping was raised, H is not
+            symmetric, or the residual is above 1.
 
     Raises:
         TypeError: a count that is not a whole number.
@@ -255,13 +255,23 @@ class NystromSolver(Solver):
             x = model.apply(scaled, 1.0 / (model.eigenvalues + damping), outside)
         else:  # H = 0 and δ = 0: there is no solution
             x = torch.zeros_like(scaled)
-        residual = product(matvec, x.to(working_dtype(b)), b) + damping * x - scaled
+        image = product(matvec, x.to(working_dtype(b)), b)
+        residual = tree.norm([image + damping * x - scaled])
+        solvable = damping + highest > 0
+        far = ""
+        if residual > 1.0 and solvable:
+            far = (
+                f"a model of rank {len(model.basis)} leaves a relative residual of "
+                f"{residual:.2g}, more than zeros would: it does not know directions "
+                f"along which the inner Hessian is large, and divides by the damping "
+                f"{damping:.3g} there. Raise rank or damping, or take CG."
+            )
         result = SolveResult(
             unflatten(tree.wide(x) * size, b),
             n_matvec=model.n_matvec + 1,
-            residual_norm=float(torch.linalg.vector_norm(tree.wide(residual))),
-            converged=damping + highest > 0 and not asymmetric,
-            reason=" ".join(filter(None, (raised, asymmetric))),
+            residual_norm=residual,
+            converged=solvable and not asymmetric and not far,
+            reason=" ".join(filter(None, (raised, asymmetric, far))),
             damping=damping,
             curvature=(lowest, highest),
             state=model.state(),

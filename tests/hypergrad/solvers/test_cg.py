@@ -95,6 +95,37 @@ def test_error_stays_below_the_chebyshev_bound(cond: float) -> None:
         assert float((got - x).norm()) <= (bound + 1e-12 * cond) * float(x.norm())
 
 
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("cond", [1e2, 1e4, 1e6])
+def test_a_thousand_log_uniform_eigenvalues(cond: float, dtype: torch.dtype) -> None:
+    # Drawn, not spaced. The energy norm of the error lies below the Chebyshev bound at
+    # every number of products, and no further product makes it larger.
+    n = 1000
+    make = torch.Generator().manual_seed(4)
+    h = cond ** -torch.rand(n, generator=make, dtype=F64)
+    h[:2] = torch.tensor([1.0, 1 / cond])
+    h = h.to(dtype)
+    b = rhs(n, dtype=dtype)
+    x = b["w"].double() / h.double()
+
+    def energy(e: torch.Tensor) -> float:
+        return math.sqrt(float(h.double() @ e.square()))
+
+    rate = (math.sqrt(cond) - 1) / (math.sqrt(cond) + 1)
+    last = 1.0
+    # What rounding leaves: of the solution, times the root of its condition.
+    rounding = 10 * torch.finfo(dtype).eps * math.sqrt(cond)
+    for k in (10, 30, 100, 300):
+        got = quiet(k, rtol=0.0).solve(lambda v: {"w": h * v["w"]}, b)
+        assert got.n_matvec <= k
+        off = energy(got.x["w"].double() - x) / energy(x)
+        assert off <= 2 * rate**k + rounding
+        assert off <= last + rounding
+        last = off
+    # What clusters of eigenvalues save: the bound alone would allow 5e-3 and 1.1.
+    assert last < {1e2: 1e-5, 1e4: 1e-3, 1e6: 0.5}[cond]
+
+
 def test_iterates_are_those_of_the_textbook() -> None:
     # Before rounding tells the two apart.
     h = spread(30, 50.0)

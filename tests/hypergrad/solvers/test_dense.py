@@ -118,6 +118,16 @@ def test_singular(values: list[float], damping: float, dtype: torch.dtype) -> No
     fine.solve(h.matvec, rhs(len(values), dtype=dtype))
 
 
+def test_an_indefinite_matrix_is_solved_and_said() -> None:
+    h = system([-1.0, 2.0, 3.0])
+    b = rhs(3)
+    result = DenseSolver(damping=0.5).solve(h.matvec, b)
+    assert error(result.x["w"], h.solution(b["w"], 0.5)) <= 1e-14
+    assert "is -1 along one direction" in result.reason
+    assert "set damping above 1" in result.reason
+    assert DenseSolver(damping=1.5).solve(h.matvec, b).reason == ""
+
+
 def test_products_of_no_symmetric_matrix() -> None:
     crooked = torch.tensor([[2.0, 1.0], [-1.0, 2.0]], dtype=F64)
     with pytest.raises(SolveError, match="not those of a symmetric matrix"):
