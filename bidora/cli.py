@@ -1,4 +1,4 @@
-"""The command line: `bidora train`."""
+"""The command line: `bidora train` and `bidora estimators`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bidora.comparison_options import add_estimators_parser
 from bidora.errors import UserError
 from bidora.options import add_train_parser
 from bidora.settings import TrainSettings
@@ -36,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    if options.pop("command") is None:
+    command = options.pop("command")
+    if command is None:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
     try:
-        return _train(options)
+        return {"train": _train, "estimators": _estimators}[command](options)
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -50,30 +52,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: dict[str, Any]) -> int:
     if "estimator_settings" in options:
-        options["estimator_settings"] = _pairs(options["estimator_settings"])
+        options["estimator_settings"] = _pairs(
+            options["estimator_settings"], "--estimator-setting"
+        )
     settings = TrainSettings.from_options(**options)
-    import torch
-
     from bidora.progress import ProgressListener
     from bidora.training import train
-    from hypergrad.errors import HypergradError
 
     listener = ProgressListener(sys.stdout, sys.stderr)
     try:
-        with _quiet_libraries(), closing(listener):
+        with _known_failures(), _quiet_libraries(), closing(listener):
             result = train(settings, listener)
     except KeyboardInterrupt:
         _say_error(f"bidora: stopped by Ctrl-C{listener.where(settings.output_dir)}.")
         return EXIT_INTERRUPTED
-    except HypergradError as error:
-        return _complain(str(error))
-    except torch.OutOfMemoryError as error:
-        return _complain(
-            f"out of memory ({str(error).splitlines()[0][:120]}). Try a smaller "
-            "--batch-size, --outer-batch-size or --max-length."
-        )
     sys.stdout.write(_summary(settings, result))
     return 0
+
+
+def _estimators(options: dict[str, Any]) -> int:
+    from bidora.comparison import advice, compare
+    from bidora.comparison_settings import CompareSettings
+    from bidora.progress import ProgressListener
+
+    if "estimators" in options:
+        options["estimators"] = _choices(options["estimators"])
+    settings = CompareSettings.from_options(**options)
+    listener = ProgressListener(sys.stdout, sys.stderr)
+    with _known_failures(), _quiet_libraries(), closing(listener):
+        result = compare(settings, listener)
+    paragraphs = "\n\n".join(
+        textwrap.fill(text, width=100) for text in advice(result.comparison)
+    )
+    sys.stdout.write(f"""
+{result.comparison}
+
+{paragraphs}
+
+Saved in {result.folder} ({result.seconds:.0f} s in all): comparison.json, .csv and .png
+""")
+    return 0
+
+
+@contextmanager
+def _known_failures() -> Iterator[None]:
+    """Turn what a model or its size can cause into a sentence."""
+    import torch
+
+    from hypergrad.errors import HypergradError
+
+    try:
+        yield
+    except HypergradError as error:
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0][:120]}). Try a smaller "
+            "--batch-size, --outer-batch-size or --max-length."
+        ) from error
 
 
 def _summary(settings: TrainSettings, result: RunResult) -> str:
@@ -167,18 +203,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bidora {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     add_train_parser(commands)
+    add_estimators_parser(commands)
     return parser
 
 
-def _pairs(words: Sequence[str]) -> dict[str, Any]:
+def _choices(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Read `A,B:X=1:Y=2` as names with settings, each under the word it was read from."""
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name, *settings = word.split(":")
+        if word in chosen:
+            raise UserError(f"--estimators lists {word!r} twice; leave one out.")
+        chosen[word] = name, _pairs(settings, "--estimators")
+    if not chosen:
+        raise UserError(
+            "--estimators names none; write for example darts,neumann:num_terms=10."
+        )
+    return chosen
+
+
+def _pairs(words: Sequence[str], option: str) -> dict[str, Any]:
     """Turn `NAME=VALUE` words into a dict; values are Python literals or words."""
     pairs: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(
-                f"--estimator-setting {word!r} is not of the form NAME=VALUE; write "
-                "for example num_terms=5."
+                f"{option}: {word!r} is not of the form NAME=VALUE; write for example "
+                "num_terms=5."
             )
         try:
             pairs[name] = ast.literal_eval(value)

@@ -13,7 +13,7 @@ from bidora.settings import (
     TrainSettings,
 )
 
-__all__ = ["add_train_parser"]
+__all__ = ["add_adapter_options", "add_data_options", "add_train_parser"]
 
 DESCRIPTION = """\
 Fine-tune a pretrained model on a text classification task and save the adapter.
@@ -59,8 +59,8 @@ def add_train_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     _add_main_options(train)
-    _add_data_options(train)
-    _add_adapter_options(train)
+    add_data_options(train)
+    add_adapter_options(train)
     _add_training_options(train)
     _add_search_options(train)
     _add_output_options(train)
@@ -94,7 +94,12 @@ def _add_main_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add what tells how to read the examples.
+
+    Args:
+        parser: The command's parser.
+    """
     group = parser.add_argument_group("your own data (files and Hub tasks)")
     group.add_argument(
         "--text-column", metavar="NAME", help="column of the text (default: by name)"
@@ -132,7 +137,12 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Add what sets the size and place of the adapter.
+
+    Args:
+        parser: The command's parser.
+    """
     group = parser.add_argument_group("the adapter")
     group.add_argument(
         "--rank",

@@ -69,6 +69,17 @@ class ProgressListener(Listener):
         self._bar.set_postfix_str(f"loss: {shown}", refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def working_on(self, step: int, what: str) -> None:
+        """Move the bar on, and show what is being done.
+
+        Args:
+            step: How many steps of the phase are done.
+            what: What comes now.
+        """
+        self._step = step
+        self._bar.set_postfix_str(what, refresh=False)
+        self._bar.update(step - self._bar.n)
+
     def close(self) -> None:
         """End the progress bar, if there is one."""
         if self._bar is not None:

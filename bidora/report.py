@@ -49,6 +49,14 @@ class Listener:
             losses: Loss by the name of the set that its batch came from.
         """
 
+    def working_on(self, step: int, what: str) -> None:
+        """Hear what is being done, in a phase whose steps differ.
+
+        Args:
+            step: How many steps of the phase are done.
+            what: What comes now.
+        """
+
 
 @dataclass(frozen=True)
 class PhaseResult:

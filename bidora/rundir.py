@@ -15,7 +15,15 @@ __all__ = ["RunFolder"]
 MARKER = "settings.json"
 """The first file of a run; a folder with it holds one."""
 
-RUN_FILES = ("settings.json", "split.json", "metrics.json", "history.jsonl")
+RUN_FILES = (
+    "settings.json",
+    "split.json",
+    "metrics.json",
+    "history.jsonl",
+    "comparison.json",
+    "comparison.csv",
+    "comparison.png",
+)
 
 
 class RunFolder:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bidora.errors import UserError
 
-__all__ = ["BUNDLED_MODEL", "METHODS", "TrainSettings"]
+__all__ = ["BUNDLED_MODEL", "METHODS", "TrainSettings", "default_folder"]
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
@@ -128,7 +128,7 @@ class TrainSettings:
             "retrain_steps": steps,
             "retrain_lr": inner_lr,
             "eval_every": max(1, steps // 6),
-            "output_dir": _default_folder(
+            "output_dir": default_folder(
                 method, given.get("task", cls.task), given.get("seed", cls.seed)
             ),
         }
@@ -227,6 +227,20 @@ def _refuse_meaningless(method: str, given: dict[str, Any]) -> None:
         )
 
 
-def _default_folder(method: str, task: str, seed: int) -> str:
+def default_folder(what: str, task: str, seed: int) -> str:
+    """Return the folder that a run goes to where none is named.
+
+    Args:
+        what: The method or command.
+        task: The task, as the user named it.
+        seed: The seed.
+
+    Returns:
+        A path under `runs`.
+
+    Example:
+        >>> default_folder("lora", "data/reviews.csv", 1)
+        'runs/lora-data-reviews.csv-seed1'
+    """
     name = "".join(c if c.isalnum() or c in "_." else "-" for c in task).strip("-.")
-    return f"runs/{method}-{name[-40:]}-seed{seed}"
+    return f"runs/{what}-{name[-40:]}-seed{seed}"

@@ -9,36 +9,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from bidora.dora import use_exact_dora
-from bidora.errors import UserError
 from bidora.evaluation import outer_step_cost, time_a_step
-from bidora.models import (
-    ModelSource,
-    build_model,
-    find_model,
-    load_tokenizer,
-    longest_input,
-)
+from bidora.models import find_model
 from bidora.phases import CURVE_EXAMPLES, Phases, Record
 from bidora.plots import draw_curves
+from bidora.preparation import Prepared, find_device, prepare
 from bidora.report import Listener, PhaseResult, RunResult, environment
 from bidora.rundir import RunFolder
 from bidora.settings import TrainSettings
-from bidora.tasks import (
-    BatchStream,
-    Columns,
-    Encoded,
-    Task,
-    encode,
-    holdout_split,
-    is_hub_task,
-    load_task,
-)
-from hypergrad import HypergradEstimator, make_estimator
+from bidora.tasks import BatchStream
 
 __all__ = ["train"]
 
@@ -68,10 +51,10 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> RunResul
     started = time.perf_counter()
     listener = listener or Listener()
     folder = RunFolder(settings.output_dir, settings.overwrite)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     source = find_model(settings.model)
     with torch.random.fork_rng():
-        job = _prepare(settings, source, device, listener)
+        job = _Job(**vars(prepare(settings, source, device, listener)))
         folder.open()
         try:
             folder.write_json("settings.json", settings.as_dict())
@@ -91,18 +74,9 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> RunResul
 
 
 @dataclass
-class _Job:
+class _Job(Prepared):
     """One run, from the tokenised examples to the saved adapter."""
 
-    settings: TrainSettings
-    task: Task
-    tokenizer: Any
-    model: Any
-    train_set: Encoded
-    test_set: Encoded
-    inner_indices: list[int] = field(default_factory=list)
-    outer_indices: list[int] = field(default_factory=list)
-    estimator: HypergradEstimator | None = None
     history: list[Record] = field(default_factory=list)
 
     def expected_seconds(self) -> float:
@@ -144,19 +118,6 @@ class _Job:
         )
         return [search, phases.plain("retrain", self.train_set)]
 
-    def split(self) -> dict[str, Any]:
-        """Return which training examples went where."""
-        return {
-            "task": self.task.name,
-            "source": self.task.source,
-            "seed": self.settings.seed,
-            "label_names": self.task.label_names,
-            "train_examples": len(self.task.train),
-            "test_examples": len(self.task.test),
-            "inner_indices": self.inner_indices,
-            "outer_indices": self.outer_indices,
-        }
-
     def save(self, folder: RunFolder, result: RunResult) -> None:
         """Save the adapter, the tokenizer, the picture and, last, the metrics."""
         staging = folder.staging()
@@ -181,90 +142,6 @@ class _Job:
                 "files": files,
             },
         )
-
-
-def _prepare(
-    settings: TrainSettings,
-    source: ModelSource,
-    device: torch.device,
-    listener: Listener,
-) -> _Job:
-    """Load model and data, split and tokenise; nothing is written yet."""
-    estimator = _estimator(settings) if settings.method == "bidora" else None
-    remote = [] if source.is_local else [source.name]
-    remote += [settings.task] if is_hub_task(settings.task) else []
-    if remote:
-        listener.message(
-            f"Fetching {' and '.join(remote)} from the cache or the Hub ..."
-        )
-    tokenizer = load_tokenizer(source)
-    task = load_task(
-        settings.task,
-        seed=settings.seed,
-        columns=Columns(
-            settings.text_column, settings.text_pair_column, settings.label_column
-        ),
-        test_file=settings.test_file,
-        column_names=settings.column_names,
-        quoting=settings.quoting,
-    )
-    listener.message(f"Task   {task.describe()}")
-    inner, outer = list(range(len(task.train))), []
-    if estimator is not None:
-        inner, outer = holdout_split(
-            task.train.labels,
-            settings.validation_fraction,
-            settings.seed,
-            task.label_names,
-        )
-    model: Any = build_model(
-        source,
-        tokenizer,
-        task.label_names,
-        use_dora=settings.method != "lora",
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        seed=settings.seed,
-    ).to(device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    listener.message(
-        f"Model  {settings.model}: {settings.method} trains {trained:,} of its "
-        f"{total:,} parameters, on {device}"
-    )
-    length = settings.tokens_kept(longest_input(model))
-    return _Job(
-        settings=settings,
-        task=task,
-        tokenizer=tokenizer,
-        model=model,
-        train_set=encode(task.train, tokenizer, length),
-        test_set=encode(task.test, tokenizer, length),
-        inner_indices=inner,
-        outer_indices=outer,
-        estimator=estimator,
-    )
-
-
-def _estimator(settings: TrainSettings) -> HypergradEstimator:
-    """Make the estimator; its own errors list the known names and settings."""
-    try:
-        return make_estimator(settings.estimator, **settings.estimator_settings)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--estimator {settings.estimator}: {error}") from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0][:160]}); "
-            "choose cpu, or leave it out."
-        ) from error
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypergrad._shadow import warn_of_namesakes
 from hypergrad.batches import Accumulated, MicroBatch
+from hypergrad.compare import compare_estimators
 from hypergrad.errors import (
     HypergradError,
     NonFiniteError,
@@ -42,6 +43,7 @@ __all__ = [
     "Point",
     "SecondOrderError",
     "SolveError",
+    "compare_estimators",
     "estimator_names",
     "make_estimator",
     "register_estimator",

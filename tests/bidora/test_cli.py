@@ -148,7 +148,6 @@ def test_misspelt_options_get_one_line(
     [
         (["--method", "qlora"], ["'qlora'", "bidora, dora, lora"]),
         (["--estimator", "magic"], ["'magic'", *estimator_names()]),
-        (["--estimator", "nystrom"], ["not in this version"]),
         (["--estimator-setting", "num_terms"], ["NAME=VALUE"]),
         (["--estimator-setting", "num_terms=x"], ["--estimator neumann", "num_terms"]),
         (["--estimator-setting", "sweets=1"], ["sweets"]),

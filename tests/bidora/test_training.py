@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import bidora.phases
-import bidora.training
+import bidora.preparation
 from bidora import magnitudes
 from bidora.errors import UserError
 from bidora.evaluation import (
@@ -192,7 +192,7 @@ def test_estimator_settings_reach_the_estimator(
         made.append(make_estimator(name, **settings))
         return made[-1]
 
-    monkeypatch.setattr(bidora.training, "make_estimator", record)
+    monkeypatch.setattr(bidora.preparation, "make_estimator", record)
     options["estimator_settings"] = {"num_terms": 2}
     train(for_method(options, "bidora"))
     assert made == [make_estimator("neumann", num_terms=2)]

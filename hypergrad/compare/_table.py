@@ -1,0 +1,119 @@
+"""A comparison as plain text for a terminal."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hypergrad.compare._result import Comparison, Row
+
+__all__ = ["table"]
+
+QUESTIONS = {
+    "steps": "what the inner steps do",
+    "minimum": "where the minimum of the inner loss goes",
+    "neither": "how the outer loss changes at fixed w",
+    "given": "whatever was passed",
+}
+
+# Heading, width, and what a row shows there.
+COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
+    ("error", 9, lambda row: _power(row.indirect_error)),
+    ("cosine", 8, lambda row: _cosine(row.indirect_cosine)),
+    ("error", 9, lambda row: _power(row.error)),
+    ("cosine", 8, lambda row: _cosine(row.cosine)),
+    ("F", 6, lambda row: _short(row.forwards)),
+    ("HVP", 5, lambda row: _short(row.n_hvp)),
+    ("grads", 7, lambda row: _short(row.inner_gradients, 3)),
+    ("seconds", 9, lambda row: _short(row.seconds, 3)),
+    ("MiB", 8, lambda row: _mebibytes(row.peak_bytes)),
+)
+GROUPS = (("indirect", 17), ("total", 17), ("cost", 35))
+TAKEN = sum(width for _, width, _ in COLUMNS)
+
+
+def table(comparison: Comparison, width: int) -> str:
+    """Return the table, what its marks mean, and what to know of single rows."""
+    rows, reference = comparison.rows, comparison.reference
+    room = max(12, width - TAKEN)
+    shown = [f"{_mark(row, reference.answers)} {row.label}" for row in rows]
+    room = min(room, max([12, *(len(label) for label in shown)]))
+    lines = [
+        " " * room + "".join(_over(title, span) for title, span in GROUPS),
+        " " * room + "".join(f"{title:>{n}}" for title, n, _ in COLUMNS),
+    ]
+    for label, row in zip(shown, rows, strict=True):
+        if not row.failure:
+            cells = "".join(f"{show(row):>{n}}" for _, n, show in COLUMNS)
+            lines.append(f"{_cut(label, room):<{room}}{cells}")
+    lines += ["", *_legend(comparison, width)]
+    for row in rows:
+        if row.failure:
+            lines += _note(f"{row.label} failed: {row.failure}", width)
+        elif row.reason:
+            first, *more = re.split(r"(?<=\.) ", row.reason, maxsplit=1)
+            lines += _note(f"{row.label}: {first}{' [...]' if more else ''}", width)
+    return "\n".join(lines)
+
+
+def _legend(comparison: Comparison, width: int) -> list[str]:
+    reference = comparison.reference
+    text = (
+        f"Reference: {reference.estimator}, {reference.why}. It answers "
+        f"{QUESTIONS[reference.answers]}; its indirect term has "
+        f"{reference.indirect_share:.2g} times the norm of the total."
+    )
+    if reference.reason:
+        text += f" Its note: {reference.reason}"
+    lines = textwrap.wrap(text, width)
+    marks = {_mark(row, reference.answers) for row in comparison.rows}
+    if "*" in marks:
+        others = {"steps": "minimum", "minimum": "steps"}
+        asked = QUESTIONS[others[reference.answers]]
+        lines += textwrap.wrap(
+            f"* answers another question, {asked}: its distance is no error of its own.",
+            width,
+        )
+    lines += textwrap.wrap(
+        "F: cost in forward passes, by count. grads: in inner gradients, by the clock "
+        f"(one took {comparison.inner_gradient_seconds:.3g} s). MiB: peak beyond what "
+        "lived before.",
+        width,
+    )
+    return lines
+
+
+def _mark(row: Row, answers: str) -> str:
+    both = {row.answers, answers}
+    return "*" if both == {"steps", "minimum"} else " "
+
+
+def _note(text: str, width: int) -> list[str]:
+    return textwrap.wrap(f"- {text}", width, subsequent_indent="  ")
+
+
+def _over(title: str, span: int) -> str:
+    return f"{f' {title} ':-^{span - 2}}".rjust(span)
+
+
+def _cut(label: str, room: int) -> str:
+    return label if len(label) <= room else label[: room - 1] + "…"
+
+
+def _power(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}" if value else "0"
+
+
+def _cosine(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _short(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:.3g}"
