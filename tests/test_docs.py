@@ -23,11 +23,22 @@ from hypergrad.estimators import registry
 from hypergrad.testing import check_estimator
 
 DOCS = Path(__file__).parent.parent / "docs"
-ESTIMATORS = ("first-order", "darts", "unrolled", "sama", "cg", "neumann")
+ESTIMATORS = (
+    "first-order",
+    "darts",
+    "sama",
+    "unrolled",
+    "neumann",
+    "cg",
+    "nystrom",
+    "implicit",
+    "auto",
+)
 PAGES = (
     "estimators/index.md",
     *(f"estimators/{name}.md" for name in ESTIMATORS),
     "how-to-choose.md",
+    "comparing.md",
     "extending.md",
     "compared.md",
     "bidora.md",
@@ -98,6 +109,12 @@ def test_the_code_of_a_page_runs(
 
 def test_every_registered_estimator_has_a_page() -> None:
     assert set(ESTIMATORS) == set(estimator_names())
+
+
+@pytest.mark.parametrize("page", ["index.md", "estimators/index.md", "../README.md"])
+def test_tables_of_estimators_are_complete(page: str) -> None:
+    rows = re.findall(r"^\| \[?`([\w-]+)`", text_of(page), re.M)
+    assert set(ESTIMATORS) <= set(rows)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -70,6 +70,16 @@ def test_the_functional_example_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert "tensor" in capsys.readouterr().out
 
 
+def test_the_comparison_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("python")[2:4]:
+        exec(compile(example, "README comparison", "exec"), names)
+    # w is at its minimum, and five iterations solve for five parameters, to rounding.
+    assert names["found"]["cg"].indirect_error < 1e-12
+    assert names["found"].recommend() in ("darts(inner_lr=0.1)", "neumann", "cg")
+    assert "Reference: " in capsys.readouterr().out
+
+
 def test_every_command_is_known() -> None:
     from bidora.cli import _parser
 
