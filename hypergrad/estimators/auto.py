@@ -218,7 +218,7 @@ def _second_order_failure(
     """Return why second derivatives are out of reach; empty where they work."""
     with _watched_attention() as scores:
         # First order, under the model's own attention: it must work in any case.
-        gradients(problem, "inner", batches[:1], Tally(), outer=False)
+        gradients(problem, "inner", batches[:1], Tally())
     needed, free = _ATTENTION_COPIES * sum(scores), _free_memory(problem)
     if free is not None and needed > free / 2:
         return (

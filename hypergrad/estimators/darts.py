@@ -35,6 +35,9 @@ class Darts(OneStepEstimator):
         radius: its distance in w; None for the default of the dtype.
         error_estimate: whether to report its error in `info`, at twice the cost; see
             `hypergrad.products.FiniteDifference`.
+        product_fraction: part of the inner batch that the mixed product is taken on, its
+            first examples; below 1 its cost shrinks alike, and neither a kept graph nor a
+            by-product can serve.
 
     Raises:
         TypeError: a setting of another kind.
@@ -67,6 +70,7 @@ class Darts(OneStepEstimator):
     scheme: Scheme = "central"
     radius: float | None = None
     error_estimate: bool = False
+    product_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -110,7 +110,7 @@ def check_product(name: str) -> None:
     Raises:
         ValueError: with the known names.
     """
-    if name not in _KINDS:
+    if name not in product_names():
         known = ", ".join(map(repr, product_names()))
         msg = f"product={name!r} is unknown; choose one of {known}."
         raise ValueError(msg)

@@ -80,6 +80,7 @@ class FiniteDifference(Product):
     error of any product of several entries. That of a single number can be small by
     luck, and the estimate is then too large, one time in ten. It is never below what
     storing the two gradients in their dtype loses, and infinite where both are equal.
+    It says nothing where w is moved beyond the scale on which g changes.
 
     Args:
         problem: the problem.
@@ -245,12 +246,19 @@ class FiniteDifference(Product):
         w = {n: p.detach() for n, p in self.problem.inner_params.items()}
         moving = {n: t for n, t in u.items() if bool(t.any())}
         lost = _lost(w, moving, epsilon)
-        together = {n: t for n, t in moving.items() if lost[n] <= _MOST_LOST}
+        sizes = _root_mean_squares({n: w[n] for n in moving})
+        together = {
+            n: t
+            for n, t in moving.items()
+            if lost[n] <= _MOST_LOST and sizes[n] <= _LARGE
+        }
         steps: dict[str, float] = {}
         for name in moving.keys() - together.keys():
-            rms = tree.norm([w[name]]) / math.sqrt(w[name].numel())
-            relative = torch.finfo(self._coarsest).eps ** _POWERS[self.scheme]
-            steps[name] = relative * rms / float(u[name].abs().max())
+            rms = sizes[name]
+            steps[name] = epsilon * max(1.0, rms)
+            if not _lost(w, {name: u[name]}, steps[name])[name] <= _MOST_LOST:
+                relative = torch.finfo(self._coarsest).eps ** _POWERS[self.scheme]
+                steps[name] = relative * rms / float(u[name].abs().max())
             if not _lost(w, {name: u[name]}, steps[name])[name] <= _MOST_LOST:
                 msg = (
                     f"a finite difference cannot move {name!r}: its entries (root mean "
@@ -271,6 +279,9 @@ class FiniteDifference(Product):
 # The largest part of a step that may be lost to rounding. What is lost is noise, which
 # the curvature averages out.
 _MOST_LOST = 0.5
+# Root mean square above which a tensor is moved apart, further by that factor: rounding
+# costs a step of fixed length eps^(2/3) times it, without a word.
+_LARGE = 4.0
 # Root mean square of the difference of two rounded numbers, in units of eps times their
 # size: rounding errors are even between -1/2 and 1/2 of a spacing of 1/2 to 1 eps.
 _STORED = 0.3
@@ -304,6 +315,11 @@ def _lost(w: Params, u: Params, epsilon: float) -> dict[str, float]:
         noise = moved[name].double() - w[name].double() - step
         parts.append((noise.norm() / step.norm()).cpu())
     return dict(zip(u, torch.stack(parts).tolist(), strict=True)) if parts else {}
+
+
+def _root_mean_squares(w: Params) -> dict[str, float]:
+    sizes = [tree.wide(t).square().mean().sqrt().cpu() for t in w.values()]
+    return dict(zip(w, torch.stack(sizes).tolist(), strict=True)) if sizes else {}
 
 
 def _combine(a: Params, b: Params, factor: float) -> Params:

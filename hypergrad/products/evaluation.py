@@ -19,7 +19,7 @@ from hypergrad._graph import (
     refuse_reentrant,
     underived_backwards,
 )
-from hypergrad.attention import REMEDY, attention
+from hypergrad.attention import REMEDY, attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError, SecondOrderError
 from hypergrad.problem import BilevelProblem, Level
@@ -172,8 +172,9 @@ def derive(
 def _grad(
     loss: Tensor, wanted: list[Tensor], create_graph: bool
 ) -> list[Tensor | None]:
+    explained = explain_second_order() if create_graph else nullcontext()
     try:
-        with backward_pass(wanted):
+        with backward_pass(wanted), explained:
             parts = torch.autograd.grad(
                 loss, wanted, create_graph=create_graph, allow_unused=True
             )

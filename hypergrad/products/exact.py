@@ -139,6 +139,10 @@ class Product(ABC):
         )
 
 
+class _NotBatched(Exception):
+    """A backward pass that failed for several directions at once."""
+
+
 class DoubleBackward(Product):
     """Differentiate the inner gradient again: exact to rounding; the default.
 
@@ -219,11 +223,9 @@ class DoubleBackward(Product):
                     )
                     like = [directions[n] for n in wanted]
                     sums = accumulate(sums, parts, like, micro.weight)
-        except RuntimeError as error:
+        except _NotBatched:
             # Not every operator has a batched backward (nor every custom function);
             # what else went wrong shows in the single products.
-            if isinstance(error, HypergradError):
-                raise
             self._vmaps = False
             vars(self.tally).update(vars(before))
             return super().hvps(directions)
@@ -246,9 +248,14 @@ class DoubleBackward(Product):
                     self._graph = graph
             targets = {n: graph.inner.get(n, t) for n, t in wanted.items()}
             with problem.swapped(graph.inner):
-                result = graph.product(
-                    direction, targets, tally, retain=reusable, several=several
-                )
+                try:
+                    result = graph.product(
+                        direction, targets, tally, retain=reusable, several=several
+                    )
+                except RuntimeError as error:
+                    if several and not isinstance(error, HypergradError):
+                        raise _NotBatched from error
+                    raise
             if not reusable:
                 self._graph = None
             return result

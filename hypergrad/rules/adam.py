@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.rules.base import ElementwiseRule, Slots, check_settings
+from hypergrad.solvers.base import check_flag
 
 __all__ = ["Adam", "AdamW"]
 
@@ -38,6 +39,7 @@ class Adam(ElementwiseRule):
         maximize: whether to climb.
 
     Raises:
+        TypeError: a setting of another kind.
         ValueError: a setting out of range.
 
     Example:
@@ -69,6 +71,8 @@ class Adam(ElementwiseRule):
             },
             below_one=("beta1", "beta2"),
         )
+        check_flag("amsgrad", self.amsgrad)
+        check_flag("maximize", self.maximize)
 
     def adaptive(self, params: Mapping[str, Tensor]) -> frozenset[str]:
         """Return all parameters."""

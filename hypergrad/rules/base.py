@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hypergrad.tree import Params, wide
+from hypergrad._checks import check_number, some
+from hypergrad.errors import NonFiniteError
+from hypergrad.tree import Params, all_finite, wide
 
 __all__ = ["ElementwiseRule", "Pullback", "Rule", "State"]
 
@@ -157,15 +159,49 @@ class ElementwiseRule(Rule):
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
 
+def check_finite(pulled: Pullback) -> Pullback:
+    """Return the adjoints of a step, where they are finite.
+
+    Raises:
+        NonFiniteError: naming the parameters.
+    """
+    if not all_finite(pulled.grads):
+        bad = {n: t for n, t in pulled.grads.items() if not all_finite({n: t})}
+        msg = (
+            f"the derivative of an inner step is not finite in {some(bad)}: a NaN or "
+            "infinity in the step's gradient or optimizer state, or Adam with eps=0 "
+            "where a gradient is 0, is the usual cause. Look at the optimizer state; "
+            "raise eps."
+        )
+        raise NonFiniteError(msg)
+    return pulled
+
+
+def check_rule(name: str, value: object) -> None:
+    """Refuse what is not a rule.
+
+    Raises:
+        TypeError: with the value.
+    """
+    if not isinstance(value, Rule):
+        msg = (
+            f"{name}={value!r} must be a hypergrad.rules.Rule. Pass e.g. SGD(0.1), or "
+            "rule_of(optimizer, params) for that of a torch optimizer."
+        )
+        raise TypeError(msg)
+
+
 def check_settings(
     values: Mapping[str, float], below_one: tuple[str, ...] = ()
 ) -> None:
     """Refuse negative settings, and rates of decay that reach 1.
 
     Raises:
+        TypeError: a setting that is not a number.
         ValueError: naming the setting and its value.
     """
     for name, value in values.items():
+        check_number(name, value)
         if not 0 <= value < float("inf"):
             msg = (
                 f"{name}={value} must be finite and at least 0. Pass the value that the "

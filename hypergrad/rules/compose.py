@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.rules.base import Pullback, Rule, State
+from hypergrad._checks import check_number
+from hypergrad.rules.base import Pullback, Rule, State, check_rule
 from hypergrad.tree import Params
 
 __all__ = ["Clipped", "Grouped"]
@@ -30,6 +31,7 @@ class Clipped(Rule):
         max_norm: C.
 
     Raises:
+        TypeError: `rule` is not a rule, or `max_norm` not a number.
         ValueError: `max_norm` is not positive.
 
     Example:
@@ -44,6 +46,8 @@ class Clipped(Rule):
     max_norm: float
 
     def __post_init__(self) -> None:
+        check_rule("rule", self.rule)
+        check_number("max_norm", self.max_norm)
         if not self.max_norm > 0:
             msg = (
                 f"max_norm={self.max_norm} must be positive: it is the largest norm that "
@@ -110,6 +114,7 @@ class Grouped(Rule):
         groups: pairs of parameter names and the rule for them; each parameter is in one.
 
     Raises:
+        TypeError: what a group is stepped by is not a rule.
         ValueError: a parameter is in two groups.
 
     Example:
@@ -125,7 +130,8 @@ class Grouped(Rule):
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
-        for names, _ in self.groups:
+        for names, rule in self.groups:
+            check_rule(f"the rule of group {', '.join(names)}", rule)
             for name in names:
                 if name in seen:
                     msg = (

@@ -28,8 +28,8 @@ def _sgd(group: Mapping[str, Any]) -> Rule:
         momentum=float(group["momentum"]),
         dampening=float(group["dampening"]),
         weight_decay=float(group["weight_decay"]),
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
+        nesterov=bool(group["nesterov"]),
+        maximize=bool(group["maximize"]),
     )
 
 
@@ -40,8 +40,8 @@ def _adam(kind: type[Adam], group: Mapping[str, Any]) -> Rule:
         beta2=float(group["betas"][1]),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
-        amsgrad=group["amsgrad"],
-        maximize=group["maximize"],
+        amsgrad=bool(group["amsgrad"]),
+        maximize=bool(group["maximize"]),
     )
 
 

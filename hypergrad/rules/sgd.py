@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad._checks import check_number
 from hypergrad.rules.base import ElementwiseRule, Slots, check_settings
+from hypergrad.solvers.base import check_flag
 
 __all__ = ["SGD"]
 
@@ -34,6 +36,7 @@ class SGD(ElementwiseRule):
         maximize: whether to climb.
 
     Raises:
+        TypeError: a setting of another kind.
         ValueError: a setting out of range.
 
     Example:
@@ -59,6 +62,9 @@ class SGD(ElementwiseRule):
                 "weight_decay": self.weight_decay,
             }
         )
+        check_flag("nesterov", self.nesterov)
+        check_flag("maximize", self.maximize)
+        check_number("dampening", self.dampening)
         if not math.isfinite(self.dampening):
             msg = (
                 f"dampening={self.dampening} must be finite. Pass the value that the "

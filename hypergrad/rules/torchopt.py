@@ -13,7 +13,7 @@ from torch import Tensor
 from hypergrad import tree
 from hypergrad.errors import NonFiniteError
 from hypergrad.products import vjp_of
-from hypergrad.rules.base import Pullback, Rule, State
+from hypergrad.rules.base import Pullback, Rule, State, check_settings
 from hypergrad.tree import Params
 
 __all__ = ["TorchOptRule"]
@@ -35,9 +35,11 @@ class TorchOptRule(Rule):
         lr: learning rate, where an estimator needs one; TorchOpt does not tell it.
 
     Raises:
-        TypeError: `transformation` is not a TorchOpt transformation.
-        ValueError: it contains `torchopt.clip.clip_grad_norm`, which takes the norm for
-            a constant: its derivative would be silently wrong.
+        TypeError: `transformation` is not a TorchOpt transformation, or `lr` not a
+            number.
+        ValueError: `lr` is out of range, or the transformation contains
+            `torchopt.clip.clip_grad_norm`, which takes the norm for a constant: its
+            derivative would be silently wrong.
 
     Example:
         >>> import torch, torchopt
@@ -61,6 +63,8 @@ class TorchOptRule(Rule):
                 "Clipped(TorchOptRule(transformation), max_norm=...)."
             )
             raise ValueError(msg)
+        if lr is not None:
+            check_settings({"lr": lr})
         self.transformation = transformation
         self.lr = lr
         self._called = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -158,13 +158,21 @@ def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
             "the smallest eigenvalues of the inner Hessian are too small for the dtype. "
             "Raise damping, or scale the losses."
         )
-        msg = f"the solution of the linear solve is not finite: {why}"
+        msg = (
+            f"the solution of the linear solve with damping {result.damping:.3g} is not "
+            f"finite: {why}"
+        )
         raise NonFiniteError(msg)
     if result.reason and on_failure == "raise":
         raise SolveError(result.reason)
     if result.reason and on_failure == "warn":
         warnings.warn(result.reason, NumericalWarning, stacklevel=3)
     return result
+
+
+def usable(kept: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether a tensor of a state is of this solve's shape, and finite."""
+    return kept.shape == tuple(shape) and bool(torch.isfinite(kept).all())
 
 
 def working_dtype(vector: Mapping[str, Tensor]) -> torch.dtype:

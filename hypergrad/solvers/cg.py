@@ -25,6 +25,7 @@ from hypergrad.solvers.base import (
     resolution,
     settle,
     unflatten,
+    usable,
 )
 from hypergrad.solvers.krylov import Krylov, lanczos, positive_damping
 from hypergrad.solvers.nystrom import NystromSketch
@@ -49,11 +50,11 @@ class _Converged:
         self._beta = 0.0  # at the first call there is nothing to look back at
 
     def __call__(self, alpha: float, beta: float) -> bool:
-        self._pivot = alpha + self._damping - self._beta**2 / self._pivot
-        if self._pivot <= 0:
-            # Not positive definite: go on, for a good estimate of how negative it is.
-            self._definite = False
+        if self._definite:
+            self._pivot = alpha + self._damping - self._beta**2 / self._pivot
+            self._definite = self._pivot > 0
         if not self._definite:
+            # Not positive definite: go on, for a good estimate of how negative it is.
             return False
         self._last *= (-self._beta if self._beta else 1.0) / self._pivot
         self._beta = beta
@@ -178,7 +179,7 @@ class CGSolver(Solver):
         eps = resolution(b)
         start = Start.cold(b, size)
         last = state.get("solution")
-        if self.warm_start and last is not None and last.shape == start.x.shape:
+        if self.warm_start and last is not None and usable(last, start.x.shape):
             start = start.warm(matvec, b, self.damping, last)
         change, kept, taken = Change(), {}, start.n_matvec
         if self.preconditioner is not None:

@@ -27,6 +27,7 @@ from hypergrad.solvers.base import (
     resolution,
     settle,
     unflatten,
+    usable,
     working_dtype,
 )
 from hypergrad.solvers.krylov import positive_damping
@@ -131,10 +132,16 @@ class NystromSketch:
         """
         n = sum(t.numel() for t in b.values())
         rank = min(self.rank, n)
-        basis = state.get("sketch_basis")
+        basis, theta = state.get("sketch_basis"), state.get("sketch_eigenvalues")
         uses = int(state.get("sketch_uses", torch.tensor(0)))
-        if basis is not None and basis.shape[1] == n and uses % self.every:
-            return LowRank(basis, state["sketch_eigenvalues"], uses=uses)
+        if (
+            basis is not None
+            and theta is not None
+            and uses % self.every
+            and usable(basis, (len(theta), n))
+            and usable(theta, theta.shape)
+        ):
+            return LowRank(basis, theta, uses=uses)
         omega = self._test_matrix(n, rank, uses // self.every)
         y = tree.wide(products(matvec, omega, b))
         omega = tree.wide(omega.to(y.device))

@@ -1,4 +1,4 @@
-"""Unrolling against plain autograd through hand-written optimizers."""
+"""What unrolling costs, keeps and refuses; `test_bars_unrolled` has its accuracy."""
 
 from __future__ import annotations
 
@@ -12,39 +12,12 @@ from hypergrad.rules import SGD, AdamW, TorchOptRule
 from hypergrad.testing import relative_error
 from tests.hypergrad.estimators.truths import (
     HANDS,
-    conditioning,
     estimate,
-    hand_run,
     indirect_truth,
     network_case,
     real_run,
     softmax_case,
 )
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
-@pytest.mark.parametrize("warm", [0, 30])
-@pytest.mark.parametrize("hand", HANDS)
-def test_equals_plain_unrolling(hand: str, warm: int, num_steps: int) -> None:
-    case, n = network_case(), warm + num_steps
-    estimator = make_estimator("unrolled", num_steps=num_steps)
-    opt = real_run(case, HANDS[hand], estimator, n)
-    result = estimate(opt, case)
-    truth = indirect_truth(case, HANDS[hand], n, num_steps)
-    assert relative_error(result.indirect, truth) < conditioning(hand, n)
-
-
-@pytest.mark.parametrize("num_steps", [1, 5])
-@pytest.mark.parametrize("hand", ["momentum", "adamw-clip"])
-def test_float32_is_right_to_its_rounding(hand: str, num_steps: int) -> None:
-    n = 100 + num_steps
-    estimator = make_estimator("unrolled", num_steps=num_steps)
-    case32 = network_case().to(torch.float32)
-    result = estimate(real_run(case32, HANDS[hand], estimator, n), case32)
-    truth = indirect_truth(network_case(), HANDS[hand], n, num_steps)
-    # 100 float32 steps drift by about 1e-6 from the float64 trajectory.
-    assert relative_error(result.indirect, truth) < 2e-5
-    assert result.outer_grads["scale"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("hand", ["sgd", "momentum", "adamw"])
@@ -53,24 +26,6 @@ def test_real_data_long_unrolling(hand: str) -> None:
     opt = real_run(case, HANDS[hand], make_estimator("unrolled", num_steps=40), 40)
     truth = indirect_truth(case, HANDS[hand], 40, 40)
     assert relative_error(estimate(opt, case).indirect, truth) < 1e-12
-
-
-def test_moved_outer_parameters_give_the_derivative_of_a_common_shift() -> None:
-    case, hand = network_case(), HANDS["adamw"]
-    opt = real_run(case, hand, make_estimator("unrolled", num_steps=4), 0)
-    start = {n: t.detach().clone() for n, t in opt.problem.outer_params.items()}
-    for k in range(4):
-        opt.inner.param_groups[0]["lr"] = 0.05 * (1 + 0.5 * (k % 3))
-        opt.inner_step(case.batch(k))
-        with torch.no_grad():
-            for t in opt.problem.outer_params.values():
-                t.add_(0.1)
-    result = estimate(opt, case)
-    lam = {n: (t + 0.4).requires_grad_() for n, t in start.items()}
-    value = hand_run(case, hand, 4, 4, lam, shifts=[-0.4, -0.3, -0.2, -0.1])
-    truth = dict(zip(lam, torch.autograd.grad(value, list(lam.values())), strict=True))
-    assert relative_error(result.outer_grads, truth) < 1e-12
-    assert "common shift" in result.info.reason
 
 
 @pytest.mark.parametrize("hand", ["sgd", "adamw"])
@@ -148,9 +103,3 @@ def test_without_steps_or_rule_says_what_to_set() -> None:
     problem: BilevelProblem = network_case().problem()
     with pytest.raises(ValueError, match="set rule="):
         make_estimator("unrolled").estimate(problem, inner_batch=None, outer_batch=None)
-
-
-@pytest.mark.parametrize(("value", "kind"), [(0, ValueError), (1.5, TypeError)])
-def test_number_of_steps_out_of_range(value: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=r"num_steps"):
-        make_estimator("unrolled", num_steps=value)

@@ -6,7 +6,7 @@ Nothing here uses the code under test beyond `BilevelProblem` itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from sklearn.datasets import load_wine
 from torch import Tensor
 
 from hypergrad import BilevelProblem
+from tests.tolerances import error
 
 Params = dict[str, Tensor]
 
@@ -90,6 +91,26 @@ def softmax_case() -> Case:
     )
 
 
+def reweighting_case() -> Case:
+    """Softmax regression on wine with wrong labels; λ: one log weight an example."""
+    case = softmax_case()
+    (x, y), held = case.batches[0], case.outer_batch
+    x, y = x[:20], y[:20].clone()
+    y[:5] = (y[:5] + 1) % 3
+
+    def weighted(inner: Params, outer: Params, batch: Any) -> Tensor:
+        x, y = batch
+        logits = x @ inner["w"] + inner["b"]
+        losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        decay = inner["w"].square().sum() + inner["b"].square().sum()
+        return (outer["log_weight"].exp() * losses).mean() + 0.05 * decay
+
+    weights = torch.linspace(-0.5, 0.5, 20, dtype=torch.float64)
+    return Case(
+        weighted, case.outer_loss, case.inner, {"log_weight": weights}, [(x, y)], held
+    )
+
+
 def network_case(seed: int = 0) -> Case:
     """A two-layer tanh network; λ: penalties, a label bias and an input scale."""
     make = torch.Generator().manual_seed(seed)
@@ -130,6 +151,75 @@ def network_case(seed: int = 0) -> Case:
         [data(), data(), data()],
         data(),
     )
+
+
+def classifier_case(seed: int = 0) -> Case:
+    """A two-layer softmax network; λ: a gain for each hidden unit, and a decay."""
+    make = torch.Generator().manual_seed(100 + seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make, dtype=torch.float64)
+
+    def cost(inner: Params, outer: Params, batch: Any) -> Tensor:
+        x, y = batch
+        hidden = torch.tanh(x @ inner["first"] + inner["bias"]) * outer["gain"]
+        return torch.nn.functional.cross_entropy(hidden @ inner["second"], y)
+
+    def inner_loss(inner: Params, outer: Params, batch: Any) -> Tensor:
+        decay = sum(t.square().sum() for t in inner.values())
+        return cost(inner, outer, batch) + outer["log_decay"].exp() * decay
+
+    def data() -> tuple[Tensor, Tensor]:
+        return draw(24, 6), torch.randint(0, 3, (24,), generator=make)
+
+    return Case(
+        inner_loss,
+        cost,
+        {"first": draw(6, 8) / 2, "bias": draw(8) / 4, "second": draw(8, 3) / 3},
+        {
+            "gain": 1 + draw(8) / 4,
+            "log_decay": torch.tensor(-4.0, dtype=torch.float64),
+        },
+        [data(), data()],
+        data(),
+    )
+
+
+# -- minima ------------------------------------------------------------------------
+
+
+def minimise(problem: BilevelProblem, batch: Any, tol: float = 1e-13) -> Tensor:
+    """Move w to a strict minimum of g by Newton's method; return the Hessian there.
+
+    An independent inner solver: dense Hessians by torch.func, damped while they are not
+    positive definite.
+    """
+    w = problem.inner_params
+    sizes = [t.numel() for t in w.values()]
+    lam = {n: t.detach() for n, t in problem.outer_params.items()}
+
+    def unflat(x: Tensor) -> Params:
+        parts = torch.split(x, sizes)
+        return {n: p.reshape(w[n].shape) for n, p in zip(w, parts, strict=True)}
+
+    def g(x: Tensor) -> Tensor:
+        return problem.inner_loss(unflat(x), lam, batch)
+
+    x = torch.cat([t.detach().reshape(-1) for t in w.values()])
+    for _ in range(200):
+        grad: Any = torch.func.grad(g)(x)
+        hessian: Any = torch.func.hessian(g)(x)
+        lowest = float(torch.linalg.eigvalsh(hessian)[0])
+        if float(grad.norm()) < tol and lowest > 0:
+            break
+        shift = max(0.0, 0.1 - 2 * lowest) if lowest <= 0 else 0.0
+        x = x - torch.linalg.solve(hessian + shift * torch.eye(len(x)).double(), grad)
+    else:
+        raise AssertionError("Newton's method did not converge")
+    with torch.no_grad():
+        for n, value in unflat(x).items():
+            w[n].copy_(value)
+    return hessian
 
 
 # -- optimizers, written out so that autograd can go through them ------------------
@@ -205,87 +295,208 @@ HANDS: dict[str, Hand] = {
 }
 
 
-def conditioning(hand: str, n_steps: int) -> float:
-    """Return the tolerance of a float64 derivative through the hand's last step.
-
-    1e-12 leaves three digits over the worst seen (3e-15). Adam's first step from a cold
-    state has the derivative lr ε/(|g| + ε)², the difference of two terms that agree to
-    ε/|g| = 1e-7 or so: of 16 digits 9 are left, in the truth as well.
-    """
-    return 1e-8 if "adam" in hand and n_steps == 1 else 1e-12
-
-
 def rate(step: int) -> float:
     """A learning rate that changes at every step."""
     return 0.05 * (1 + 0.5 * (step % 3))
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a window of inner steps begins: the very numbers that the run has there.
+
+    Attributes:
+        t: number of steps taken before.
+        w: inner parameters.
+        slots: optimizer state by parameter, as torch.optim names it.
+    """
+
+    t: int
+    w: Params
+    slots: dict[str, Params] = field(default_factory=dict)
+
+
+def cold(case: Case) -> Start:
+    return Start(0, case.inner)
+
+
+def warm(case: Case, hand: Hand, t: int = 100) -> Start:
+    """Return the state after t steps of the torch optimizer alone."""
+    w = {n: x.clone().requires_grad_() for n, x in case.inner.items()}
+    opt = hand.make(list(w.values()))
+    for k in range(t):
+        opt.param_groups[0]["lr"] = rate(k)
+        grads = torch.autograd.grad(
+            case.inner_loss(w, case.outer, case.batch(k)), list(w.values())
+        )
+        for x, g in zip(w.values(), grads, strict=True):
+            x.grad = g
+        if hand.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(w.values()), hand.max_norm)
+        opt.step()
+    slots = {n: dict(opt.state.get(x, {})) for n, x in w.items()}
+    return Start(t, {n: x.detach() for n, x in w.items()}, slots)
+
+
+Noise = Callable[[Tensor], Tensor]
+_SLOTS = {"momentum_buffer": "b", "exp_avg": "m", "exp_avg_sq": "v"}
+
+
 def hand_run(
     case: Case,
     hand: Hand,
-    n_steps: int,
-    window: int,
+    start: Start,
+    path: list[Params],
     lam: Params,
-    shifts: list[float] | None = None,
-) -> Tensor:
-    """Return f after `n_steps`, differentiable in `lam` through the last `window`.
+    noise: Noise = torch.clone,
+) -> tuple[Tensor, Params]:
+    """Return f after the window, differentiable in `lam` through it, and w there.
+
+    Args:
+        case: the problem, in float64.
+        hand: the optimizer.
+        start: where the window begins.
+        path: λ at each of its steps; moved together where `lam` is moved.
+        lam: λ at its end.
+        noise: what each gradient is passed through.
+    """
+    w = {n: t.detach().double().requires_grad_() for n, t in start.w.items()}
+    slots: dict[str, dict[str, Any]] = {
+        n: {_SLOTS[k]: t.double() for k, t in kept.items() if k in _SLOTS}
+        for n, kept in start.slots.items()
+    }
+    for t, then in enumerate(path, start=start.t):
+        now = {n: x + (then[n].double() - x.detach()) for n, x in lam.items()}
+        loss = case.inner_loss(w, now, case.batch(t))
+        grads = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+        g = [noise(x) for x in grads]
+        if hand.max_norm is not None:
+            norm = sum(x.square().sum() for x in g) ** 0.5
+            factor = torch.clamp(hand.max_norm / (norm + 1e-6), max=1.0)
+            g = [x * factor for x in g]
+        w = {
+            n: hand.step(slots.setdefault(n, {}), w[n], x, t + 1, rate(t))
+            for n, x in zip(w, g, strict=True)
+        }
+    return case.outer_loss(w, lam, case.outer_batch), w
+
+
+def hand_indirect(
+    case: Case,
+    hand: Hand,
+    start: Start,
+    path: list[Params],
+    end: Params,
+    noise: Noise = torch.clone,
+) -> Params:
+    """Return the indirect term through the window by plain autograd, in float64."""
+    case = case.to(torch.float64)
+    lam = {n: t.detach().double().requires_grad_() for n, t in end.items()}
+    value, w = hand_run(case, hand, start, path, lam, noise)
+    total = torch.autograd.grad(value, list(lam.values()))
+    fixed = {n: t.detach() for n, t in w.items()}
+    value = case.outer_loss(fixed, lam, case.outer_batch) + 0 * sum(
+        t.sum() for t in lam.values()
+    )
+    direct = torch.autograd.grad(value, list(lam.values()))
+    return {n: a - b for n, a, b in zip(lam, total, direct, strict=True)}
+
+
+def one_rounding(dtype: torch.dtype, seed: int) -> Noise:
+    """Return a function that moves each number by half a spacing, up or down."""
+    make = torch.Generator().manual_seed(seed)
+
+    def moved(t: Tensor) -> Tensor:
+        signs = 2.0 * torch.randint(0, 2, t.shape, generator=make) - 1
+        return t + t.detach() * signs * torch.finfo(dtype).eps / 2
+
+    return moved
+
+
+def conditioning(
+    case: Case,
+    hand: Hand,
+    start: Start,
+    path: list[Params],
+    end: Params,
+    dtype: torch.dtype,
+) -> float:
+    """Return how far one rounding of the w that g comes from, and of g, moves the term.
+
+    The most of a few draws, relative to the term; propagated in float64. A gradient
+    computed in a dtype is the exact one of inputs that differ by about this much.
+    """
+    truth = hand_indirect(case, hand, start, path, end)
+    worst = 0.0
+    for seed in range(4):
+        noise = one_rounding(dtype, seed)
+        moved = Start(
+            start.t, {n: noise(t.double()) for n, t in start.w.items()}, start.slots
+        )
+        worst = max(
+            worst, error(hand_indirect(case, hand, moved, path, end, noise), truth)
+        )
+    return worst
+
+
+def real_run(
+    case: Case,
+    hand: Hand,
+    estimator: Any,
+    n_steps: int,
+    *,
+    start: Start | None = None,
+    moving: bool = False,
+    **settings: Any,
+) -> Any:
+    """Take real torch.optim steps under a `BilevelOptimizer`; return it.
 
     Args:
         case: the problem.
         hand: the optimizer.
-        n_steps: number of steps from a cold state.
-        window: how many of them are differentiated through.
-        lam: λ at the end.
-        shifts: what λ differed by, at each step, from its value at the end.
+        estimator: of the `BilevelOptimizer`.
+        n_steps: number of steps.
+        start: where they begin; cold where None.
+        moving: whether λ moves after each step.
+        **settings: of the `BilevelOptimizer`.
     """
-    w = {n: t.clone().requires_grad_() for n, t in case.inner.items()}
-    slots: dict[str, dict[str, Any]] = {n: {} for n in w}
-    for k in range(n_steps):
-        through = k >= n_steps - window
-        now = {n: t + (shifts[k] if shifts else 0.0) for n, t in lam.items()}
-        loss = case.inner_loss(w, now, case.batch(k))
-        g = torch.autograd.grad(loss, list(w.values()), create_graph=through)
-        if hand.max_norm is not None:
-            norm = sum(x.square().sum() for x in g) ** 0.5
-            factor = torch.clamp(hand.max_norm / (norm + 1e-6), max=1.0)
-            g = tuple(x * factor for x in g)
-        with torch.set_grad_enabled(through):
-            w = {
-                n: hand.step(slots[n], w[n], x, k + 1, rate(k))
-                for (n, x) in zip(w, g, strict=True)
-            }
-        if not through:
-            w = {n: t.detach().requires_grad_() for n, t in w.items()}
-    return case.outer_loss(w, lam, case.outer_batch)
-
-
-def hand_hypergradient(case: Case, hand: Hand, n_steps: int, window: int) -> Params:
-    """Return df/dλ through the last `window` steps, by plain autograd."""
-    lam = {n: t.clone().requires_grad_() for n, t in case.outer.items()}
-    value = hand_run(case, hand, n_steps, window, lam)
-    grads = torch.autograd.grad(value, list(lam.values()))
-    return dict(zip(lam, grads, strict=True))
-
-
-def real_run(
-    case: Case, hand: Hand, estimator: Any, n_steps: int, **settings: Any
-) -> Any:
-    """Take real torch.optim steps under a `BilevelOptimizer`; return it."""
     from hypergrad.optimizer import BilevelOptimizer
 
+    start = start or cold(case)
+    problem = replace(case, inner=start.w).problem()
+
+    def inner_optimizer(params: list[Tensor]) -> torch.optim.Optimizer:
+        opt = hand.make(params)
+        for n, p in problem.inner_params.items():
+            if start.slots.get(n):
+                opt.state[p] = {k: t.clone() for k, t in start.slots[n].items()}
+        return opt
+
     opt = BilevelOptimizer(
-        case.problem(),
+        problem,
         estimator=estimator,
-        inner_optimizer=hand.make,
+        inner_optimizer=inner_optimizer,
         outer_optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         outer_warmup=10**6,
         max_grad_norm=hand.max_norm,
         **settings,
     )
-    for k in range(n_steps):
-        opt.inner.param_groups[0]["lr"] = rate(k)
-        opt.inner_step(case.batch(k))
+    for t in range(start.t, start.t + n_steps):
+        opt.inner.param_groups[0]["lr"] = rate(t)
+        opt.inner_step(case.batch(t))
+        if moving:
+            with torch.no_grad():
+                for p in problem.outer_params.values():
+                    p.add_(0.02)
     return opt
+
+
+def path_of(case: Case, n_steps: int, moving: bool) -> list[Params]:
+    """Return λ at each step of a `real_run`, rounded as it rounds."""
+    now, out = {n: t.clone() for n, t in case.outer.items()}, []
+    for _ in range(n_steps):
+        out.append(now)
+        now = {n: t + 0.02 if moving else t for n, t in now.items()}
+    return out
 
 
 def estimate(opt: Any, case: Case, **settings: Any) -> Any:
@@ -300,10 +511,6 @@ def estimate(opt: Any, case: Case, **settings: Any) -> Any:
 
 
 def indirect_truth(case: Case, hand: Hand, n_steps: int, window: int) -> Params:
-    """Return the indirect term alone: the total less ∂f/∂λ at the last w."""
-    total = hand_hypergradient(case, hand, n_steps, window)
-    lam = {n: t.clone().requires_grad_() for n, t in case.outer.items()}
-    value = hand_run(case, hand, n_steps, 0, lam)
-    parts = torch.autograd.grad(value, list(lam.values()), allow_unused=True)
-    direct = dict(zip(lam, parts, strict=True))
-    return {n: t if direct[n] is None else t - direct[n] for n, t in total.items()}
+    """Return the indirect term of the last steps of a cold run, λ fixed."""
+    start = warm(case, hand, n_steps - window)
+    return hand_indirect(case, hand, start, path_of(case, window, False), case.outer)

@@ -119,6 +119,16 @@ def test_pivots_that_vanish() -> None:
     assert error(result.x["w"], truth) <= tol(F64, 3.0)
 
 
+def test_a_pivot_that_vanishes_before_the_last_product() -> None:
+    # bᵀHb = -1 + 1/2 + 1/2 = 0 in every bit, and two products are still to come.
+    h = torch.tensor([-1.0, 0.5, 2.0], dtype=F64)
+    b = {"w": torch.tensor([1.0, -1.0, 0.5], dtype=F64)}
+    result = quiet(3).solve(diagonal(h.tolist()), b)
+    assert result.n_matvec == 3
+    assert result.damping == pytest.approx(2.0)
+    assert error(result.x["w"], b["w"] / (h + result.damping)) <= tol(F64, 4.0)
+
+
 def test_no_curvature_at_all() -> None:
     b = rhs(4)
     result = quiet().solve(lambda v: {"w": 0 * v["w"]}, b)
