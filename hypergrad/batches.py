@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from hypergrad._checks import check_number
 from hypergrad.attention import AttentionBackend
 from hypergrad.rng import RngState
 
-__all__ = ["Accumulated", "MicroBatch", "as_micro_batches"]
+__all__ = ["Accumulated", "MicroBatch", "as_micro_batches", "check_fraction", "part_of"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,82 @@ def as_micro_batches(
     ):
         return tuple(batch)
     return (MicroBatch(batch, attention=attention),)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a part of a batch that is none, or more than all.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside of (0, 1].
+    """
+    check_number(name, value)
+    if not 0 < value <= 1:
+        msg = (
+            f"{name}={value} must be in (0, 1]: it is the part of a batch that is used. "
+            "Pass 1 for all of it."
+        )
+        raise ValueError(msg)
+
+
+def part_of(batch: Any, fraction: float) -> Any:
+    """Return the first examples of a batch.
+
+    Args:
+        batch: a tensor, or a dictionary, tuple or list of tensors (and of such), whose
+            first axes are the examples. What has no axis is kept as it is.
+        fraction: how many of them, rounded to the nearest number.
+
+    Returns:
+        A batch of the same form; views, not copies.
+
+    Raises:
+        ValueError: a batch of another kind, tensors of different lengths, or too few
+            examples to divide.
+
+    Example:
+        >>> import torch
+        >>> part = part_of({"x": torch.arange(8), "scale": 2.0}, 0.25)
+        >>> part["x"].tolist(), part["scale"]
+        ([0, 1], 2.0)
+    """
+    lengths = {len(t) for t in _leaves(batch) if isinstance(t, Tensor) and t.dim()}
+    if len(lengths) != 1:
+        found = f"tensors of {sorted(lengths)} examples" if lengths else "no tensor"
+        msg = (
+            f"a part of a {type(batch).__name__} was asked for, and it holds {found}: "
+            "which entries are examples cannot be told. Pass tensors that share their "
+            "first axis, or a fraction of 1."
+        )
+        raise ValueError(msg)
+    (length,) = lengths
+    count = round(fraction * length)
+    if count < 1:
+        msg = (
+            f"{fraction} of a batch of {length} examples is less than one. Pass a larger "
+            f"batch, or a fraction of at least {1 / length:.3g}."
+        )
+        raise ValueError(msg)
+    return _cut(batch, count)
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from _leaves(part)
+    else:
+        yield batch
+
+
+def _cut(batch: Any, count: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:count] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, count) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_cut(part, count) for part in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_cut(part, count) for part in batch)
+    return batch

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from hypergrad import Accumulated, MicroBatch, rng
-from hypergrad.batches import as_micro_batches
+from hypergrad.batches import as_micro_batches, check_fraction, part_of
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,53 @@ def test_copies_are_equal(again: Any) -> None:
 def test_what_is_refused(args: Any, kind: Any, text: str) -> None:
     with pytest.raises(kind, match=text):
         Accumulated(*args)
+
+
+class Pair(NamedTuple):
+    """A batch with names, as collate functions make them."""
+
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.25, 2), (0.3, 2), (0.5, 4), (1, 8)])
+def test_a_part_is_the_first_examples_in_the_same_form(
+    fraction: float, count: int
+) -> None:
+    x, y = torch.arange(16).reshape(8, 2), torch.arange(8)
+    assert torch.equal(part_of(x, fraction), x[:count])
+    batch = {"x": x, "deep": [y, (y, "name")], "scale": 3.0, "zero": torch.tensor(1.0)}
+    part = part_of(batch, fraction)
+    assert torch.equal(part["x"], x[:count])
+    assert torch.equal(part["deep"][0], y[:count])
+    assert torch.equal(part["deep"][1][0], y[:count])
+    assert (part["deep"][1][1], part["scale"], part["zero"]) == ("name", 3.0, 1.0)
+    named = part_of(Pair(x, y), fraction)
+    assert isinstance(named, Pair)
+    assert torch.equal(named.y, y[:count])
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (None, "a part of a NoneType was asked for, and it holds no tensor"),
+        (["one", "two"], "holds no tensor"),
+        (torch.tensor(1.0), "holds no tensor"),
+        ({"x": torch.zeros(4), "y": torch.zeros(5)}, r"tensors of \[4, 5\] examples"),
+        (
+            torch.zeros(1, 7),
+            r"0\.25 of a batch of 1 examples is less than one.*least 1",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_divided(batch: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        part_of(batch, 0.25)
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.5, float("nan"), float("inf")])
+def test_fractions_out_of_range(value: float) -> None:
+    with pytest.raises(ValueError, match=r"product_fraction=.* must be in \(0, 1\]"):
+        check_fraction("product_fraction", value)
+    with pytest.raises(TypeError, match="product_fraction=True must be a number"):
+        check_fraction("product_fraction", True)
