@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bidora._predictions import criterion_of, predictions
 from bidora._transformers import frozen_new_head, trainable_base_weights
 from bidora.dora import check_norms, magnitudes, plain_dora_layers, use_exact_dora
 from bidora.orthogonality import orthogonality as orthogonality_term
@@ -52,6 +53,10 @@ class BiDoRAOptimizer(BilevelOptimizer):
         dropout: what the exact forward applies adapter dropout to; see `use_exact_dora`.
         allow_base_weights: whether trainable base weights may be inner parameters.
         reuse_graph: see `BilevelOptimizer`.
+        audit_every: outer steps from one comparison with a reference to the next, in
+            `StepReport.audit`; None for none. See `BilevelOptimizer`.
+        audit_reference: likewise.
+        audit_window: likewise.
 
     Raises:
         TypeError: an estimator or optimizer of a kind that does not work here.
@@ -92,6 +97,9 @@ class BiDoRAOptimizer(BilevelOptimizer):
         dropout: Literal["lora", "peft"] = "lora",
         allow_base_weights: bool = False,
         reuse_graph: bool | Literal["auto"] = "auto",
+        audit_every: int | None = None,
+        audit_reference: str | HypergradEstimator = "auto",
+        audit_window: int | None = None,
     ) -> None:
         if not 0 <= orthogonality < float("inf"):
             msg = (
@@ -120,7 +128,13 @@ class BiDoRAOptimizer(BilevelOptimizer):
         self.model = model
         super().__init__(
             BilevelProblem.from_module(
-                model, inner_loss, outer=sorted(outer), outer_loss_fn=compute
+                model,
+                inner_loss,
+                outer=sorted(outer),
+                outer_loss_fn=compute,
+                # For Gauss-Newton curvature; a loss of the user's own says nothing of it.
+                inner_outputs=predictions if loss_fn is None else None,
+                inner_criterion=criterion_of(model) if loss_fn is None else None,
             ),
             estimator=estimator,
             inner_optimizer=inner_optimizer
@@ -131,6 +145,9 @@ class BiDoRAOptimizer(BilevelOptimizer):
             outer_warmup=outer_warmup,
             max_grad_norm=max_grad_norm,
             reuse_graph=reuse_graph,
+            audit_every=audit_every,
+            audit_reference=audit_reference,
+            audit_window=audit_window,
         )
 
     def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from bidora.recipe import RECIPES
 from bidora.settings import (
     METHODS,
     OTHER_MODEL_LR,
     OTHER_TASK_LENGTH,
+    RETRAININGS,
     TASK_LENGTHS,
     TrainSettings,
 )
@@ -219,6 +221,13 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search and retraining (--method bidora)")
     group.add_argument(
+        "--recipe",
+        metavar="{" + ",".join(RECIPES) + "}",
+        help="defaults of this group: full, as the paper has it, with a step of the "
+        "magnitudes after every step; economical, with every fourth, on a smaller batch, "
+        "and --steps shared out between search and a warm retraining",
+    )
+    group.add_argument(
         "--estimator",
         metavar="NAME",
         help="how the magnitudes' gradient looks through the training of the "
@@ -272,10 +281,24 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         help="steps of the retraining (default: as --steps)",
     )
     group.add_argument(
+        "--retrain",
+        metavar="{" + ",".join(RETRAININGS) + "}",
+        help="fresh (default): from the first directions and head again; warm: on from "
+        "those of the search",
+    )
+    group.add_argument(
         "--retrain-lr",
         type=float,
         metavar="X",
         help="learning rate of the retraining (default: as --inner-lr)",
+    )
+    group.add_argument(
+        "--audit-every",
+        type=int,
+        metavar="N",
+        help="compare each N-th step of the magnitudes with one unrolled through all "
+        "steps since the last, in history.jsonl; what is trained stays the same "
+        "(default: never)",
     )
 
 

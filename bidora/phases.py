@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidora.dora import check_norms, magnitudes
-from bidora.errors import UserError
+from bidora.dora import magnitudes
+from bidora.errors import NoDirectionError, UserError
 from bidora.evaluation import evaluate, probe
 from bidora.optimizer import BiDoRAOptimizer
 from bidora.orthogonality import orthogonality
@@ -60,8 +60,9 @@ class Phases:
     ) -> PhaseResult:
         """Search the magnitudes on one set while the directions learn on another.
 
-        Afterwards the magnitudes keep the values found and are frozen, and the other
-        trainable parameters are as they were before: the retraining starts fresh.
+        Afterwards the magnitudes keep the values found and are frozen. For a `fresh`
+        retraining the other trainable parameters are as they were before; for a `warm`
+        one they keep what they learned.
 
         Args:
             inner_set: Examples for directions and head.
@@ -83,6 +84,7 @@ class Phases:
             outer_warmup=settings.outer_warmup,
             max_grad_norm=settings.max_grad_norm,
             orthogonality=settings.orthogonality,
+            audit_every=settings.audit_every or None,
         )
         outer_names = magnitudes(self.model)
         first_values = {
@@ -113,14 +115,16 @@ class Phases:
                 "indirect_norm": report.indirect_norm,
                 "skipped": report.skipped,
                 "note": report.info.reason if report.info else None,
+                **({"audit": dataclasses.asdict(report.audit)} if report.audit else {}),
             }
 
         sets = {"train": inner_set, "validation": outer_set}
         result = self._run("search", settings.steps, optimizer, step, sets)
         optimizer.freeze_magnitudes()
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(first_values[name])
+        if settings.retrain == "fresh":
+            with torch.no_grad():
+                for name, parameter in self._trained().items():
+                    parameter.copy_(first_values[name])
         return dataclasses.replace(
             result,
             outer_steps=optimizer.n_outer_steps,
@@ -218,14 +222,9 @@ class Phases:
         where = f"step {number} of the {phase} phase"
         try:
             record = step()
-        except NonFiniteError as error:
+        except (NonFiniteError, NoDirectionError) as error:
+            # Norms were right when training began.
             raise UserError(f"{where}: {error} {advice}") from error
-        except ValueError:
-            try:
-                check_norms(self.model)  # they were right when training began
-            except ValueError as error:
-                raise UserError(f"{where}: {error} {advice}") from error
-            raise
         if not math.isfinite(record["inner_loss"] + record["grad_norm"]):
             raise UserError(
                 f"{where}: the loss is {record['inner_loss']}, the norm of its gradient "

@@ -9,13 +9,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bidora.errors import UserError
+from bidora.recipe import recipe_defaults
 
-__all__ = ["BUNDLED_MODEL", "METHODS", "TrainSettings", "default_folder"]
+__all__ = [
+    "BUNDLED_MODEL",
+    "METHODS",
+    "RETRAININGS",
+    "TrainSettings",
+    "default_folder",
+]
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
 
 METHODS = ("bidora", "dora", "lora")
+RETRAININGS = ("fresh", "warm")
+"""From the first directions and head again, or on from those of the search."""
 
 OTHER_MODEL_LR = 5e-4
 """Learning rate for models that this one's default was not tried on."""
@@ -36,6 +45,9 @@ SEARCH_ONLY = (
     "orthogonality",
     "retrain_steps",
     "retrain_lr",
+    "retrain",
+    "recipe",
+    "audit_every",
 )
 """Settings of the two-level search, meaningless to `dora` and `lora`."""
 
@@ -77,6 +89,7 @@ class TrainSettings:
     warmup_ratio: float = 0.06
     max_grad_norm: float = 1.0
 
+    recipe: str | None = None
     estimator: str = "neumann"
     estimator_settings: dict[str, Any] = field(default_factory=dict)
     outer_every: int = 4
@@ -86,6 +99,8 @@ class TrainSettings:
     orthogonality: float = 1e-5
     retrain_steps: int = 240
     retrain_lr: float = 5e-3
+    retrain: str = "fresh"
+    audit_every: int = 0
 
     output_dir: str = "runs/bidora-docstrings-seed0"
     overwrite: bool = False
@@ -97,8 +112,9 @@ class TrainSettings:
         """Build settings from the options a user gave, and derive the others.
 
         Not given, the retraining takes as many steps as the search, at its rate; the
-        magnitudes learn at the rate of the directions, from batches of the same size.
-        The class's own rates suit the bundled model; another one learns at
+        magnitudes learn at the rate of the directions, from batches of the same size. A
+        recipe changes that: `economical` shares `steps` out between the two phases. The
+        class's own rates suit the bundled model; another one learns at
         `OTHER_MODEL_LR`.
 
         Args:
@@ -116,14 +132,25 @@ class TrainSettings:
         """
         method = given.get("method", "bidora")
         _refuse_meaningless(method, given)
-        steps = given.get("steps", cls.steps)
+        batch_size = given.get("batch_size", cls.batch_size)
+        recipe = recipe_defaults(
+            given.get("recipe"),
+            steps=given.get("steps", cls.steps),
+            batch_size=batch_size,
+            validation_fraction=given.get(
+                "validation_fraction", cls.validation_fraction
+            ),
+        )
+        if given.get("estimator", recipe.get("estimator")) != recipe.get("estimator"):
+            recipe.pop("estimator_settings", None)  # those of another estimator
+        steps = recipe.get("steps", given.get("steps", cls.steps))
         other_model = given.get("model", cls.model) != cls.model
         usual_lr = OTHER_MODEL_LR if other_model else cls.inner_lr
         inner_lr = given.get("inner_lr", usual_lr)
         derived = {
             "inner_lr": inner_lr,
             "outer_lr": inner_lr,
-            "outer_batch_size": given.get("batch_size", cls.batch_size),
+            "outer_batch_size": batch_size,
             "outer_warmup": max(0, min(cls.outer_warmup, steps // 4)),
             "retrain_steps": steps,
             "retrain_lr": inner_lr,
@@ -132,13 +159,19 @@ class TrainSettings:
                 method, given.get("task", cls.task), given.get("seed", cls.seed)
             ),
         }
-        return cls(**{**derived, **given})
+        # The steps that a recipe shares out are those that were given.
+        return cls(**{**derived, **recipe, **given, "steps": steps})
 
     def __post_init__(self) -> None:
         """Check every setting, naming its option."""
         if self.method not in METHODS:
             raise UserError(
                 f"unknown --method {self.method!r}; choose one of {', '.join(METHODS)}."
+            )
+        if self.retrain not in RETRAININGS:
+            raise UserError(
+                f"unknown --retrain {self.retrain!r}; choose one of "
+                f"{', '.join(RETRAININGS)}."
             )
         counts = ("steps", "retrain_steps", "batch_size", "outer_batch_size", "rank")
         for name in (*counts, "outer_every", "eval_every"):
@@ -149,6 +182,7 @@ class TrainSettings:
             self._check(name, lambda x: x > 0, "a finite number above 0")
         for name in ("inner_weight_decay", "outer_weight_decay", "orthogonality"):
             self._check(name, lambda x: x >= 0, "a finite number of 0 or more")
+        self._check("audit_every", lambda x: x >= 0, "a whole number of 0 or more")
         self._check("outer_warmup", lambda x: x >= 0, "a whole number of 0 or more")
         self._check("seed", lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32")
         self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -25,6 +26,8 @@ from bidora import (
 )
 from bidora.orthogonality import orthogonality
 from hypergrad import estimator_names
+from hypergrad.estimators import Implicit
+from hypergrad.solvers import CGSolver
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning"),
@@ -312,7 +315,7 @@ def test_a_batch_without_labels() -> None:
     ("settings", "text"),
     [
         ({"orthogonality": -1.0}, r"orthogonality=-1\.0 must be"),
-        ({"estimator": "newton"}, "'newton' is unknown; choose one of cg, darts"),
+        ({"estimator": "newton"}, "'newton' is unknown; choose one of auto, cg"),
         ({"dropout": "none"}, "dropout"),
         ({"inner_lr": -1.0}, "learning rate"),
     ],
@@ -330,3 +333,71 @@ def test_an_adapter_added_later_becomes_exact_at_the_next_outer_step() -> None:
     model.set_adapter("default")
     opt.step(batch(0), batch(1))
     assert not plain_dora_layers(model)
+
+
+@pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "regression"])
+def test_gauss_newton_scores_what_the_model_scores(head: str) -> None:
+    """The criterion is compared with the loss at the first product; none is negative."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 50, (4, 6))
+    target = ["query", "value"]
+    if head == "CAUSAL_LM":
+        config = GPT2Config(
+            vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2
+        )
+        base: Any = GPT2LMHeadModel(config)
+        target, labels = ["c_attn"], ids.clone()
+        labels[0, :2] = -100
+    elif head == "TOKEN_CLS":
+        base = BertForTokenClassification(bert().config)
+        labels = torch.randint(0, 3, (4, 6))
+        labels[1, 3:] = -100
+    else:
+        base = bert()
+        labels = torch.randint(0, 3, (4,))
+        if head == "regression":
+            config = bert().config
+            config.num_labels = 1
+            base, labels = BertForSequenceClassification(config), torch.randn(4)
+    kind = "SEQ_CLS" if head == "regression" else head
+    model = get_peft_model(base, lora(target_modules=target, task_type=kind)).eval()
+    opt = BiDoRAOptimizer(
+        model,
+        Implicit(CGSolver(8, damping=1e-3), curvature="gauss-newton"),
+        outer_warmup=0,
+    )
+    batch = {"input_ids": ids, "labels": labels}
+    opt.step(batch, batch)
+    report = opt.step(batch, batch)
+    assert report.outer_step
+    assert report.info is not None
+    assert report.info.curvature is not None
+    # Convex criteria: positive semi-definite to the rounding of float32.
+    lowest, highest = report.info.curvature
+    assert lowest > -1e-5 * highest
+    assert report.info.damping == 1e-3
+
+
+def test_an_audit_leaves_the_training_alone() -> None:
+    runs = []
+    for every in (None, 2):
+        torch.manual_seed(0)
+        model = get_peft_model(bert(), lora()).train()
+        opt = BiDoRAOptimizer(model, "darts", outer_warmup=0, audit_every=every)
+        audits = []
+        for k in range(4):
+            batch = {
+                "input_ids": torch.randint(0, 50, (4, 6)),
+                "labels": torch.tensor([0, 1, 2, k % 3]),
+            }
+            audits.append(opt.step(batch, batch).audit)
+        runs.append((audits, {n: p.clone() for n, p in model.named_parameters()}))
+    (none, plain), (audits, audited) = runs
+    assert none == [None] * 4
+    assert [audit is not None for audit in audits] == [False, True, False, True]
+    audit = audits[1]
+    assert audit is not None
+    assert audit.reference == "unrolled"
+    assert audit.cosine is not None
+    assert -1 <= audit.cosine <= 1
+    assert all(torch.equal(p, audited[n]) for n, p in plain.items())
