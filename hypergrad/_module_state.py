@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hypergrad.errors import HypergradError
 
-__all__ = ["LARGEST_COPIED_BUFFER", "copy_of_buffer", "module_untouched"]
+__all__ = ["LARGEST_COPIED_BUFFER", "copy_of_buffer", "module_untouched", "remember"]
 
 LARGEST_COPIED_BUFFER = 16 * 2**20
 """Bytes; larger buffers are packed weights, not state."""
@@ -75,6 +75,38 @@ def module_untouched(module: nn.Module) -> Iterator[None]:
             "modules in eval mode while hypergradients are estimated."
         )
         raise HypergradError(msg)
+
+
+def remember(module: nn.Module) -> Callable[[], None]:
+    """Copy buffers and train/eval modes, for what runs on the module itself.
+
+    Args:
+        module: the module.
+
+    Returns:
+        A function that puts them back. Buffers too large to be copied, or part of a
+        graph, stay as they are.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    places = [(m, dict(m._buffers), _plain(m)) for m in module.modules() if m._buffers]
+    with torch.inference_mode(mode=False):
+        copies = [
+            (b, copy_of_buffer(b)) for b in module.buffers() if not b.is_inference()
+        ]
+
+    def put_back() -> None:
+        for m, training in modes:
+            m.training = training
+        for m, buffers, plain in places:
+            m._buffers.clear()
+            m._buffers.update(buffers)
+            vars(m).update(plain)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for buffer, copy in copies:
+                if copy is not buffer:
+                    buffer.copy_(copy)
+
+    return put_back
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -1,52 +1,35 @@
-"""What a `BilevelOptimizer` is made of, checked; and steps that happen wholly or not."""
+"""What a `BilevelOptimizer` is made of, checked."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hypergrad.errors import NumericalWarning
+from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
+from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
 __all__ = [
     "OptimizerLike",
-    "all_or_nothing",
     "check_settings",
+    "make_estimator_of",
     "make_level",
     "make_problem",
+    "numerical_warnings",
+    "without_graphs",
 ]
 
 OptimizerLike = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 """A torch optimizer, or a function from the list of parameters to one."""
-
-
-@contextmanager
-def all_or_nothing(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
-) -> Iterator[None]:
-    """Undo what the block did to parameters and optimizer state where it raises."""
-    values = [p.detach().clone() for p in params]
-    slots = {
-        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        for p, state in ((p, optimizer.state.get(p)) for p in params)
-        if state is not None
-    }
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for p, value in zip(params, values, strict=True):
-                p.copy_(value)
-        for p in params:
-            if p in slots:
-                optimizer.state[p] = slots[p]
-            else:
-                optimizer.state.pop(p, None)
-        raise
 
 
 def make_problem(
@@ -80,6 +63,23 @@ def make_problem(
     return BilevelProblem.from_module(
         given, loss_fn, outer=outer, outer_loss_fn=outer_loss_fn
     )
+
+
+def make_estimator_of(given: Any) -> HypergradEstimator:
+    """Return the estimator that was given, or make it of its name.
+
+    Raises:
+        TypeError: neither a name nor an estimator.
+    """
+    if isinstance(given, str):
+        return make_estimator(given)
+    if not isinstance(given, HypergradEstimator):
+        msg = (
+            f"estimator must be a name or a HypergradEstimator, got {given!r}. Pass e.g. "
+            "estimator='neumann'."
+        )
+        raise TypeError(msg)
+    return given
 
 
 def make_level(
@@ -147,3 +147,29 @@ def check_settings(
     if reuse_graph not in (True, False, "auto"):
         msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
         raise ValueError(msg)
+
+
+@contextmanager
+def numerical_warnings(*, silent: bool) -> Iterator[list[str]]:
+    """Yield a list that tells, after the block, which `NumericalWarning` it gave.
+
+    Args:
+        silent: whether those are kept back; all others are passed on.
+    """
+    texts: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield texts
+    finally:
+        for w in caught:
+            numerical = issubclass(w.category, NumericalWarning)
+            texts += [str(w.message)] if numerical else []
+            if not (numerical and silent):
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
+def without_graphs(steps: Sequence[InnerStep]) -> tuple[InnerStep, ...]:
+    """Return the steps without the graphs that they kept."""
+    return tuple(s if s.graph is None else replace(s, graph=None) for s in steps)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,30 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import tree
+from hypergrad._audit import Audit, Auditor
 from hypergrad._checkpoint import (
+    check_saved,
     pack_batches,
+    pack_estimator,
     pack_step,
     unpack_batches,
-    unpack_step,
+    unpack_estimator,
+    unpack_steps,
 )
 from hypergrad._optimizer_parts import (
     OptimizerLike,
-    all_or_nothing,
     check_settings,
+    make_estimator_of,
     make_level,
     make_problem,
+    numerical_warnings,
+    without_graphs,
 )
+from hypergrad._rollback import LevelCopy, Rollback
 from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError, NumericalWarning
-from hypergrad.estimator import HypergradEstimator, Info
-from hypergrad.estimators import make_estimator
+from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
-from hypergrad.rules import check_supported, rule_of, state_of
+from hypergrad.reference import choose_reference
+from hypergrad.rules import SUPPORTED, check_supported, rule_of
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
-__all__ = ["BilevelOptimizer", "StepReport"]
+__all__ = ["Audit", "BilevelOptimizer", "StepReport"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class StepReport:
         indirect_norm: norm of its indirect term.
         skipped: why a due outer step was not taken; None where it was.
         info: cost and trustworthiness of the hypergradient.
+        audit: its comparison with a reference, where this step was audited.
     """
 
     inner_loss: float | None = None
@@ -63,6 +71,7 @@ class StepReport:
     indirect_norm: float | None = None
     skipped: str | None = None
     info: Info | None = None
+    audit: Audit | None = None
 
 
 class BilevelOptimizer(torch.optim.Optimizer):
@@ -72,6 +81,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
     outer one's, each marked with its `"level"`; both are views on its groups and state,
     so that schedulers, hooks and checkpoints act on what is used. A gradient that a loss
     does not provide is zeros, not None.
+
+    A step is taken wholly or not at all. Where anything in it raises, out of memory and
+    Ctrl-C included, then parameters, `.grad`, optimizer state, random state, buffers (of
+    up to 16 MiB), train/eval modes and all that is recorded here are bit for bit as
+    before, and the same call can be made again. Batches that a function drew stay drawn.
 
     Args:
         problem_or_model: a `BilevelProblem`, or a module to make one of.
@@ -90,6 +104,16 @@ class BilevelOptimizer(torch.optim.Optimizer):
         max_grad_norm: norm that inner gradients are clipped to; None for none.
         reuse_graph: whether an exact one-step estimator continues the inner step's own
             graph. `"auto"`: where an outer step follows at once in the same `step`.
+        audit_every: outer steps from one audit to the next; None for none. An audit
+            computes the hypergradient again by a reference, on the same batches and
+            recorded steps, and puts the comparison in `StepReport.audit`. It changes
+            nothing else of the run.
+        audit_reference: what to compare with: `"auto"`, `"unrolled"`, `"dense"`, `"cg"`
+            or an estimator; see `hypergrad.reference.choose_reference`. `"auto"` unrolls
+            through the recorded inner steps, or solves with the inner Hessian where the
+            inner optimizer has no rule.
+        audit_window: inner steps that are recorded for a reference that unrolls; None
+            for all since the last outer step.
 
     Raises:
         TypeError: an estimator or optimizer of a kind that does not work here.
@@ -130,20 +154,15 @@ class BilevelOptimizer(torch.optim.Optimizer):
         outer_warmup: int = 10,
         max_grad_norm: float | None = None,
         reuse_graph: bool | Literal["auto"] = "auto",
+        audit_every: int | None = None,
+        audit_reference: str | HypergradEstimator = "auto",
+        audit_window: int | None = None,
     ) -> None:
         self.problem = make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
-        if isinstance(estimator, str):
-            estimator = make_estimator(estimator)
-        if not isinstance(estimator, HypergradEstimator):
-            msg = (
-                f"estimator must be a name or a HypergradEstimator, got {estimator!r}."
-                " Pass e.g. estimator='neumann'."
-            )
-            raise TypeError(msg)
-        self.estimator = estimator
-        lookback = estimator.lookback
+        self._asked = self.estimator = make_estimator_of(estimator)
+        self._every_is_open = outer_every is None
         if outer_every is None:
-            outer_every = max(1, lookback)
+            outer_every = max(1, self.estimator.lookback)
         check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         self.outer_every = outer_every
         self.outer_warmup = outer_warmup
@@ -151,8 +170,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
         self.inner = make_level("inner", inner_optimizer, self.problem.inner_params)
         self.outer = make_level("outer", outer_optimizer, self.problem.outer_params)
-        if lookback:
+        self._auditor = Auditor(audit_every, audit_reference, audit_window)
+        if self.estimator.lookback or self._auditor.needs_steps:
             check_supported(self.inner)
+        if audit_every and audit_reference in ("dense", "cg"):
+            choose_reference(self.problem, None, audit_reference)
         self._constructing = True
         groups = [*self.inner.param_groups, *self.outer.param_groups]
         super().__init__([dict(g) for g in groups], dict(self.inner.defaults))
@@ -168,10 +190,13 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.n_outer_steps = 0
         self.n_skipped = 0
         self.outer_frozen = False
-        self._window: deque[InnerStep] = deque(maxlen=max(lookback, 1))
+        self._window: tuple[InnerStep, ...] = ()
         self._estimator_state: dict[str, Tensor] = {}
         self._last: tuple[MicroBatch, ...] = ()
+        self._resolved = False
         self._warned = False
+        self._warned_of_audit = False
+        self._rollback: Rollback | None = None
 
     # -- stepping -----------------------------------------------------------------
 
@@ -191,13 +216,15 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: the inner loss or its gradient is not finite; nothing moved.
         """
-        due = self._due(self.n_inner_steps + 1)
-        report = self._inner_step(inner_batch, outer_follows=due)
-        if not due:
-            return report
-        if callable(outer_batch):
-            outer_batch = outer_batch()
-        outer = self.outer_step(outer_batch)
+        with self._whole() as rollback:
+            self._resolve(inner_batch)
+            due = self._due(self.n_inner_steps + 1)
+            report = self._inner_step(inner_batch, rollback, outer_follows=due)
+            if not due:
+                return report
+            if callable(outer_batch):
+                outer_batch = outer_batch()
+            outer = self.outer_step(outer_batch)
         return replace(outer, inner_loss=report.inner_loss, grad_norm=report.grad_norm)
 
     def inner_step(self, inner_batch: Any) -> StepReport:
@@ -209,7 +236,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Returns:
             What was done.
         """
-        return self._inner_step(inner_batch, outer_follows=False)
+        with self._whole() as rollback:
+            self._resolve(inner_batch)
+            return self._inner_step(inner_batch, rollback, outer_follows=False)
 
     def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:
         """Take an outer step alone, due or not; the inner parameters do not move.
@@ -227,60 +256,29 @@ class BilevelOptimizer(torch.optim.Optimizer):
             HypergradError: the outer parameters are frozen, or fewer inner steps were
                 taken than the estimator looks back at.
         """
-        lookback = self.estimator.lookback
         if self.outer_frozen:
             msg = "the outer parameters are frozen: there is no outer step to take."
             raise HypergradError(msg)
-        if len(self._window) < lookback:
-            msg = (
-                f"{type(self.estimator).__name__} looks back at {lookback} inner steps "
-                f"but {len(self._window)} were taken. Call inner_step first."
-            )
-            raise HypergradError(msg)
-        if inner_batch is None and not lookback:
-            if not self._last:
-                msg = (
-                    "there is no inner batch to estimate with: no inner step was taken "
-                    "yet. Pass inner_batch."
-                )
-                raise HypergradError(msg)
-            inner_batch = self._last
-        with warnings.catch_warnings():
-            if self._warned:  # once for a run; `report.info.reason` tells each time
-                warnings.simplefilter("ignore", NumericalWarning)
-            try:
-                result = self.estimator.estimate(
-                    self.problem,
-                    inner_batch=inner_batch,
-                    outer_batch=outer_batch,
-                    steps=tuple(self._window) if lookback else None,
-                    state=self._estimator_state,
-                )
-            except NonFiniteError as error:
-                self.n_skipped += 1
-                return StepReport(skipped=str(error))
-        self._warned = self._warned or bool(result.info.reason)
-        self._apply(self.outer, self.problem.outer_params, result.outer_grads)
-        self._estimator_state = result.state
-        self.n_outer_steps += 1
-        return StepReport(
-            outer_step=True,
-            outer_loss=result.outer_loss,
-            hypergrad_norm=tree.norm(result.outer_grads),
-            direct_norm=tree.norm(result.direct),
-            indirect_norm=tree.norm(result.indirect),
-            info=result.info,
-        )
+        if inner_batch is None:
+            inner_batch = self._last or None
+        with self._whole() as rollback:
+            if inner_batch is not None:
+                self._resolve(inner_batch)
+            return self._outer_step(outer_batch, inner_batch, rollback)
 
     @property
     def recorded_steps(self) -> tuple[InnerStep, ...]:
-        """The last inner steps, oldest first; as many as the estimator looks back at."""
-        return tuple(self._window)
+        """The last inner steps, oldest first; as many as the estimator looks back at.
+
+        What an audit needs beyond them is on record too, but not shown here.
+        """
+        lookback = self.estimator.lookback
+        return self._window[-lookback:] if lookback else ()
 
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
         self.outer_frozen = True
-        self._window.clear()
+        self._window = ()
         self._estimator_state = {}
         for parameter in self.problem.outer_params.values():
             parameter.requires_grad_(False)
@@ -291,7 +289,37 @@ class BilevelOptimizer(torch.optim.Optimizer):
         due = n_inner_steps >= first and n_inner_steps % self.outer_every == 0
         return due and filled and not self.outer_frozen
 
-    def _inner_step(self, inner_batch: Any, *, outer_follows: bool) -> StepReport:
+    @property
+    def _n_recorded(self) -> int:
+        """Number of inner steps to keep on record, for the estimator and for audits."""
+        if self.outer_frozen or type(self.inner) not in SUPPORTED:
+            return 0
+        lookback = self.estimator.lookback
+        audited = self._auditor.lookback(max(self.outer_every, lookback))
+        return max(lookback, audited)
+
+    def _resolve(self, inner_batch: Any) -> None:
+        """Before the first step, let an estimator that chooses another do so."""
+        if self._resolved:
+            return
+        has_rule = type(self.inner) in SUPPORTED
+        params = self.problem.inner_params
+        rule = rule_of(self.inner, params, self.max_grad_norm) if has_rule else None
+        self._adopt(self.estimator.resolve(self.problem, inner_batch, rule))
+        self._resolved = True
+
+    def _adopt(self, estimator: HypergradEstimator) -> None:
+        if estimator is not self._asked:
+            pack_estimator(estimator)  # refuses what a checkpoint could not hold
+            if estimator.lookback:
+                check_supported(self.inner)
+        self.estimator = estimator
+        if self._every_is_open:
+            self.outer_every = max(1, self._asked.lookback, estimator.lookback)
+
+    def _inner_step(
+        self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+    ) -> StepReport:
         problem, estimator = self.problem, self.estimator
         looks_back = bool(estimator.lookback) and not self.outer_frozen
         # Fused attention draws other dropout masks than the plain one that second-order
@@ -309,6 +337,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 or (self.reuse_graph == "auto" and outer_follows)
             )
         )
+        rollback.module()
         g = gradients(
             problem,
             "inner",
@@ -320,29 +349,30 @@ class BilevelOptimizer(torch.optim.Optimizer):
         )
         grads = g.inner or {}
         norm = tree.norm(grads)
-        record = self._record(g, grads) if looks_back else None
         factor = 1.0
         if self.max_grad_norm is not None:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
+        before = rollback.level(self.inner, problem.inner_params)
+        n = self._n_recorded
+        if n:
+            self._window = (*self._window, self._record(g, grads, before))[-n:]
         self._apply(self.inner, problem.inner_params, clipped)
-        if record is not None:
-            self._window.append(record)
         self._last = g.batches
         self.n_inner_steps += 1
         self._opt_called = True  # what torch's schedulers look for
         return StepReport(inner_loss=g.loss, grad_norm=norm)
 
-    def _record(self, g: Gradients, grads: Params) -> InnerStep:
+    def _record(self, g: Gradients, grads: Params, before: LevelCopy) -> InnerStep:
         problem = self.problem
         versions = tuple(t._version for t in problem.outer_params.values())
         last = self._window[-1] if self._window else None
         unmoved = last is not None and last.outer_versions == versions
         return InnerStep(
-            tree.clone(problem.inner_params),
+            before.params,
             # Copies of λ are shared between steps that it did not move between.
             last.outer_params if last and unmoved else tree.clone(problem.outer_params),
-            state_of(self.inner, problem.inner_params),
+            before.state,
             g.batches,
             grads,
             rule_of(self.inner, problem.inner_params, self.max_grad_norm),
@@ -351,21 +381,107 @@ class BilevelOptimizer(torch.optim.Optimizer):
             outer_versions=versions,
         )
 
-    def _apply(
-        self, optimizer: torch.optim.Optimizer, params: Params, grads: Params
-    ) -> None:
-        """Step one level on these gradients; all or nothing, `.grad` left alone."""
+    def _outer_step(
+        self, outer_batch: Any, inner_batch: Any, rollback: Rollback
+    ) -> StepReport:
+        lookback = self.estimator.lookback
+        if len(self._window) < lookback:
+            msg = (
+                f"{type(self.estimator).__name__} looks back at {lookback} inner steps "
+                f"but {len(self._window)} were taken. Call inner_step first."
+            )
+            raise HypergradError(msg)
+        if inner_batch is None and not lookback:
+            msg = (
+                "there is no inner batch to estimate with: no inner step was taken yet. "
+                "Pass inner_batch."
+            )
+            raise HypergradError(msg)
+        steps = self.recorded_steps
+        # A graph serves one product, also where the step fails or is skipped after it.
+        self._window = without_graphs(self._window)
+        try:
+            # Once for a run; `report.info.reason` tells each time.
+            with numerical_warnings(silent=self._warned) as texts:
+                result = self.estimator.estimate(
+                    self.problem,
+                    inner_batch=inner_batch,
+                    outer_batch=outer_batch,
+                    steps=steps if lookback else None,
+                    state=self._estimator_state,
+                )
+        except NonFiniteError as error:
+            self.n_skipped += 1
+            return StepReport(skipped=str(error))
+        self._warned = self._warned or bool(texts)
+        audit = self._audit(result, inner_batch, outer_batch)
+        rollback.level(self.outer, self.problem.outer_params)
+        self._apply(self.outer, self.problem.outer_params, result.outer_grads)
+        self._estimator_state = result.state
+        self.n_outer_steps += 1
+        return StepReport(
+            outer_step=True,
+            outer_loss=result.outer_loss,
+            hypergrad_norm=tree.norm(result.outer_grads),
+            direct_norm=tree.norm(result.direct),
+            indirect_norm=tree.norm(result.indirect),
+            info=result.info,
+            audit=audit,
+        )
+
+    def _audit(
+        self, result: Hypergradient, inner_batch: Any, outer_batch: Any
+    ) -> Audit | None:
+        if not self._auditor.is_due(self.n_outer_steps + 1):
+            return None
+        audit = self._auditor.audit(
+            self.problem,
+            result,
+            inner_batch=inner_batch,
+            outer_batch=outer_batch,
+            steps=self._window,
+        )
+        if audit.info is None and not self._warned_of_audit:
+            self._warned_of_audit = True
+            msg = (
+                f"the audit of outer step {self.n_outer_steps + 1} says: {audit.reason}"
+            )
+            warnings.warn(msg, NumericalWarning, stacklevel=5)
+        return audit
+
+    @staticmethod
+    def _apply(optimizer: torch.optim.Optimizer, params: Params, grads: Params) -> None:
+        """Step one level on these gradients; `.grad` is left alone."""
         own = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in params.items()}
         held = [p.grad for p in own]
         try:
-            with all_or_nothing(optimizer, own):
-                for p in own:
-                    p.grad = grads[names[id(p)]].to(p.dtype)
-                optimizer.step()
+            for p in own:
+                p.grad = grads[names[id(p)]].to(p.dtype)
+            optimizer.step()
         finally:
             for p, grad in zip(own, held, strict=True):
                 p.grad = grad
+
+    @contextmanager
+    def _whole(self) -> Iterator[Rollback]:
+        """Run the block; where it raises, make everything what it was before it."""
+        if self._rollback is not None:  # the outer part of `step`
+            yield self._rollback
+            return
+        held = {name: getattr(self, name) for name in _PROGRESS}
+        self._rollback = rollback = Rollback(self.problem)
+        try:
+            yield rollback
+        except BaseException:
+            rollback.undo()
+            vars(self).update(held)
+            # Values that were copied back void a graph that saved them.
+            self._window = without_graphs(self._window)
+            self._link()
+            raise
+        finally:
+            self._rollback = None
 
     # -- torch.optim.Optimizer ------------------------------------------------------
 
@@ -399,8 +515,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
             steps with their batches and random states, and the estimator's state.
         """
         out = super().state_dict()
+        chosen = self.estimator is not self._asked
         out["bilevel"] = {
-            "estimator": type(self.estimator).__name__,
+            "estimator": type(self._asked).__name__,
+            "chosen": pack_estimator(self.estimator) if chosen else None,
+            "resolved": self._resolved,
             "n_inner_steps": self.n_inner_steps,
             "n_outer_steps": self.n_outer_steps,
             "n_skipped": self.n_skipped,
@@ -420,45 +539,41 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
-        saved = state_dict.get("bilevel")
-        if saved is None:
-            msg = (
-                "this state_dict has no 'bilevel' entry: it comes from another "
-                "optimizer. Load one that BilevelOptimizer.state_dict returned."
-            )
-            raise ValueError(msg)
-        mine = type(self.estimator).__name__
-        if saved["estimator"] != mine:
-            msg = (
-                f"this state_dict was saved with estimator {saved['estimator']}, and "
-                f"this optimizer has {mine}: its records would not fit. Make the "
-                "optimizer with the same estimator."
-            )
-            raise ValueError(msg)
-        levels = [g.get("level") for g in state_dict["param_groups"]]
-        if levels != [g["level"] for g in self.param_groups]:
-            msg = (
-                f"the levels of the saved groups are {levels}, those here are "
-                f"{[g['level'] for g in self.param_groups]}. Make the optimizer with "
-                "the same groups."
-            )
-            raise ValueError(msg)
-        window = [unpack_step(s) for s in saved["window"]]
-        for step in window:
-            if set(step.inner_params) != set(self.problem.inner_params):
-                msg = (
-                    "the recorded inner steps have other parameter names than this "
-                    "problem. Load the state of an optimizer over the same model."
-                )
-                raise ValueError(msg)
-        last = unpack_batches(saved["last"])
-        super().load_state_dict(dict(state_dict))
-        self._link()
-        self.n_inner_steps = saved["n_inner_steps"]
-        self.n_outer_steps = saved["n_outer_steps"]
-        self.n_skipped = saved["n_skipped"]
-        self._window = deque(window, maxlen=self._window.maxlen)
-        self._last = last
-        self._estimator_state = dict(saved["estimator_state"])
-        if saved["outer_frozen"]:
-            self.freeze_outer()
+        levels = [g["level"] for g in self.param_groups]
+        saved = check_saved(state_dict, self._asked, levels)
+        window = unpack_steps(saved["window"], self.problem.inner_params)
+        with self._whole():
+            super().load_state_dict(dict(state_dict))
+            self._link()
+            chosen = saved.get("chosen")
+            self._adopt(self._asked if chosen is None else unpack_estimator(chosen))
+            self._resolved = saved.get("resolved", True)
+            self.n_inner_steps = saved["n_inner_steps"]
+            self.n_outer_steps = saved["n_outer_steps"]
+            self.n_skipped = saved["n_skipped"]
+            self.outer_frozen = saved["outer_frozen"]
+            n = self._n_recorded
+            self._window = window[-n:] if n else ()
+            self._last = unpack_batches(saved["last"])
+            self._estimator_state = dict(saved["estimator_state"])
+            for parameter in self.problem.outer_params.values():
+                parameter.requires_grad_(not self.outer_frozen)
+
+
+_PROGRESS = (
+    "estimator",
+    "outer_every",
+    "n_inner_steps",
+    "n_outer_steps",
+    "n_skipped",
+    "outer_frozen",
+    "param_groups",
+    "state",
+    "_window",
+    "_estimator_state",
+    "_last",
+    "_resolved",
+    "_warned",
+    "_warned_of_audit",
+)
+"""Attributes that a step or a checkpoint replaces, never changing the old value."""

@@ -1,0 +1,177 @@
+"""Compare a hypergradient with that of a reference while training goes on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hypergrad import tree
+from hypergrad._optimizer_parts import without_graphs
+from hypergrad.errors import HypergradError, NumericalWarning
+from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
+from hypergrad.problem import BilevelProblem
+from hypergrad.reference import check_reference, choose_reference
+from hypergrad.steps import InnerStep
+
+__all__ = ["Audit", "Auditor"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How far a hypergradient is from that of a reference, at the same point and data.
+
+    A relative error is that to the norm of the reference. What has no meaning is None: a
+    cosine with zeros, an error relative to zeros, and all of them where the reference
+    failed.
+
+    Attributes:
+        reference: name of the estimator that it was compared with.
+        why: why with that one.
+        cosine: of the total derivatives.
+        error: relative error of the total derivative.
+        indirect_cosine: of the indirect terms.
+        indirect_error: relative error of the indirect term.
+        info: cost and trustworthiness of the reference; None where it failed.
+        reason: empty where all is well, else why the reference failed, or what is to be
+            said of its result.
+    """
+
+    reference: str
+    why: str = ""
+    cosine: float | None = None
+    error: float | None = None
+    indirect_cosine: float | None = None
+    indirect_error: float | None = None
+    info: Info | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """Audit every so many outer steps.
+
+    Args:
+        every: outer steps from one audit to the next; None for none.
+        reference: as for `choose_reference`.
+        window: inner steps to unroll through; None for those since the last outer step.
+    """
+
+    every: int | None
+    reference: str | HypergradEstimator
+    window: int | None
+
+    def __post_init__(self) -> None:
+        for name, value in (("audit_every", self.every), ("audit_window", self.window)):
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                msg = f"{name}={value!r} must be a whole number of steps, or None."
+                raise TypeError(msg)
+            if value < 1:
+                msg = f"{name}={value} must be at least 1 step, or None."
+                raise ValueError(msg)
+        check_reference(self.reference)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether the reference cannot do without recorded inner steps."""
+        if self.every is None:
+            return False
+        if isinstance(self.reference, HypergradEstimator):
+            return self.reference.lookback > 0
+        return self.reference == "unrolled"
+
+    def lookback(self, since_outer: int) -> int:
+        """Return how many inner steps the reference looks back at.
+
+        Args:
+            since_outer: inner steps from one outer step to the next.
+        """
+        if self.every is None:
+            return 0
+        if isinstance(self.reference, HypergradEstimator):
+            return self.reference.lookback
+        unrolls = self.reference in ("auto", "unrolled")
+        return (self.window or since_outer) if unrolls else 0
+
+    def is_due(self, outer_step: int) -> bool:
+        """Return whether the outer step of that number, from 1, is audited."""
+        return self.every is not None and outer_step % self.every == 0
+
+    def audit(
+        self,
+        problem: BilevelProblem,
+        estimated: Hypergradient,
+        *,
+        inner_batch: Any,
+        outer_batch: Any,
+        steps: Sequence[InnerStep],
+    ) -> Audit:
+        """Compute the hypergradient again by the reference, and compare.
+
+        Args:
+            problem: the problem; it is left as it was.
+            estimated: what to compare.
+            inner_batch: data of the inner loss.
+            outer_batch: data of the outer loss.
+            steps: the inner steps on record, oldest first.
+
+        Returns:
+            The comparison; where the reference raises a `HypergradError`, its message.
+        """
+        try:
+            chosen, why = choose_reference(problem, steps, self.reference)
+        except ValueError as error:  # nothing to unroll through yet
+            return Audit(str(self.reference), reason=str(error))
+        name = chosen.name or type(chosen).__name__
+        if len(steps) < chosen.lookback:
+            reason = (
+                f"the reference looks back at {chosen.lookback} inner steps, and only "
+                f"{len(steps)} are on record yet."
+            )
+            return Audit(name, why, reason=reason)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NumericalWarning)  # `reason` tells
+                truth = chosen.estimate(
+                    problem,
+                    inner_batch=inner_batch,
+                    outer_batch=outer_batch,
+                    # A kept graph is the estimator's, and serves once.
+                    steps=without_graphs(steps) or None,
+                )
+        except HypergradError as error:
+            return Audit(name, why, reason=f"the reference failed: {error}")
+        cosine, off = _compare(estimated.outer_grads, truth.outer_grads)
+        indirect_cosine, indirect_off = _compare(estimated.indirect, truth.indirect)
+        return Audit(
+            name,
+            why,
+            cosine,
+            off,
+            indirect_cosine,
+            indirect_off,
+            truth.info,
+            truth.info.reason,
+        )
+
+
+def _compare(
+    value: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> tuple[float | None, float | None]:
+    """Return the cosine and the relative error of two vectors."""
+    size, other = tree.norm(truth), tree.norm(value)
+    if size == 0.0:
+        return None, 0.0 if other == 0.0 else None
+    wide = {n: tree.wide(t) / size for n, t in truth.items()}
+    scaled = {n: tree.wide(value[n]) / size for n in wide}
+    error = tree.norm(tree.sub(scaled, wide))
+    if other == 0.0:
+        return None, error
+    cosine = tree.dot(scaled, wide) * (size / other)
+    return math.copysign(min(1.0, abs(cosine)), cosine), error
