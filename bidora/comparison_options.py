@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bidora.options import add_adapter_options, add_data_options
-from bidora.settings import OTHER_MODEL_LR, TrainSettings
+from bidora.options import (
+    add_adapter_options,
+    add_data_options,
+    add_shared_option,
+)
+from bidora.settings import TrainSettings
 
 __all__ = ["add_estimators_parser"]
 
@@ -97,46 +101,20 @@ def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("on what")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the pretrained model: a folder, or a name on the Hugging Face Hub "
-        f"(default: {TrainSettings.model}, which comes with the extra demo)",
-    )
+    add_shared_option(group, "--model")
     group.add_argument(
         "--task",
         metavar="NAME",
         help="the examples, as for `bidora train` (default: docstrings)",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of splits, new weights and order (default: 0)",
-    )
+    add_shared_option(group, "--seed")
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training before the comparison")
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"examples of an inner batch (default: {TrainSettings.batch_size})",
-    )
-    group.add_argument(
-        "--outer-batch-size",
-        type=int,
-        metavar="N",
-        help="held-back examples of the outer batch (default: --batch-size)",
-    )
-    group.add_argument(
-        "--inner-lr",
-        type=float,
-        metavar="X",
-        help="learning rate of directions and task head (default: "
-        f"{TrainSettings.inner_lr:g} for the bundled model, else {OTHER_MODEL_LR:g})",
-    )
+    add_shared_option(group, "--batch-size")
+    add_shared_option(group, "--outer-batch-size")
+    add_shared_option(group, "--inner-lr")
     group.add_argument(
         "--inner-weight-decay",
         type=float,
@@ -144,26 +122,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="AdamW's decay of the directions and head "
         f"(default: {TrainSettings.inner_weight_decay:g})",
     )
-    group.add_argument(
-        "--max-grad-norm",
-        type=float,
-        metavar="X",
-        help=f"clip gradients at this norm (default: {TrainSettings.max_grad_norm:g})",
-    )
-    group.add_argument(
-        "--orthogonality",
-        type=float,
-        metavar="X",
-        help="weight of the term that keeps directions apart "
-        f"(default: {TrainSettings.orthogonality:g})",
-    )
-    group.add_argument(
-        "--validation-fraction",
-        type=float,
-        metavar="X",
-        help="part of the training examples held back for the magnitudes "
-        f"(default: {TrainSettings.validation_fraction:g})",
-    )
+    add_shared_option(group, "--max-grad-norm")
+    add_shared_option(group, "--orthogonality")
+    add_shared_option(group, "--validation-fraction")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -173,11 +134,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where table and picture go (default: runs/estimators-TASK-seedSEED)",
     )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier run in that folder",
-    )
+    add_shared_option(group, "--overwrite")
     group.add_argument(
         "--device",
         metavar="NAME",

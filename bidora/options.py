@@ -15,7 +15,12 @@ from bidora.settings import (
     TrainSettings,
 )
 
-__all__ = ["add_adapter_options", "add_data_options", "add_train_parser"]
+__all__ = [
+    "add_adapter_options",
+    "add_data_options",
+    "add_shared_option",
+    "add_train_parser",
+]
 
 DESCRIPTION = """\
 Fine-tune a pretrained model on a text classification task and save the adapter.
@@ -39,6 +44,68 @@ examples:
   bidora train --task glue/cola --model FacebookAI/roberta-base --steps 2000 \\
                --inner-lr 5e-4 --max-length 128
 """
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--model": {
+        "metavar": "NAME",
+        "help": "the pretrained model: a folder, or a name on the Hugging Face Hub "
+        f"(default: {TrainSettings.model}, which comes with the extra demo)",
+    },
+    "--seed": {
+        "type": int,
+        "metavar": "N",
+        "help": "seed of splits, new weights and order (default: 0)",
+    },
+    "--batch-size": {
+        "type": int,
+        "metavar": "N",
+        "help": f"examples a step (default: {TrainSettings.batch_size})",
+    },
+    "--inner-lr": {
+        "type": float,
+        "metavar": "X",
+        "help": "learning rate of directions and task head (default: "
+        f"{TrainSettings.inner_lr:g} for the bundled model, else {OTHER_MODEL_LR:g})",
+    },
+    "--max-grad-norm": {
+        "type": float,
+        "metavar": "X",
+        "help": f"clip gradients at this norm (default: {TrainSettings.max_grad_norm:g})",
+    },
+    "--outer-batch-size": {
+        "type": int,
+        "metavar": "N",
+        "help": "held-back examples a step of the magnitudes (default: --batch-size)",
+    },
+    "--validation-fraction": {
+        "type": float,
+        "metavar": "X",
+        "help": "part of the training examples held back for the magnitudes "
+        f"(default: {TrainSettings.validation_fraction:g})",
+    },
+    "--orthogonality": {
+        "type": float,
+        "metavar": "X",
+        "help": "weight of the term that keeps directions apart "
+        f"(default: {TrainSettings.orthogonality:g})",
+    },
+    "--overwrite": {
+        "action": "store_true",
+        "help": "replace an earlier run in that folder",
+    },
+}
+"""Options that more than one command has."""
+
+
+def add_shared_option(group: Any, name: str) -> None:
+    """Add an option that more than one command has.
+
+    Args:
+        group: The parser's group.
+        name: The option, with its dashes.
+    """
+    group.add_argument(name, **_SHARED[name])
 
 
 def add_train_parser(commands: Any) -> None:
@@ -70,12 +137,7 @@ def add_train_parser(commands: Any) -> None:
 
 def _add_main_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to train, and on what")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the pretrained model: a folder, or a name on the Hugging Face Hub "
-        f"(default: {TrainSettings.model}, which comes with the extra demo)",
-    )
+    add_shared_option(group, "--model")
     group.add_argument(
         "--task",
         metavar="NAME",
@@ -88,12 +150,7 @@ def _add_main_options(parser: argparse.ArgumentParser) -> None:
         help="bidora (default): search, then retrain; dora: magnitudes and "
         "directions together; lora: directions alone",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of splits, new weights and order (default: 0)",
-    )
+    add_shared_option(group, "--seed")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -176,19 +233,8 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="steps of the search, or of the one phase of dora and lora "
         f"(default: {TrainSettings.steps})",
     )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"examples a step (default: {TrainSettings.batch_size})",
-    )
-    group.add_argument(
-        "--inner-lr",
-        type=float,
-        metavar="X",
-        help="learning rate of directions and task head (default: "
-        f"{TrainSettings.inner_lr:g} for the bundled model, else {OTHER_MODEL_LR:g})",
-    )
+    add_shared_option(group, "--batch-size")
+    add_shared_option(group, "--inner-lr")
     group.add_argument(
         "--outer-lr",
         type=float,
@@ -210,12 +256,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="part of each phase in which the rates rise; then they fall to 0 "
         f"(default: {TrainSettings.warmup_ratio:g})",
     )
-    group.add_argument(
-        "--max-grad-norm",
-        type=float,
-        metavar="X",
-        help=f"clip gradients at this norm (default: {TrainSettings.max_grad_norm:g})",
-    )
+    add_shared_option(group, "--max-grad-norm")
 
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
@@ -254,26 +295,9 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         help="inner steps before the first step of the magnitudes "
         f"(default: {TrainSettings.outer_warmup})",
     )
-    group.add_argument(
-        "--outer-batch-size",
-        type=int,
-        metavar="N",
-        help="held-back examples a step of the magnitudes (default: --batch-size)",
-    )
-    group.add_argument(
-        "--validation-fraction",
-        type=float,
-        metavar="X",
-        help="part of the training examples held back for the magnitudes "
-        f"(default: {TrainSettings.validation_fraction:g})",
-    )
-    group.add_argument(
-        "--orthogonality",
-        type=float,
-        metavar="X",
-        help="weight of the term that keeps directions apart "
-        f"(default: {TrainSettings.orthogonality:g})",
-    )
+    add_shared_option(group, "--outer-batch-size")
+    add_shared_option(group, "--validation-fraction")
+    add_shared_option(group, "--orthogonality")
     group.add_argument(
         "--retrain-steps",
         type=int,
@@ -310,11 +334,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="where adapter, metrics and picture go "
         "(default: runs/METHOD-TASK-seedSEED)",
     )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier run in that folder",
-    )
+    add_shared_option(group, "--overwrite")
     group.add_argument(
         "--eval-every",
         type=int,
