@@ -87,12 +87,15 @@ def remember(module: nn.Module) -> Callable[[], None]:
         A function that puts them back. Buffers too large to be copied, or part of a
         graph, stay as they are.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    places = [(m, dict(m._buffers), _plain(m)) for m in module.modules() if m._buffers]
+    modules = list(module.modules())
+    modes = [(m, m.training) for m in modules]
+    places = [(m, dict(m._buffers), _plain(m)) for m in modules if m._buffers]
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # one for each, whatever its names
     with torch.inference_mode(mode=False):
-        copies = [
-            (b, copy_of_buffer(b)) for b in module.buffers() if not b.is_inference()
-        ]
+        for _, buffers, _ in places:
+            for b in buffers.values():
+                if b is not None and id(b) not in copies and not b.is_inference():
+                    copies[id(b)] = (b, copy_of_buffer(b))
 
     def put_back() -> None:
         for m, training in modes:
@@ -102,7 +105,7 @@ def remember(module: nn.Module) -> Callable[[], None]:
             m._buffers.update(buffers)
             vars(m).update(plain)
         with torch.inference_mode(mode=False), torch.no_grad():
-            for buffer, copy in copies:
+            for buffer, copy in copies.values():
                 if copy is not buffer:
                     buffer.copy_(copy)
 

@@ -18,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+import bidora.optimizer
 from bidora import (
     BiDoRAOptimizer,
     exact_dora_layers,
@@ -25,9 +26,10 @@ from bidora import (
     plain_dora_layers,
 )
 from bidora.orthogonality import orthogonality
-from hypergrad import estimator_names
+from hypergrad import estimator_names, make_estimator
 from hypergrad.estimators import Implicit
 from hypergrad.solvers import CGSolver
+from tests.faults import Faults, break_everywhere, content, differences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning"),
@@ -232,6 +234,46 @@ def test_readme_loop_keeps_peft_settings_the_user_chose() -> None:
     layers = exact_dora_layers(model)
     BiDoRAOptimizer(model)
     assert exact_dora_layers(model) == layers
+
+
+def test_a_step_that_fails_anywhere_changes_nothing() -> None:
+    """At each loss, backward pass and optimizer step: an error, Ctrl-C, out of memory."""
+
+    def make(faults: Faults) -> Any:
+        model = by_get_peft_model()
+        opt = BiDoRAOptimizer(
+            model,
+            make_estimator("neumann", num_terms=1, damping=10.0),
+            loss_fn=faults.loss(lambda model, b: faults.watch(model(**b).loss)),
+            outer_warmup=0,
+            orthogonality=1e-3,
+        )
+        faults.mess = model.eval
+        faults.steps(opt.inner, "inner")
+        faults.steps(opt.outer, "outer")
+        for i in range(2):
+            opt.inner_step(batch(i))
+        return opt.problem, opt
+
+    places = break_everywhere(make, lambda p, opt: opt.step(batch(2), batch(3)))
+    assert sum(place.endswith(" step") for place in places) == 6
+
+
+def test_a_row_without_a_norm_undoes_the_inner_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_norm(model: nn.Module) -> None:
+        raise ValueError("a row has no norm")
+
+    opt = BiDoRAOptimizer(by_get_peft_model(), "darts", outer_warmup=0)
+    opt.step(batch(0), batch(1))
+    before = content(opt.problem, opt)
+    with monkeypatch.context() as patch:
+        patch.setattr(bidora.optimizer, "check_norms", no_norm)
+        with pytest.raises(ValueError, match="no norm"):
+            opt.step(batch(2), batch(3))
+    assert not differences(before, content(opt.problem, opt))
+    assert opt.step(batch(2), batch(3)).outer_step
 
 
 # -- what a user can get wrong ----------------------------------------------------------

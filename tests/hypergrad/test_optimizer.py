@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,12 +15,18 @@ from torch import nn
 from hypergrad import (
     BilevelProblem,
     HypergradError,
+    HypergradEstimator,
+    Indirect,
     NonFiniteError,
+    Point,
     estimator_names,
     make_estimator,
 )
 from hypergrad.batches import Accumulated
+from hypergrad.estimators import FirstOrder
 from hypergrad.optimizer import BilevelOptimizer
+from hypergrad.rules import SGD as SGDRule
+from hypergrad.rules import Clipped, Rule
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
@@ -339,6 +346,16 @@ def test_resume_after_freezing_stays_frozen() -> None:
     assert not second.problem.outer_params["gate"].requires_grad
 
 
+def test_loading_from_before_the_freeze_goes_on_searching() -> None:
+    opt = make("neumann", outer_warmup=0)
+    data = batches()
+    opt.step(data[0], data[1])
+    saved = copy.deepcopy(opt.state_dict())
+    opt.freeze_outer()
+    opt.load_state_dict(saved)
+    assert opt.step(data[2], data[3]).outer_step
+
+
 def test_foreign_state_is_refused_and_changes_nothing() -> None:
     opt = make("unrolled")
     opt.step(batches()[0])
@@ -421,6 +438,28 @@ def test_nan_in_an_outer_step_skips_and_counts_it(name: str) -> None:
     assert opt.outer_step(batches()[5]).outer_step
 
 
+def test_a_skipped_step_does_not_use_up_the_next_ones_graph() -> None:
+    """A product that overflows has freed the graph that the inner step kept."""
+    kept = make_estimator("darts", product="exact", inner_lr=1e-3)
+    opt = make(kept, outer_warmup=0, reuse_graph=True)
+    data = batches()
+    opt.inner_step(data[0])
+    assert opt.recorded_steps[0].graph is not None
+    passes: list[int] = []
+
+    def overflow(grad: torch.Tensor) -> torch.Tensor:
+        passes.append(1)  # the first is that of the outer loss
+        return grad * float("inf") if len(passes) == 2 else grad
+
+    hook = opt.problem.outer_params["gate"].register_hook(overflow)
+    report = opt.outer_step(data[1])
+    hook.remove()
+    assert report.skipped is not None
+    assert "a second-derivative product" in report.skipped
+    assert opt.recorded_steps[0].graph is None
+    assert opt.outer_step(data[1]).outer_step
+
+
 def test_nan_in_an_inner_step_raises_and_moves_nothing() -> None:
     opt, trap = trapped("neumann")
     opt.problem.module.eval()  # pyright: ignore[reportOptionalMemberAccess]
@@ -480,6 +519,156 @@ def test_warning_of_a_solver_comes_once() -> None:
         report = opt.outer_step(batches()[5])
     assert report.info is not None
     assert "CG stopped" in report.info.reason
+
+
+# -- estimators that choose another -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choosing(HypergradEstimator):
+    """Take what it is told to take; on its own it looks back at nothing."""
+
+    name: ClassVar[str] = "choosing"
+    choice: HypergradEstimator | None = None
+    asked: list[Any] = field(default_factory=list, compare=False)
+
+    def resolve(
+        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
+    ) -> HypergradEstimator:
+        self.asked.append((inner_batch, rule))
+        return self.choice or self
+
+    def indirect(self, point: Point) -> Indirect:
+        return FirstOrder().indirect(point)
+
+
+def choosing(name: str, **settings: Any) -> Choosing:
+    return Choosing(make_estimator(name, **settings))
+
+
+@pytest.mark.parametrize("entry", ["step", "inner_step"])
+def test_the_choice_is_made_once_before_the_first_step(entry: str) -> None:
+    estimator = choosing("unrolled", num_steps=3)
+    opt = make(estimator, outer_warmup=0)
+    data = batches()
+    assert opt.estimator is estimator
+    assert opt.outer_every == 1
+    outer = (data[10],) if entry == "step" else ()
+    taken = [getattr(opt, entry)(data[i], *outer) for i in range(6)]
+    assert opt.estimator is estimator.choice
+    ((batch, rule),) = estimator.asked
+    assert batch is data[0]
+    assert isinstance(rule, Clipped)
+    assert opt.outer_every == 3  # as the choice looks back
+    assert len(opt.recorded_steps) == 3
+    due = entry == "step"
+    assert [i + 1 for i, r in enumerate(taken) if r.outer_step] == [3, 6] * due
+
+
+def test_the_choice_trains_as_if_it_had_been_given() -> None:
+    data = batches()
+    results = []
+    for estimator in (choosing("sama"), "sama"):
+        torch.manual_seed(0)
+        opt = make(estimator)
+        for i in range(6):
+            opt.step(data[i], data[-i - 1])
+        results.append(values(opt))
+    assert same(*results)
+
+
+def test_the_choice_leaves_a_given_outer_every_alone() -> None:
+    opt = make(choosing("unrolled", num_steps=3), outer_every=2)
+    opt.inner_step(batches()[0])
+    assert opt.outer_every == 2
+
+
+def test_the_choice_is_made_in_a_first_outer_step_too() -> None:
+    estimator = choosing("cg")
+    opt = make(estimator)
+    data = batches()
+    with pytest.raises(HypergradError, match="no inner step was taken yet"):
+        opt.outer_step(data[0])
+    assert estimator.asked == []
+    assert opt.outer_step(data[0], data[1]).outer_step
+    assert opt.estimator is estimator.choice
+    assert estimator.asked[0][0] is data[1]
+
+
+def test_there_is_no_rule_where_the_inner_optimizer_has_none() -> None:
+    adagrad = partial(torch.optim.Adagrad, lr=0.1)
+    estimator = choosing("cg")
+    make(estimator, inner_optimizer=adagrad).step(batches()[0])
+    assert estimator.asked[0][1] is None
+    opt = make(choosing("sama"), inner_optimizer=adagrad)
+    with pytest.raises(TypeError, match="Adagrad has no rule"):
+        opt.step(batches()[0])
+    assert opt.n_inner_steps == 0
+
+
+def test_a_choice_that_a_checkpoint_cannot_hold_is_refused_at_once() -> None:
+    opt = make(choosing("sama", rule=SGDRule(0.1)))
+    with pytest.raises(TypeError, match=r"Sama\(.* cannot be written to a checkpoint"):
+        opt.step(batches()[0])
+    unknown = Choosing(Choosing(make_estimator("cg")))
+    with pytest.raises(TypeError, match=r"Choosing\(.* cannot be written"):
+        make(unknown).step(batches()[0])
+
+
+@pytest.mark.parametrize("stop", [0, 4])
+def test_resume_keeps_the_choice(stop: int) -> None:
+    """The resumed optimizer would choose otherwise, and does not choose again."""
+    data = batches()
+
+    def run(opt: BilevelOptimizer, start: int, end: int) -> None:
+        for i in range(start, end):
+            opt.step(data[i], data[-i - 1])
+
+    straight = make(choosing("unrolled", num_steps=2))
+    torch.manual_seed(0)
+    run(straight, 0, 9)
+    first = make(choosing("unrolled", num_steps=2))
+    torch.manual_seed(0)
+    run(first, 0, stop)
+    rng = torch.get_rng_state()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    other = choosing("cg") if stop else choosing("unrolled", num_steps=2)
+    second = make(other)
+    if stop == 4:
+        run(second, 0, 3)  # it has chosen already
+        other.asked.clear()
+    assert first.problem.module is not None
+    assert second.problem.module is not None
+    second.problem.module.load_state_dict(first.problem.module.state_dict())
+    second.load_state_dict(torch.load(file, weights_only=True))
+    torch.set_rng_state(rng)
+    run(second, stop, 9)
+    assert second.estimator == make_estimator("unrolled", num_steps=2)
+    assert second.outer_every == 2
+    assert len(other.asked) == (0 if stop else 1)
+    assert same(values(straight), values(second))
+
+
+def test_a_step_that_fails_undoes_the_choice() -> None:
+    estimator = choosing("unrolled", num_steps=3)
+    trap = Trap()
+    opt = BilevelOptimizer(
+        Net(),
+        trap,
+        outer="gate",
+        estimator=estimator,
+        inner_optimizer=partial(AdamW, lr=1e-2),
+        outer_optimizer=partial(AdamW, lr=1e-2),
+    )
+    trap.fail_at, trap.kind = {1}, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(batches()[0])
+    assert opt.estimator is estimator
+    assert opt.outer_every == 1
+    opt.step(batches()[0])
+    assert opt.outer_every == 3
 
 
 # -- settings -----------------------------------------------------------------------------
