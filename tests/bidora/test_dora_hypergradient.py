@@ -165,10 +165,7 @@ def products(model: nn.Module, names: list[str]) -> tuple[dict[str, Any], Params
     out = {}
     for name in names:
         with second_order(
-            name,  # pyright: ignore[reportArgumentType]
-            problem,
-            as_micro_batches(batch(1)),
-            Tally(),
+            name, problem, as_micro_batches(batch(1)), Tally()
         ) as product:
             out[name] = product.vjp(u)
     return out, u

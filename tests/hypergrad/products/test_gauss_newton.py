@@ -153,9 +153,8 @@ def test_it_is_the_hessian_where_the_model_is_linear() -> None:
 def test_accumulated_batches_add_up(name: Any) -> None:
     problem = problem_of(network(), squared)
     parts = [data(4, 1), data(6, 2)]
-    truth = sum(
-        w * dense(problem, squared, b) for w, b in zip((0.3, 0.7), parts, strict=True)
-    )
+    first, second = (dense(problem, squared, b) for b in parts)
+    truth = 0.3 * first + 0.7 * second
     u = draw(problem)
     accumulated = Accumulated(parts, [0.3, 0.7])
     with second_order(name, problem, accumulated, Tally(), "gauss-newton") as product:
