@@ -31,6 +31,9 @@ BLOCK_ELEMENTS = 1 << 22
 # and the row is computed from its entries instead.
 CANCELLATION = 0.25
 
+# Rows that a compiled graph computes from their entries in every forward pass.
+COMPILED_ROWS = 8
+
 
 @dataclass(frozen=True)
 class BaseWeight:
@@ -279,6 +282,9 @@ def cancelled_rows(
 ) -> Tensor | None:
     """Return the rows whose expansion has lost digits to cancellation, None if none.
 
+    A compiled graph cannot branch on how many there are, so it gets the most cancelled
+    ones, `COMPILED_ROWS` in number, whether they need it or not.
+
     Args:
         squared: The squared norms, `(out,)`.
         base: The base's.
@@ -288,7 +294,10 @@ def cancelled_rows(
     Returns:
         Indices, `(k,)`.
     """
-    if torch.compiler.is_compiling() or not (wait or squared.device.type == "cpu"):
+    if torch.compiler.is_compiling():
+        share = squared.detach() / base.squared.detach()
+        return share.topk(min(COMPILED_ROWS, len(share)), largest=False).indices
+    if not (wait or squared.device.type == "cpu"):
         return None
     guard = base.guard if margin == 1.0 else margin * base.guard
     low = squared.detach() < guard

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+import torch
 from torch import Tensor, nn
 
 from bidora._norms import BaseWeight, WeightCache
@@ -116,7 +117,9 @@ class DoraAdapter:
 
     @property
     def cache(self) -> WeightCache:
-        """What was computed from the base weight."""
+        """What was computed from the base weight; empty while a compiler traces."""
+        if torch.compiler.is_compiling():
+            return WeightCache()  # a graph must not depend on what was kept elsewhere
         cache = self.module.__dict__.get(_CACHE)
         if not isinstance(cache, WeightCache):
             cache = self.module.__dict__[_CACHE] = WeightCache()

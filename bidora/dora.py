@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidora import _norms, _peft
+from bidora._gain import apply_gain
 from bidora._peft import DoraAdapter
+from bidora.errors import NoDirectionError
 
 __all__ = [
     "check_norms",
@@ -77,17 +79,14 @@ class ExactDora:
         if self.dropout == "peft" and dropped is not x:
             # PEFT sends the dropped input through the base weight a second time.
             base = F.linear(dropped, layer.weight.fetch().to(x.dtype))
-            return result + (gain - 1) * base + gain * (F.linear(low, b) * scaling)
+            return result + (gain - 1) * base + gain * F.linear(scaling * low, b)
         if result.dtype == low.dtype:
             rows = result.reshape(-1, result.shape[-1])
             z = torch.addmm(rows, low.reshape(-1, low.shape[-1]), b.T, alpha=scaling)
             z = z.view(result.shape)
         else:
-            z = result + F.linear(low, b) * scaling
-        bias = layer.bias
-        if bias is None:
-            return gain * z
-        return torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), z, gain)
+            z = result + F.linear(scaling * low, b)
+        return apply_gain(z, gain, layer.bias)
 
     def _gain(self, layer: DoraAdapter) -> Tensor:
         """Return m / ‖w + s·b A‖, `(out,)`, in float32 or float64."""
@@ -150,8 +149,13 @@ def use_exact_dora(
     matters after an edit of a base weight through ``.data`` in place, the one kind of
     change that torch does not count (merging a plain LoRA adapter is such an edit).
 
-    Cost: about that of LoRA, where PEFT's DoRA takes up to twice as long. Beyond what
-    LoRA keeps for the backward pass, a layer keeps its output and `(out, r)` numbers.
+    Cost: that of LoRA, where PEFT's DoRA takes up to twice as long. Beyond what LoRA keeps
+    for the backward pass, a layer keeps its output and `(out, r)` numbers. Merged by PEFT,
+    it is a plain layer.
+
+    `torch.compile(model, fullgraph=True)` gives one graph, which keeps nothing between
+    calls: it computes the base weight's norms each time and so sees any change of it.
+    Compiled models have first derivatives alone; `'darts'` and `'sama'` need no others.
 
     Args:
         model: A model from `peft.get_peft_model`, or a transformers model after
@@ -270,14 +274,14 @@ def check_norms(model: nn.Module) -> None:
     (at outer steps, say). Rows that the adapter has nearly cancelled are remembered,
     and later forward passes compute their norms from the entries, which takes care of
     the digits that the expansion loses there. On the CPU every forward pass does so
-    by itself.
+    by itself. A compiled one computes the 8 most cancelled rows of a layer this way.
 
     Args:
         model: A model with DoRA layers; others pass.
 
     Raises:
-        ValueError: The norm of a row of W0 + s·B·A is zero or not finite, or the base
-            weight is not in memory.
+        NoDirectionError: The norm of a row of W0 + s·B·A is zero or not finite.
+        ValueError: The base weight is not in memory.
     """
     layers = _peft.dora_layers(model)
     _check([(name, layer) for name, layer in layers if _peft.is_replaceable(layer)])
@@ -300,7 +304,7 @@ def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
         broken = _norms.rows_without_direction(squared, base)
         if broken.numel():
             row = int(broken[0])
-            raise ValueError(
+            raise NoDirectionError(
                 f"{broken.numel()} of {squared.numel()} rows of W0 + s·B·A in layer "
                 f"{name} (adapter {layer.adapter!r}) have no direction, the first is "
                 f"row {row} with norm {float(squared[row].sqrt()):.3g}, and DoRA "

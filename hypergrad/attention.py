@@ -31,7 +31,8 @@ def attention(backend: AttentionBackend) -> Iterator[None]:
 REMEDY = (
     "A fused kernel (flash or memory-efficient attention called past torch's dispatcher, "
     "a compiled or quantised layer, a custom autograd function) is the usual cause. Load "
-    'the model with attn_implementation="eager", or take a first-order estimator: '
+    'the model with attn_implementation="eager" and without torch.compile, or take a '
+    "first-order estimator: "
     "'first-order', 'darts', or 'sama', 'cg', 'neumann' with "
     "product='finite-difference'."
 )
@@ -40,6 +41,7 @@ REMEDY = (
 _MARKS = (
     "is not implemented",  # a native operator: flash attention, ctc_loss, cdist
     "not currently support double backward",  # a compiled module
+    "non-empty donated buffers",  # the same, once it has had a plain backward
     "trying to differentiate twice",  # a function marked once_differentiable
     "trying to use forward ad",  # a native operator, forward mode: flash attention, LSTM
     "forward mode ad",  # a custom function without jvp

@@ -113,6 +113,17 @@ def test_precision_is_that_of_the_number_of_rows(dtype: torch.dtype) -> None:
     assert abs(value.item() - truth.item()) < 1e-6 * 64
 
 
+def test_gradient_in_float32() -> None:
+    w, a, b = (t.float() for t in factors(64, 200))
+    w, a, b = w / 14, (a / 14).requires_grad_(), (b / 3).requires_grad_()
+    found = torch.autograd.grad(gram_penalty(w, a, b, SCALING), [a, b])
+    wide = [t.detach().double().requires_grad_() for t in (a, b)]
+    expected = torch.autograd.grad(row_gram(w.double(), *wide), wide)
+    for got, truth in zip(found, expected, strict=True):
+        # 10 eps; the large terms of the expansion are of the gradient's size here.
+        assert float((got - truth).norm() / truth.norm()) < 1.2e-6
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

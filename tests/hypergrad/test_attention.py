@@ -116,10 +116,17 @@ def compiled(x: Tensor) -> Tensor:
     return torch.compile(lambda x: x.sin() * x, backend="aot_eager")(x)
 
 
+def compiled_and_used(x: Tensor) -> Tensor:
+    cube = torch.compile(lambda x: x @ x @ x, backend="aot_eager")
+    cube(x.reshape(2, 2)).sum().backward()
+    return cube(x.reshape(2, 2))
+
+
 # One provocation for each mark: a mark that torch no longer says has none.
 SAYS: dict[str, tuple[Callable[[Any], None], Callable[[Tensor], Tensor]]] = {
     "is not implemented": (twice, flash),
     "not currently support double backward": (twice, compiled),
+    "non-empty donated buffers": (twice, compiled_and_used),
     "trying to differentiate twice": (twice, Old.apply),
     "trying to use forward ad": (forwards, flash),
     "forward mode ad": (forwards, Forwards.apply),
