@@ -30,6 +30,7 @@ PICTURES = ROOT / "docs" / "images" / "benchmarks"
 """Under docs/, because the documentation cannot show a picture from elsewhere."""
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1660a", "#5f6368"
+GREEN, PURPLE = "#3b8752", "#8a4f9e"
 INK = "#222222"
 
 

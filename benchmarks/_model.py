@@ -1,9 +1,10 @@
-"""The model of the benchmarks: RoBERTa-base's width, random weights, an adapter."""
+"""What is measured: a model of RoBERTa-base's width, and every estimator."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from hypergrad import estimator_names
+
 VOCABULARY = 1000
+# Beside the default of every registered estimator. `unrolled` is given by its K;
+# `implicit` is `cg` again.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "darts": [{}, {"scheme": "forward"}, {"product": "exact"}],
+    "sama": [{}, {"product": "exact"}],
+    "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
+    "implicit": [],
+}
 
 warnings.filterwarnings(
     "ignore", "`is_gradient_checkpointing`", FutureWarning
@@ -61,3 +72,12 @@ def draw_batch(examples: int, tokens: int, seed: int) -> dict[str, Tensor]:
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "labels": torch.randint(0, 2, (examples,), generator=make),
     }
+
+
+def estimator_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield label, registered name and settings of what there is to measure."""
+    words = {"scheme": "{}", "product": "{} product", "num_steps": "K = {}"}
+    for name in estimator_names():
+        for settings in VARIANTS.get(name, [{}]):
+            told = (words[k].format(v) for k, v in settings.items())
+            yield ", ".join([name, *told]), name, settings

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+Loss = Callable[[Params, Params, Any], Tensor]
 
 
 # -- the network ---------------------------------------------------------------------
@@ -41,19 +42,25 @@ class Network:
         )
 
 
-def network(seed: int) -> Network:
+def network(
+    seed: int, examples: int = 32, features: int = 8, hidden: int = 16
+) -> Network:
     make = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=make, dtype=torch.float64)
 
     def data() -> Params:
-        return {"x": draw(32, 8), "y": draw(32)}
+        return {"x": draw(examples, features), "y": draw(examples)}
 
     return Network(
-        {"first": draw(8, 16) / 3, "bias": draw(16) / 3, "second": draw(16) / 4},
         {
-            "scale": 1 + draw(8) / 4,
+            "first": draw(features, hidden) / (features + 1) ** 0.5,
+            "bias": draw(hidden) / 3,
+            "second": draw(hidden) / hidden**0.5,
+        },
+        {
+            "scale": 1 + draw(features) / 4,
             "shift": draw(1)[0] / 4,
             "log_decay": torch.tensor(-3.0, dtype=torch.float64),
         },
@@ -85,12 +92,12 @@ class Hand:
     """An optimizer twice: as torch makes it, and as a differentiable function.
 
     Attributes:
-        make: from a list of tensors to the torch optimizer.
+        make: from a list of tensors to the torch optimizer, with its settings.
         step: `(w, slots, g, t) -> (w, slots)`, where slots are named as torch names
             them and t counts steps from 1.
     """
 
-    make: Callable[[list[Tensor]], torch.optim.Optimizer]
+    make: partial[torch.optim.Optimizer]
     step: Callable[[Tensor, Params, Tensor, int], tuple[Tensor, Params]]
 
 
@@ -116,7 +123,9 @@ def adamw_step(
     m = betas[0] * slots["exp_avg"] + (1 - betas[0]) * g
     v = betas[1] * slots["exp_avg_sq"] + (1 - betas[1]) * g.square()
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-    w = w - lr * weight_decay * w - lr * m_hat / (v_hat.sqrt() + eps)
+    # Where all gradients were 0, the square root has no derivative, and m does not move.
+    root = torch.where(v_hat > 0, v_hat, 1).sqrt() * (v_hat > 0)
+    w = w - lr * weight_decay * w - lr * m_hat / (root + eps)
     return w, {"exp_avg": m, "exp_avg_sq": v}
 
 
@@ -127,6 +136,14 @@ def hand(kind: Any, step: Callable[..., Any], **settings: Any) -> Hand:
 HANDS = {
     "sgd": hand(torch.optim.SGD, sgd_step, lr=0.05),
     "momentum": hand(torch.optim.SGD, sgd_step, lr=0.05, momentum=0.9),
+    "adam": hand(
+        torch.optim.Adam,
+        adamw_step,
+        lr=0.01,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+    ),
     "adamw": hand(
         torch.optim.AdamW,
         adamw_step,
@@ -139,7 +156,13 @@ HANDS = {
 
 
 def unrolled_truth(
-    net: Network, w: Params, slots: dict[str, Params], through: Hand, first: int, k: int
+    net: Network,
+    w: Params,
+    slots: dict[str, Params],
+    through: Hand,
+    first: int,
+    k: int,
+    losses: tuple[Loss, Loss] = (inner_loss, outer_loss),
 ) -> Params:
     """Return the indirect term through k steps, by plain autograd.
 
@@ -150,12 +173,13 @@ def unrolled_truth(
         through: the optimizer.
         first: number of steps before the window.
         k: number of steps in the window.
+        losses: the inner and the outer one.
     """
     lam = {n: t.clone().requires_grad_() for n, t in net.outer.items()}
     w = {n: t.clone().requires_grad_() for n, t in w.items()}
     slots = dict(slots)
     for t in range(first, first + k):
-        loss = inner_loss(w, lam, net.batches[t % len(net.batches)])
+        loss = losses[0](w, lam, net.batches[t % len(net.batches)])
         grads = torch.autograd.grad(loss, list(w.values()), create_graph=True)
         stepped = {
             n: through.step(w[n], slots[n], g, t + 1)
@@ -164,6 +188,6 @@ def unrolled_truth(
         w = {n: new for n, (new, _) in stepped.items()}
         slots = {n: new for n, (_, new) in stepped.items()}
     # λ of the outer loss itself is held fixed: what is left is the term through w.
-    value = outer_loss(w, net.outer, net.held_out)
+    value = losses[1](w, net.outer, net.held_out)
     parts = torch.autograd.grad(value, list(lam.values()))
     return dict(zip(lam, parts, strict=True))

@@ -6,10 +6,12 @@ from the root of the repository; under a minute on one core. Writes
 benchmarks/results/estimator_accuracy.json and
 docs/images/benchmarks/estimator_accuracy.png.
 
-Two kinds of problem, each with several seeds, in float64 and float32:
+Three kinds of problem, each with several seeds, in float64 and float32:
 
 - *ridge*: regression with a penalty for each feature, at its minimum; the truth is the
-  closed form. For what differentiates the minimum: cg, neumann.
+  closed form. For what differentiates the minimum: cg, neumann, nystrom.
+- *quadratic*: likewise, with a Hessian of 100 rows whose eigenvalues are prescribed, in a
+  random basis: spread evenly over four decades, or ten large ones over a flat rest.
 - *network*: two layers, some steps of a real torch optimizer; the truth is plain
   autograd in float64 through the optimizers written out in `_truth.py`. For what
   differentiates steps: darts, sama, unrolled. The truth starts from the numbers that the
@@ -71,8 +73,9 @@ class Row:
         label: what tells the row from the others.
         estimator: registered name.
         settings: of the estimator.
-        steps: the inner optimizer's steps in the window; None for the ridge problem.
+        steps: the inner optimizer's steps in the window; None at a minimum.
         hand: which optimizer takes them.
+        spectrum: eigenvalues of the inner Hessian at that minimum; None for ridge.
     """
 
     group: str
@@ -81,15 +84,23 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     hand: str = ""
+    spectrum: tuple[float, ...] | None = None
 
 
 MINIMUM = "the minimum of a ridge regression"
+SPREAD = "eigenvalues spread over 1e-2 … 1e2"
+PEAKS = "10 eigenvalues of 1 … 1e3, 90 of 0.1"
+SPECTRA = {
+    SPREAD: tuple(torch.logspace(-2, 2, 100, dtype=torch.float64).tolist()),
+    PEAKS: (*torch.logspace(0, 3, 10, dtype=torch.float64).tolist(), *[0.1] * 90),
+}
 SGD = "one step of SGD on a network"
 ADAMW = "steps of AdamW on a network"
 MOMENTUM = "steps of SGD with momentum"
 LONG = {"max_iter": 40, "rtol": 1e-14}
 DIFFERENCE = {"product": "finite-difference"}
 EXACT = {"product": "exact"}
+FULL = {"rank": 30, "damping": 1e-6}
 ROWS = (
     Row(MINIMUM, "cg (20 iterations)", "cg"),
     Row(MINIMUM, "cg, 40 iterations", "cg", LONG),
@@ -97,6 +108,19 @@ ROWS = (
     *(
         Row(MINIMUM, f"neumann, {k} terms", "neumann", {"num_terms": k})
         for k in (5, 20, 100)
+    ),
+    Row(MINIMUM, "nystrom (rank 10, δ = 0.01)", "nystrom"),
+    Row(MINIMUM, "nystrom, rank 30, δ = 1e-6", "nystrom", FULL),
+    *(
+        Row(group, label, name, settings, spectrum=spectrum)
+        for group, spectrum in SPECTRA.items()
+        for label, name, settings in (
+            ("cg (20 iterations)", "cg", {}),
+            ("cg, 100 iterations", "cg", {**LONG, "max_iter": 100}),
+            ("neumann, 100 terms", "neumann", {"num_terms": 100}),
+            ("nystrom, rank 20, δ = 0.1", "nystrom", {"rank": 20, "damping": 0.1}),
+            ("nystrom, rank 100, δ = 1e-6", "nystrom", {**FULL, "rank": 100}),
+        )
     ),
     Row(SGD, "darts (central)", "darts", {}, 1, "sgd"),
     Row(SGD, "darts, forward", "darts", {"scheme": "forward"}, 1, "sgd"),
@@ -124,10 +148,12 @@ class Measured:
 def measure(row: Row, dtype: torch.dtype, seed: int) -> Measured:
     estimator = make_estimator(row.estimator, **row.settings)
     if row.steps is None:
-        # Its outer loss does not name λ: the indirect term is all there is.
-        known = testing.ridge(30, 60, dtype=dtype, seed=seed)
+        if row.spectrum is None:
+            known = testing.ridge(30, 60, dtype=dtype, seed=seed)
+        else:
+            known = testing.quadratic(row.spectrum, dtype=dtype, seed=seed)
         result = estimator.estimate(known.problem, inner_batch=None, outer_batch=None)
-        truth = known.outer_grads
+        truth = known.indirect
     else:
         result, truth = on_network(row, estimator, network(seed).to(dtype))
     return Measured(testing.relative_error(result.indirect, truth), result.info.reason)
@@ -247,8 +273,8 @@ def picture(results: list[dict[str, Any]], seeds: int) -> Any:
     axes.set_yticks(ticks, labels)
     axes.set_ylim(y - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlim(ZERO / 2, 3)
-    powers = range(-16, 1, 2)
+    axes.set_xlim(ZERO / 2, 500)
+    powers = range(-16, 3, 2)
     axes.set_xticks(
         [ZERO, *(10.0**k for k in powers)], ["0", *(f"$10^{{{k}}}$" for k in powers)]
     )

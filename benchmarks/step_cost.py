@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_cost
 
-from the root of the repository; under four minutes on one core. Writes
+from the root of the repository; about five minutes on one core. Writes
 benchmarks/results/step_cost.json and docs/images/benchmarks/step_cost.png.
 
 An iteration is an inner and an outer step on batches of equal size, with an outer step
@@ -46,22 +46,11 @@ from benchmarks._common import (
     write_result,
 )
 from bidora import BiDoRAOptimizer, use_exact_dora
-from hypergrad import (
-    HypergradEstimator,
-    NumericalWarning,
-    estimator_names,
-    make_estimator,
-)
+from hypergrad import NumericalWarning, make_estimator
 
 QUESTION = "What does one BiDoRA iteration cost over one PEFT LoRA step?"
 BASELINE = "PEFT LoRA step"
 PLAIN_STEPS = 3  # one training step alone is too short to time well
-# Beside the default of every registered estimator. `unrolled` is given by its K.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "darts": [{}, {"scheme": "forward"}, {"product": "exact"}],
-    "sama": [{}, {"product": "exact"}],
-    "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
-}
 
 
 def main() -> None:
@@ -74,9 +63,8 @@ def main() -> None:
         _model.draw_batch(arguments.batch, arguments.tokens, seed) for seed in range(16)
     ]
     rows = plain_rows(base, arguments.rank, batches)
-    for name in estimator_names():
-        for settings in VARIANTS.get(name, [{}]):
-            rows.append(bidora_row(base, arguments.rank, batches, name, settings))
+    for label, name, settings in _model.estimator_variants():
+        rows.append(bidora_row(base, arguments.rank, batches, label, name, settings))
     contenders = [row.pop("contender") for row in rows]
     with tqdm(total=(arguments.rounds + 1) * len(rows), unit="run") as bar:
         time_in_rotation(contenders, arguments.rounds, bar)
@@ -162,6 +150,7 @@ def bidora_row(
     base: torch.nn.Module,
     rank: int,
     batches: list[Any],
+    label: str,
     name: str,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -180,29 +169,19 @@ def bidora_row(
             raise RuntimeError(f"{label} took no outer step: {why}")
         info = report.info
         counts = {n: getattr(info, n) for n in ("n_forward", "n_backward", "n_hvp")}
-        return {"per_outer_step": counts, "reason": info.reason}
+        # Its order too: `auto` has one where it has chosen.
+        found = {"per_outer_step": counts, "reason": info.reason}
+        return {**found, "order": opt.estimator.order}
 
-    label = label_of(estimator, settings)
     return {
         "name": label,
         "kind": "BiDoRA iteration",
         "estimator": name,
         "estimator_settings": settings,
-        "order": estimator.order,
         "outer_every": every,
         "trainable": sum(p.numel() for p in opt.problem.tensors),
         "contender": Contender(label, iterate, every),
     }
-
-
-def label_of(estimator: HypergradEstimator, settings: dict[str, Any]) -> str:
-    """Return the registered name and what tells this variant from the others."""
-    if "num_steps" in settings:
-        return f"{estimator.name}, K = {settings['num_steps']}"
-    words = {"scheme": "{}", "product": "{} product"}
-    return ", ".join(
-        [estimator.name, *(words[k].format(v) for k, v in settings.items())]
-    )
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.unroll_memory
 
-from the root of the repository; about three minutes on one core and 3 GiB of memory.
+from the root of the repository; about five minutes on one core and 3 GiB of memory.
 Writes benchmarks/results/unroll_memory.json and docs/images/benchmarks/unroll_memory.png.
 Needs a system that tells the peak memory of a process (Linux, macOS).
 
@@ -13,8 +13,11 @@ through them, and reports how far the peak went beyond that of the plain step.
 - *ours*: `BiDoRAOptimizer` with `unrolled`, which walks back one step at a time.
 - *plain*: the usual way, K functional AdamW steps under `create_graph`, and one backward
   pass through all of them.
+- *TorchOpt*, *higher*: the same with the steps of their differentiable optimizers, each on
+  the tensors that are trained. What their own examples do, which is to step the whole
+  module, is tried first; that it fails is counted.
 
-Both go through the same exact-DoRA model with eager attention, from the same weights and
+All go through the same exact-DoRA model with eager attention, from the same weights and
 optimizer state and with the same batches: that their hypergradients agree is checked.
 """
 
@@ -23,10 +26,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
+from importlib import metadata
 from typing import Any
 
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -34,9 +39,11 @@ from tqdm import tqdm
 
 from benchmarks._common import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     ORANGE,
+    PURPLE,
     ROOT,
     add_model_arguments,
     done,
@@ -48,11 +55,20 @@ from benchmarks._common import (
 )
 
 QUESTION = "Does the memory of `unrolled` grow with the number of steps?"
-METHODS = {"ours": "unrolled (ours)", "plain": "plain autograd through all steps"}
+METHODS = {
+    "ours": "unrolled (ours)",
+    "plain": "plain autograd through all steps",
+    "torchopt": "TorchOpt's adamw through all steps",
+    "higher": "higher's Adam through all steps",
+}
+WHOLE = {
+    "whole-torchopt": "TorchOpt's MetaAdamW on the whole model",
+    "whole-higher": "higher's innerloop_ctx on the whole model",
+}
+PEERS = {"torchopt": "torchopt", "higher": "higher"}
 # glibc's malloc gives large blocks back at once: the peak is then what is in use, and not
 # what malloc keeps for later, which depends on the order of events.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 
 # -- in the measured process -----------------------------------------------------------
@@ -64,7 +80,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Take one plain step and one hypergradient; return the peaks of memory."""
     import torch
 
-    from benchmarks import _model
+    from benchmarks import _model, _unrolling
     from bidora import magnitudes, use_exact_dora
 
     torch.set_num_threads(arguments.threads)
@@ -79,78 +95,28 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     lam = magnitudes(model)
     w = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in lam}
     adamw = torch.optim.AdamW(
-        w.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY
+        w.values(),
+        lr=_unrolling.LR,
+        betas=_unrolling.BETAS,
+        eps=_unrolling.EPS,
+        weight_decay=_unrolling.DECAY,
     )
     model(**first).loss.backward()
     adamw.step()
     for p in model.parameters():
         p.grad = None
     before = peak_bytes()
-    hypergradient = {"ours": ours, "plain": plain}[arguments.method]
+    hypergradient = _unrolling.METHODS[arguments.method]
     start = time.perf_counter()
     found, recorded = hypergradient(model, w, lam, adamw, inner_batches, outer_batch)
     return {
         "seconds": time.perf_counter() - start,
-        "inner_parameter_bytes": bytes_of(w),
+        "inner_parameter_bytes": _unrolling.bytes_of(w),
         "recorded_bytes": recorded,
         "peak_bytes_of_a_plain_step": before,
         "peak_bytes": peak_bytes(),
         "hypergradient": torch.cat([found[n].flatten() for n in sorted(lam)]).tolist(),
     }
-
-
-def ours(
-    model: Any, w: Any, lam: Any, adamw: Any, inner_batches: list[Any], outer_batch: Any
-) -> tuple[dict[str, Any], int]:
-    from bidora import BiDoRAOptimizer
-    from hypergrad import make_estimator
-
-    del w, lam
-    estimator = make_estimator("unrolled", num_steps=len(inner_batches))
-    opt = BiDoRAOptimizer(model, estimator, inner_optimizer=lambda _: adamw)
-    for batch in inner_batches:
-        opt.inner_step(batch)
-    steps = opt.recorded_steps
-    recorded = sum(
-        bytes_of(step.inner_params)
-        + bytes_of(step.grads)
-        + sum(bytes_of(slots) for slots in step.state.values())
-        for step in steps
-    )
-    result = estimator.estimate(
-        opt.problem, inner_batch=None, outer_batch=outer_batch, steps=steps
-    )
-    return result.outer_grads, recorded
-
-
-def plain(
-    model: Any, w: Any, lam: Any, adamw: Any, inner_batches: list[Any], outer_batch: Any
-) -> tuple[dict[str, Any], None]:
-    import torch
-    from torch.func import functional_call
-
-    def loss(params: dict[str, Any], batch: Any) -> Any:
-        return functional_call(model, {**params, **lam}, (), batch).loss
-
-    state = {n: adamw.state[p] for n, p in w.items()}
-    m = {n: slots["exp_avg"] for n, slots in state.items()}
-    v = {n: slots["exp_avg_sq"] for n, slots in state.items()}
-    now = dict(w)
-    for t, batch in enumerate(inner_batches, start=2):  # step 1 was the plain one
-        grads = torch.autograd.grad(
-            loss(now, batch), list(now.values()), create_graph=True
-        )
-        for (n, p), g in zip(list(now.items()), grads, strict=True):
-            m[n] = BETAS[0] * m[n] + (1 - BETAS[0]) * g
-            v[n] = BETAS[1] * v[n] + (1 - BETAS[1]) * g.square()
-            d = (v[n] / (1 - BETAS[1] ** t)).sqrt() + EPS
-            now[n] = p - LR * (DECAY * p + m[n] / (1 - BETAS[0] ** t) / d)
-    grads = torch.autograd.grad(loss(now, outer_batch), list(lam.values()))
-    return dict(zip(lam, grads, strict=True)), None
-
-
-def bytes_of(tensors: dict[str, Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def peak_bytes() -> int:
@@ -167,19 +133,37 @@ def main() -> None:
     if arguments.method:
         print(json.dumps(measured(arguments)))
         return
-    runs = [(method, k) for k in arguments.window for method in METHODS]
-    results, found = [], {}
+    versions = {name: version_of(name) for name in PEERS}
+    for name in (n for n, found in versions.items() if found is None):
+        print(f"{name} is not installed, and left out: pip install {name}")
+    methods = [m for m in METHODS if versions.get(m, "ours") is not None]
+    least = min(arguments.window)
+    whole = [
+        (m, least) for m in WHOLE if versions[m.removeprefix("whole-")] is not None
+    ]
+    runs = [*whole, *((method, k) for k in arguments.window for method in methods)]
+    results, failures, found = [], [], {}
     with tqdm(runs, unit="process") as bar:
         for method, k in bar:
             bar.set_postfix_str(f"{method}, K = {k}")
-            one = in_new_process(arguments, method, k)
+            try:
+                one = in_new_process(arguments, method, k)
+            except RuntimeError as error:
+                if method in ("ours", "plain"):
+                    raise
+                failures.append(
+                    {"method": method, "steps": k, "error": last_error(str(error))}
+                )
+                continue
             found[method, k] = one.pop("hypergradient")
             beyond = one["peak_bytes"] - one["peak_bytes_of_a_plain_step"]
             results.append({"method": method, "steps": k, "beyond": beyond, **one})
     agreement = {
-        str(k): distance(found["ours", k], found["plain", k]) for k in arguments.window
+        f"{method}, {k}": distance(value, found["plain", k])
+        for (method, k), value in found.items()
+        if method != "plain"
     }
-    report(results, agreement)
+    report(results, failures, agreement)
     shown = {n: x for n, x in vars(arguments).items() if n not in ("method", "steps")}
     written = write_result(
         "unroll_memory",
@@ -188,7 +172,9 @@ def main() -> None:
         arguments.threads,
         results,
         unit="bytes of peak memory beyond the peak of one plain training step",
-        relative_difference_of_the_hypergradients=agreement,
+        peers={name: found or "not installed" for name, found in versions.items()},
+        failures=failures,
+        relative_difference_to_plain_autograd=agreement,
     )
     done(written, picture(results, arguments))
 
@@ -200,9 +186,17 @@ def parse() -> argparse.Namespace:
         "--window", type=int, nargs="+", default=[1, 5, 20], help="the K to try"
     )
     # What a measured process is told.
-    parser.add_argument("--method", choices=tuple(METHODS), help=argparse.SUPPRESS)
+    names = (*METHODS, *WHOLE)
+    parser.add_argument("--method", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def in_new_process(arguments: argparse.Namespace, method: str, k: int) -> Any:
@@ -219,25 +213,40 @@ def in_new_process(arguments: argparse.Namespace, method: str, k: int) -> Any:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def last_error(stderr: str) -> str:
+    """Return the exception that a traceback ends with, on one line."""
+    lines = stderr.strip().splitlines()
+    starts = [
+        n for n, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exit)", line)
+    ]
+    return " ".join(line.strip() for line in lines[max(starts, default=0) :])
+
+
 def distance(value: list[float], truth: list[float]) -> float:
     """Return the relative L2 distance."""
     off = sum((a - b) ** 2 for a, b in zip(value, truth, strict=True))
     return (off / sum(b**2 for b in truth)) ** 0.5
 
 
-def report(results: list[dict[str, Any]], agreement: dict[str, float]) -> None:
-    print(f"{'K':>3} {'':34} MiB beyond a plain step  seconds")
+def report(
+    results: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    agreement: dict[str, float],
+) -> None:
+    print(f"{'K':>3} {'':34} MiB beyond a plain step  seconds  from plain autograd")
     for one in results:
+        off = agreement.get(f"{one['method']}, {one['steps']}")
         print(
-            f"{one['steps']:3d} {METHODS[one['method']]:34}"
-            f"{one['beyond'] / 2**20:24.0f} {one['seconds']:8.1f}"
+            f"{one['steps']:3d} {METHODS.get(one['method'], one['method']):34}"
+            f"{one['beyond'] / 2**20:24.0f} {one['seconds']:8.1f}  "
+            + ("" if off is None else f"{off:.1e} (float32)")
         )
-    for k, off in agreement.items():
-        print(f"{k:>3} the two hypergradients differ by {off:.1e} (float32)")
+    for one in failures:
+        print(f"{one['steps']:3d} {one['method']}: {one['error']}")
 
 
 def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any:
-    figure = new_figure(8, 5)
+    figure = new_figure(9, 5.4)
     axes = figure.subplots()
     mib: dict[str, list[tuple[int, float]]] = {
         method: sorted(
@@ -247,24 +256,33 @@ def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any
         )
         for method in METHODS
     }
+    mib = {method: points for method, points in mib.items() if points}
     top = max(size for sizes in mib.values() for _, size in sizes)
-    colours = {"plain": ORANGE, "ours": BLUE}
-    for method, colour in colours.items():
-        label = METHODS[method]
-        axes.plot(
-            *zip(*mib[method], strict=True), "o-", color=colour, lw=2, label=label
-        )
-        other = dict(mib["ours" if method == "plain" else "plain"])
-        for k, size in mib[method]:
-            crowded = 0 < other[k] - size < 0.08 * top
+    colours = {"torchopt": PURPLE, "higher": GREEN, "plain": ORANGE, "ours": BLUE}
+    last, low = max(arguments.window), 0.0
+    for method in sorted(mib, key=lambda method: mib[method][-1][1]):
+        (*_, (k, size)), colour = mib[method], colours[method]
+        if k == last:
+            low = max(size, low)  # lines that end at one height have labels on top
             axes.annotate(
                 f"{size:,.0f}",
-                (k, size),
-                (0, -17 if crowded else 8),
+                (k, low),
+                (10, 0),
                 textcoords="offset points",
-                ha="center",
+                va="center",
                 color=colour,
             )
+            low += 0.05 * top
+    for method in (m for m in colours if m in mib):
+        below = method == "torchopt"  # the same line as that of plain autograd
+        axes.plot(
+            *zip(*mib[method], strict=True),
+            "o-",
+            color=colours[method],
+            lw=6 if below else 2,
+            alpha=0.5 if below else 1,
+            label=METHODS[method],
+        )
     copies = sorted(
         (one["steps"], one["recorded_bytes"] / 2**20)
         for one in results
@@ -272,10 +290,11 @@ def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any
     )
     text = "of ours, the copies of w, its gradient and AdamW's state"
     axes.plot(*zip(*copies, strict=True), ":", color=GREY, lw=1.5, label=text)
-    axes.set_ylim(-0.09 * top, 1.1 * top)
+    axes.set_ylim(0, 1.14 * top)
+    axes.set_xlim(0, 1.08 * last)
     axes.xaxis.set_major_locator(FixedLocator(arguments.window))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 0 else "")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     axes.set_xlabel("K, inner steps that are differentiated through")
     axes.set_ylabel("MiB of peak memory beyond one plain step", color=INK)
     axes.legend(loc="upper left", frameon=False)
