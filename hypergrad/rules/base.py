@@ -16,6 +16,9 @@ from hypergrad.tree import Params, all_finite, wide
 
 __all__ = ["ElementwiseRule", "Pullback", "Rule", "State"]
 
+_PART = 1 << 16
+"""Entries of a tensor that are pulled back at a time."""
+
 Slots = dict[str, Tensor]
 State = dict[str, Slots]
 """Optimizer state: parameter name, then slot name, as torch.optim names them.
@@ -139,16 +142,50 @@ class ElementwiseRule(Rule):
         """Return the adjoints of w, s and g before the step."""
         out = Pullback({}, {}, {})
         for name, w in params.items():
-            # In float64: 1/(sqrt(v) + eps)² spans more digits than float32 has.
-            slots = {k: wide(t) for k, t in state.get(name, {}).items()}
-            bars = {k: wide(t) for k, t in state_bar.get(name, {}).items()}
-            w_bar, slots_bar, g_bar = self.pull_one(
-                wide(w), slots, wide(grads[name]), wide(params_bar[name]), bars
+            given = (
+                w,
+                state.get(name, {}),
+                grads[name],
+                params_bar[name],
+                state_bar.get(name, {}),
             )
-            out.params[name] = w_bar.to(w.dtype)
+            w_bar, slots_bar, g_bar = self._pull_in_parts(*given)
+            out.params[name] = w_bar
             out.state[name] = slots_bar  # stays wide until it is used up
-            out.grads[name] = g_bar.to(w.dtype)
+            out.grads[name] = g_bar
         return out
+
+    def _pull_in_parts(
+        self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
+    ) -> tuple[Tensor, Slots, Tensor]:
+        """Pull one tensor back, in float64, a part of its entries at a time."""
+        # 1/(sqrt(v) + eps)² spans more digits than float32 has. An adjoint makes some
+        # twenty tensors on its way: of a part, they are little next to the tensor itself.
+
+        def part(tensor: Tensor, start: int) -> Tensor:
+            if tensor.numel() != w.numel():  # the step count
+                return wide(tensor)
+            return wide(tensor.reshape(-1)[start : start + _PART])
+
+        pulled: list[tuple[Tensor, Slots, Tensor]] = []
+        for start in range(0, max(1, w.numel()), _PART):
+            w_part, slots_part, g_part = self.pull_one(
+                part(w, start),
+                {k: part(t, start) for k, t in slots.items()},
+                part(g, start),
+                part(w_bar, start),
+                {k: part(t, start) for k, t in slots_bar.items()},
+            )
+            # Narrow again at once, but for the adjoint of the state.
+            pulled.append((w_part.to(w.dtype), slots_part, g_part.to(w.dtype)))
+        return (
+            torch.cat([p[0] for p in pulled]).reshape(w.shape),
+            {
+                k: torch.cat([p[1][k] for p in pulled]).reshape(w.shape)
+                for k in pulled[0][1]
+            },
+            torch.cat([p[2] for p in pulled]).reshape(w.shape),
+        )
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the learning rate of each parameter."""

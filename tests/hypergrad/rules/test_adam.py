@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypergrad.rules import Adam, AdamW, State
+from hypergrad.rules import Adam, AdamW, State, base
 from tests.hypergrad.rules.reference import (
     Step,
     adam_step,
@@ -311,3 +311,41 @@ def test_learning_rates_and_config() -> None:
         config = rule.config()
         assert config.pop("kind") == kind.kind
         assert kind(**config) == rule
+
+
+@pytest.mark.parametrize("t", [0, 6])
+@pytest.mark.parametrize("part", [1, 4, 5])
+def test_parts_of_a_tensor_give_the_same_bits(
+    part: int, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=make)
+
+    params = {"w": draw(3, 5), "one": draw(1), "scalar": draw(), "none": draw(0)}
+
+    def like() -> dict[str, torch.Tensor]:
+        return {n: draw(*p.shape) for n, p in params.items()}
+
+    grads, bar = like(), like()
+    first, second = like(), like()
+    state = {
+        n: {
+            "step": torch.tensor(float(t)),
+            "exp_avg": first[n],
+            "exp_avg_sq": second[n].square(),
+        }
+        for n in params
+    }
+    state_bar = {n: {"exp_avg": t.double()} for n, t in like().items()}
+    given = (params, state if t else {}, grads, bar, state_bar)
+    whole = AdamW(0.1).pullback(*given)
+    monkeypatch.setattr(base, "_PART", part)
+    parts = AdamW(0.1).pullback(*given)
+    for name, p in params.items():
+        assert torch.equal(parts.params[name], whole.params[name])
+        assert torch.equal(parts.grads[name], whole.grads[name])
+        assert parts.grads[name].shape == p.shape
+        for slot, value in whole.state[name].items():
+            assert torch.equal(parts.state[name][slot], value)
