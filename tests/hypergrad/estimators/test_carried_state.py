@@ -1,0 +1,97 @@
+"""Sketches and solutions that estimators carry from one outer step to the next."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from hypergrad import make_estimator
+from hypergrad.optimizer import BilevelOptimizer
+from hypergrad.testing import ridge, softmax_regression
+from tests.tolerances import error
+
+CASES: list[tuple[str, dict[str, Any], list[int]]] = [
+    # A sketch, a residual and the mixed product; then without the sketch.
+    ("nystrom", {"rank": 3}, [5, 5, 5, 5]),
+    ("nystrom", {"rank": 3, "every": 3}, [5, 2, 2, 5]),
+    # The sketch on top of four iterations and the mixed product.
+    ("cg", {"preconditioner_rank": 3, "preconditioner_every": 2}, [8, 5, 8, 5]),
+    ("cg", {"preconditioner_rank": 3}, [8, 5, 5, 5]),
+    # A start from the last solution takes a product of its own.
+    ("cg", {"warm_start": True}, [5, 6, 6, 6]),
+    ("cg", {}, [5, 5, 5, 5]),
+]
+
+
+def run(name: str, settings: dict[str, Any]) -> BilevelOptimizer:
+    more: dict[str, Any] = {"damping": 0.1, "on_failure": "return"}
+    if name == "cg":
+        more |= {"max_iter": 4, "rtol": 0.0}
+    return BilevelOptimizer(
+        softmax_regression().problem,
+        estimator=make_estimator(name, **more, **settings),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.01),
+        outer_optimizer=partial(torch.optim.SGD, lr=0.01),
+        outer_warmup=0,
+    )
+
+
+def step(opt: BilevelOptimizer) -> int:
+    report = opt.step(None, None)
+    assert report.info is not None
+    return report.info.n_hvp
+
+
+@pytest.mark.parametrize(("name", "settings", "products"), CASES)
+def test_products_of_successive_outer_steps(
+    name: str, settings: dict[str, Any], products: list[int]
+) -> None:
+    opt = run(name, settings)
+    assert [step(opt) for _ in products] == products
+
+
+@pytest.mark.parametrize(("name", "settings", "products"), CASES)
+def test_a_resumed_run_carries_on_with_it(
+    name: str, settings: dict[str, Any], products: list[int]
+) -> None:
+    whole, first = run(name, settings), run(name, settings)
+    for _ in products:
+        step(whole)
+    for _ in products[:2]:
+        step(first)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = run(name, settings)
+    with torch.no_grad():
+        for now, then in zip(
+            second.problem.tensors, first.problem.tensors, strict=True
+        ):
+            now.copy_(then)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert [step(second) for _ in products[2:]] == products[2:]
+    for a, b in zip(second.problem.tensors, whole.problem.tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_seed_draws_another_sketch() -> None:
+    """Of low rank they differ; of full rank both are the damped inverse."""
+    known = ridge(6)
+    found = {}
+    for rank in (2, 6):
+        for seed in (0, 1):
+            estimator = make_estimator(
+                "nystrom", rank=rank, seed=seed, damping=0.5, on_failure="return"
+            )
+            result = estimator.estimate(
+                known.problem, inner_batch=None, outer_batch=None
+            )
+            found[rank, seed] = result.indirect
+    assert error(found[2, 0], found[2, 1]) > 1e-3
+    assert error(found[6, 0], found[6, 1]) <= 1e-12
+    inverse = torch.linalg.inv(known.hessian + 0.5 * torch.eye(6).double())
+    assert error(found[6, 0], known.indirect_by(inverse)) <= 1e-12
