@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from hypergrad.estimators.implicit import ImplicitEstimator
-from hypergrad.products import Curvature, ProductName, Scheme
 from hypergrad.solvers import CGSolver, NystromSketch, OnFailure, Solver
 from hypergrad.solvers.base import check_count
 
@@ -75,11 +74,6 @@ class ConjugateGradient(ImplicitEstimator):
     preconditioner_rank: int = 0
     preconditioner_every: int = 10
     warm_start: bool = False
-    product: ProductName = "exact"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    curvature: Curvature = "hessian"
     on_failure: OnFailure = "warn"
 
     def make_solver(self) -> Solver:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad._checks import check_number
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
-from hypergrad.products import ProductName, Scheme
 from hypergrad.rules import SGD, Rule
 
 __all__ = ["Darts"]
@@ -65,12 +64,6 @@ class Darts(OneStepEstimator):
 
     name: ClassVar[str] = "darts"
     inner_lr: float | None = None
-    _: KW_ONLY
-    product: ProductName = "finite-difference"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    product_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

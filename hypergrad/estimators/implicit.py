@@ -140,12 +140,6 @@ class Implicit(ImplicitEstimator):
 
     name: ClassVar[str] = "implicit"
     solver: Solver | str = "cg"
-    _: KW_ONLY
-    product: ProductName = "exact"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    curvature: Curvature = "hessian"
 
     def make_solver(self) -> Solver:
         """Return the solver that was set."""

@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 from hypergrad.estimators.implicit import ImplicitEstimator
-from hypergrad.products import Curvature, ProductName, Scheme
 from hypergrad.solvers import NeumannSolver, OnFailure, Solver
 
 __all__ = ["Neumann"]
@@ -67,11 +66,6 @@ class Neumann(ImplicitEstimator):
     _: KW_ONLY
     scale: float | Literal["auto"] = "auto"
     damping: float = 0.0
-    product: ProductName = "exact"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    curvature: Curvature = "hessian"
     on_failure: OnFailure = "warn"
 
     def make_solver(self) -> Solver:

@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from hypergrad.estimators.implicit import ImplicitEstimator
-from hypergrad.products import Curvature, ProductName, Scheme
 from hypergrad.solvers import NystromSolver, OnFailure, SketchKind, Solver
 
 __all__ = ["Nystrom"]
@@ -75,11 +74,6 @@ class Nystrom(ImplicitEstimator):
     kind: SketchKind = "gaussian"
     every: int = 1
     seed: int = 0
-    product: ProductName = "exact"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    curvature: Curvature = "hessian"
     on_failure: OnFailure = "warn"
 
     def make_solver(self) -> Solver:

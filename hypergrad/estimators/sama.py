@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
-from hypergrad.products import ProductName, Scheme
 from hypergrad.rules import Rule
 from hypergrad.rules.base import check_finite, check_rule
 from hypergrad.steps import InnerStep
@@ -75,12 +74,6 @@ class Sama(OneStepEstimator):
 
     name: ClassVar[str] = "sama"
     rule: Rule | None = None
-    _: KW_ONLY
-    product: ProductName = "finite-difference"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
-    product_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
