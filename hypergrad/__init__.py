@@ -6,6 +6,7 @@ from hypergrad._shadow import warn_of_namesakes
 from hypergrad.batches import Accumulated, MicroBatch
 from hypergrad.compare import compare_estimators
 from hypergrad.errors import (
+    BatchError,
     HypergradError,
     NonFiniteError,
     NumericalWarning,
@@ -30,6 +31,7 @@ from hypergrad.steps import InnerStep, take_steps
 
 __all__ = [
     "Accumulated",
+    "BatchError",
     "BilevelProblem",
     "HypergradError",
     "HypergradEstimator",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypergrad._checks import check_number
 from hypergrad.attention import AttentionBackend
+from hypergrad.errors import BatchError
 from hypergrad.rng import RngState
 
 __all__ = ["Accumulated", "MicroBatch", "as_micro_batches", "check_fraction", "part_of"]
@@ -154,7 +155,7 @@ def part_of(batch: Any, fraction: float) -> Any:
         A batch of the same form; views, not copies.
 
     Raises:
-        ValueError: a batch of another kind, tensors of different lengths, or too few
+        BatchError: a batch of another kind, tensors of different lengths, or too few
             examples to divide.
 
     Example:
@@ -171,7 +172,7 @@ def part_of(batch: Any, fraction: float) -> Any:
             "which entries are examples cannot be told. Pass tensors that share their "
             "first axis, or a fraction of 1."
         )
-        raise ValueError(msg)
+        raise BatchError(msg)
     (length,) = lengths
     count = round(fraction * length)
     if count < 1:
@@ -179,7 +180,7 @@ def part_of(batch: Any, fraction: float) -> Any:
             f"{fraction} of a batch of {length} examples is less than one. Pass a larger "
             f"batch, or a fraction of at least {1 / length:.3g}."
         )
-        raise ValueError(msg)
+        raise BatchError(msg)
     return _cut(batch, count)
 
 

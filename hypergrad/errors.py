@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BatchError",
     "HypergradError",
     "NonFiniteError",
     "NumericalWarning",
@@ -13,6 +14,10 @@ __all__ = [
 
 class HypergradError(RuntimeError):
     """Report that a hypergradient could not be computed rightly."""
+
+
+class BatchError(HypergradError, ValueError):
+    """Report a batch of which a part was asked for, and that cannot be divided."""
 
 
 class NonFiniteError(HypergradError, ArithmeticError):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bidora.cli import main
 from bidora.errors import UserError
 from bidora.settings import TrainSettings
 from bidora.training import train
@@ -92,6 +93,17 @@ def test_a_recipe_trains(options: dict[str, Any], recipe: str) -> None:
     assert not search.skipped
     kept = json.loads(Path(result.folder, "settings.json").read_text("utf-8"))
     assert kept["recipe"] == recipe
+
+
+def test_a_batch_too_small_to_divide_is_one_line(
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    setting = "--estimator-setting=product_fraction=0.01"
+    assert main(["train", *words, "--recipe=economical", setting]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "bidora: error: 0.01 of a batch of 8 examples is less than one" in shown
+    assert "or a fraction of at least 0.125" in shown
 
 
 def test_a_warm_retraining_goes_on_where_the_search_ended(
