@@ -17,9 +17,19 @@ if TYPE_CHECKING:
         use_peft_dora,
     )
     from bidora.optimizer import BiDoRAOptimizer
+    from bidora.trainer import (
+        BiDoRAArguments,
+        BiDoRAMixin,
+        BiDoRATrainer,
+        BiDoRATrainingArguments,
+    )
 
 __all__ = [
+    "BiDoRAArguments",
+    "BiDoRAMixin",
     "BiDoRAOptimizer",
+    "BiDoRATrainer",
+    "BiDoRATrainingArguments",
     "check_norms",
     "exact_dora_layers",
     "magnitudes",
@@ -29,7 +39,11 @@ __all__ = [
 ]
 
 # Loaded at first use: `bidora --help` needs neither torch nor peft.
-_HOMES = {"BiDoRAOptimizer": "bidora.optimizer"}
+_TRAINER = ("Arguments", "Mixin", "Trainer", "TrainingArguments")
+_HOMES = {
+    "BiDoRAOptimizer": "bidora.optimizer",
+    **{f"BiDoRA{name}": "bidora.trainer" for name in _TRAINER},
+}
 
 
 def _refuse_foreign_hypergrad() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from bidora.errors import UserError
 
-__all__ = ["RECIPES", "recipe_defaults"]
+__all__ = ["RECIPES", "RETRAIN_SHARE", "SEARCH_SHARE", "recipe_defaults"]
 
 RECIPES = ("full", "economical")
 """`full` is the paper's; `economical` takes fewer and smaller outer steps, and goes on
@@ -14,6 +15,12 @@ from the search in place of starting anew."""
 
 PRODUCT_FRACTION = 0.25
 """Part of the inner batch that the mixed product is taken on."""
+
+SEARCH_SHARE = 1 / 2
+"""Steps of the search over those that were asked for, in the economical recipe."""
+
+RETRAIN_SHARE = 2 / 3
+"""Likewise those of its retraining, which is warm."""
 
 
 def recipe_defaults(
@@ -25,8 +32,8 @@ def recipe_defaults(
     the retraining starts from fresh directions and a fresh head and takes as many steps
     as the search. `economical`: an outer step after every fourth inner one, on a batch as
     much smaller as its split is, with the mixed product on a quarter of the inner batch;
-    the steps are shared out between the two phases, and the retraining goes on from the
-    directions and the head that the search ended with.
+    the search takes half of the steps, and the retraining two thirds of them, going on
+    from the directions and the head that the search ended with.
 
     Args:
         recipe: One of `RECIPES`; None for none.
@@ -45,7 +52,7 @@ def recipe_defaults(
         ...     "economical", steps=100, batch_size=16, validation_fraction=0.2
         ... )
         >>> quarter["outer_batch_size"], quarter["steps"], quarter["retrain_steps"]
-        (4, 50, 50)
+        (4, 50, 67)
     """
     if recipe is None:
         return {}
@@ -62,7 +69,7 @@ def recipe_defaults(
         "estimator_settings": {"product_fraction": PRODUCT_FRACTION},
         "outer_every": 4,
         "outer_batch_size": max(1, round(share * batch_size)),
-        "steps": max(1, steps - steps // 2),
-        "retrain_steps": max(1, steps // 2),
+        "steps": max(1, math.ceil(SEARCH_SHARE * steps)),
+        "retrain_steps": max(1, round(RETRAIN_SHARE * steps)),
         "retrain": "warm",
     }

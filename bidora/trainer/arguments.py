@@ -1,0 +1,291 @@
+"""What a trainer can be told of BiDoRA, beside what every Trainer is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import SchedulerType, TrainingArguments
+
+from bidora.recipe import RECIPES, RETRAIN_SHARE, SEARCH_SHARE, recipe_defaults
+from hypergrad import HypergradEstimator, make_estimator
+
+__all__ = ["BiDoRAArguments", "BiDoRATrainingArguments", "Phase", "arguments_of_phase"]
+
+Phase = Literal["search", "retrain"]
+
+RETRAININGS = ("fresh", "warm")
+
+
+@dataclass
+class BiDoRAArguments:
+    """Settings of BiDoRA, to be mixed into a class of training arguments.
+
+    `BiDoRATrainingArguments` is the plain combination; write
+    `class Mine(BiDoRAArguments, Seq2SeqTrainingArguments)`, decorated as a dataclass,
+    for another. The ordinary arguments (steps, rates, batch sizes, ...) are those of the
+    search and of the directions; what differs for the magnitudes or for the retraining
+    has its own name here.
+
+    Attributes:
+        recipe: `full` (the paper's) or `economical`; a named set of defaults for what
+            follows, see `bidora.recipe`.
+        estimator: a name of `hypergrad.estimator_names()`; None for the recipe's, or
+            `neumann`.
+        estimator_settings: its settings, a dictionary or JSON.
+        validation_fraction: part of the training set that is held back for the
+            magnitudes; 0 for no outer steps, with which there is no search.
+        outer_learning_rate: AdamW's rate of the magnitudes; None for `learning_rate`.
+        outer_weight_decay: their weight decay; None for `weight_decay`.
+        outer_lr_scheduler_type: schedule of their rate; None for that of the
+            directions.
+        outer_every: inner steps from one outer step to the next; None for the recipe's,
+            or `max(1, lookback)` of the estimator.
+        outer_warmup_steps: inner steps before the first outer step.
+        per_device_outer_batch_size: examples of an outer batch; None for the recipe's,
+            or `per_device_train_batch_size`.
+        orthogonality: weight of the orthogonality term in the inner loss.
+        dora_dropout: what adapter dropout applies to; see `use_exact_dora`.
+        audit_every: outer steps from one audit to the next; 0 for none.
+        search_patience: evaluations without a lower loss on the held-back part after
+            which the search ends; None for the full number of steps.
+        retrain: `fresh`, from the first directions and head, or `warm`, on from those of
+            the search; None for the recipe's, or `fresh`.
+        retrain_learning_rate: rate of the retraining; None for `learning_rate`.
+        retrain_max_steps: its steps; None for `max_steps`.
+        retrain_num_train_epochs: its epochs, where there are no steps; None for
+            `num_train_epochs`.
+        overwrite_earlier_run: whether checkpoints of an earlier run in `output_dir` may
+            be deleted.
+
+    Raises:
+        ValueError: a setting out of range, an unknown name, or `fp16`.
+    """
+
+    recipe: str | None = field(
+        default=None, metadata={"help": "full or economical: a set of defaults"}
+    )
+    estimator: str | None = field(
+        default=None, metadata={"help": "how the magnitudes' gradient is estimated"}
+    )
+    estimator_settings: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "settings of the estimator, as JSON"}
+    )
+    validation_fraction: float = field(
+        default=0.2, metadata={"help": "part held back for the magnitudes; 0 for none"}
+    )
+    outer_learning_rate: float | None = field(
+        default=None, metadata={"help": "rate of the magnitudes"}
+    )
+    outer_weight_decay: float | None = field(
+        default=None, metadata={"help": "weight decay of the magnitudes"}
+    )
+    outer_lr_scheduler_type: SchedulerType | str | None = field(
+        default=None, metadata={"help": "schedule of the magnitudes' rate"}
+    )
+    outer_every: int | None = field(
+        default=None, metadata={"help": "inner steps from one outer step to the next"}
+    )
+    outer_warmup_steps: int = field(
+        default=10, metadata={"help": "inner steps before the first outer step"}
+    )
+    per_device_outer_batch_size: int | None = field(
+        default=None, metadata={"help": "examples of an outer batch"}
+    )
+    orthogonality: float = field(
+        default=0.0, metadata={"help": "weight of the orthogonality term"}
+    )
+    dora_dropout: str = field(
+        default="lora", metadata={"help": "what adapter dropout applies to: lora, peft"}
+    )
+    audit_every: int = field(
+        default=0, metadata={"help": "outer steps from one audit to the next"}
+    )
+    search_patience: int | None = field(
+        default=None,
+        metadata={"help": "evaluations without a lower held-back loss"},
+    )
+    retrain: str | None = field(
+        default=None, metadata={"help": "fresh or warm: where the retraining starts"}
+    )
+    retrain_learning_rate: float | None = field(
+        default=None, metadata={"help": "rate of the retraining"}
+    )
+    retrain_max_steps: int | None = field(
+        default=None, metadata={"help": "steps of the retraining"}
+    )
+    retrain_num_train_epochs: float | None = field(
+        default=None, metadata={"help": "epochs of the retraining"}
+    )
+    overwrite_earlier_run: bool = field(
+        default=False, metadata={"help": "whether an earlier run may be deleted"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every setting, after the other arguments have checked theirs."""
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self.estimator_settings, str):
+            self.estimator_settings = json.loads(self.estimator_settings)
+        _refuse_fp16(self)
+        _check_ranges(self)
+        self.make_estimator()  # names and settings are its own to check
+
+    def make_estimator(self) -> HypergradEstimator:
+        """Return the estimator that the settings name.
+
+        Raises:
+            ValueError: there is none of that name, or a setting is out of range.
+        """
+        defaults = self._recipe()
+        name = self.estimator or defaults.get("estimator", "neumann")
+        settings = self.estimator_settings
+        if settings is None and name == defaults.get("estimator"):
+            settings = defaults.get("estimator_settings")
+        try:
+            return make_estimator(name, **dict(settings or {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        except TypeError as error:
+            msg = f"estimator={name!r} with estimator_settings={settings!r}: {error}"
+            raise ValueError(msg) from error
+
+    def bidora_settings(self) -> dict[str, Any]:
+        """Return the settings with those filled in that were left open."""
+        defaults = self._recipe()
+        args: Any = self
+        estimator = self.make_estimator()
+        every = self.outer_every or defaults.get("outer_every")
+        schedule = self.outer_lr_scheduler_type or args.lr_scheduler_type
+        return {
+            "estimator": estimator.name,
+            "estimator_settings": dict(
+                self.estimator_settings or defaults.get("estimator_settings") or {}  # pyright: ignore[reportArgumentType, reportCallIssue]
+            ),
+            "validation_fraction": self.validation_fraction,
+            "outer_learning_rate": _or(self.outer_learning_rate, args.learning_rate),
+            "outer_weight_decay": _or(self.outer_weight_decay, args.weight_decay),
+            "outer_lr_scheduler_type": SchedulerType(schedule).value,
+            "outer_every": every or max(1, estimator.lookback),
+            "outer_warmup_steps": self.outer_warmup_steps,
+            "per_device_outer_batch_size": self.per_device_outer_batch_size
+            or defaults.get("outer_batch_size")
+            or args.per_device_train_batch_size,
+            "orthogonality": self.orthogonality,
+            "dora_dropout": self.dora_dropout,
+            "retrain": self.retrain or defaults.get("retrain", "fresh"),
+            "search_patience": self.search_patience,
+        }
+
+    def _recipe(self) -> dict[str, Any]:
+        args: Any = self
+        return recipe_defaults(
+            self.recipe,
+            steps=args.max_steps if args.max_steps > 0 else 1,
+            batch_size=args.per_device_train_batch_size,
+            # Without a held-back part there are no outer batches to size.
+            validation_fraction=self.validation_fraction or 0.5,
+        )
+
+
+@dataclass
+class BiDoRATrainingArguments(BiDoRAArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with the settings of BiDoRA.
+
+    See `BiDoRAArguments` for what comes to those of transformers.
+
+    Example:
+        >>> args = BiDoRATrainingArguments(
+        ...     "runs/here", recipe="economical", max_steps=90
+        ... )
+        >>> args.bidora_settings()["outer_every"]
+        4
+    """
+
+
+def arguments_of_phase(args: Any, phase: Phase) -> Any:
+    """Return a copy of training arguments for one of the two phases.
+
+    The search goes to a folder of its own below `output_dir`, so that the checkpoints
+    and logs of the phases are apart and those of the whole job are where any Trainer
+    leaves them.
+
+    Args:
+        args: the arguments of the whole job.
+        phase: which phase.
+    """
+    own = copy.copy(args)
+    economical = args.recipe == "economical"
+    if phase == "search":
+        own.output_dir = os.path.join(args.output_dir, "search")
+        own.push_to_hub = False
+        if getattr(args, "logging_dir", None):
+            own.logging_dir = os.path.join(args.logging_dir, "search")
+        if economical and args.max_steps > 0:
+            own.max_steps = args._recipe()["steps"]
+        elif economical:
+            own.num_train_epochs = SEARCH_SHARE * args.num_train_epochs
+        return own
+    if args.retrain_learning_rate is not None:
+        own.learning_rate = args.retrain_learning_rate
+    if args.retrain_max_steps is not None:
+        own.max_steps = args.retrain_max_steps
+    elif args.retrain_num_train_epochs is not None:
+        own.max_steps, own.num_train_epochs = -1, args.retrain_num_train_epochs
+    elif economical and args.max_steps > 0:
+        own.max_steps = args._recipe()["retrain_steps"]
+    elif economical:
+        own.num_train_epochs = RETRAIN_SHARE * args.num_train_epochs
+    return own
+
+
+def _or(value: Any, other: Any) -> Any:
+    return other if value is None else value
+
+
+def _refuse_fp16(args: Any) -> None:
+    if args.fp16:
+        msg = (
+            "fp16=True scales the loss by a GradScaler, which cannot see the gradients "
+            "of a bilevel optimizer: they are taken by autograd.grad and unscaled "
+            "nowhere. Set bf16=True, or train in float32."
+        )
+        raise ValueError(msg)
+
+
+def _check_ranges(args: BiDoRAArguments) -> None:
+    if args.recipe is not None and args.recipe not in RECIPES:
+        msg = f"recipe={args.recipe!r} is unknown: choose one of {', '.join(RECIPES)}."
+        raise ValueError(msg)
+    for name, value, choices in (
+        ("retrain", args.retrain, (None, *RETRAININGS)),
+        ("dora_dropout", args.dora_dropout, ("lora", "peft")),
+    ):
+        if value not in choices:
+            known = ", ".join(filter(None, choices))
+            msg = f"{name}={value!r} is unknown: choose one of {known}."
+            raise ValueError(msg)
+    if not 0 <= args.validation_fraction < 1:
+        msg = (
+            f"validation_fraction={args.validation_fraction} must be at least 0 and "
+            "below 1: it is the part of the training set that is held back for the "
+            "magnitudes. The paper takes 0.2; 0 is for no outer steps."
+        )
+        raise ValueError(msg)
+    for name, least in (
+        ("outer_every", 1),
+        ("per_device_outer_batch_size", 1),
+        ("search_patience", 1),
+        ("retrain_max_steps", 1),
+        ("outer_warmup_steps", 0),
+        ("audit_every", 0),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            msg = f"{name}={value} must be a whole number of {least} or more."
+            raise ValueError(msg)
+    for name in ("outer_learning_rate", "retrain_learning_rate", "orthogonality"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            msg = f"{name}={value} must be a finite number of 0 or more."
+            raise ValueError(msg)

@@ -1,0 +1,133 @@
+"""Which examples each level learns on, and the batches of the outer one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from bidora.tasks.base import holdout_split
+
+__all__ = ["OuterStream", "select", "split_indices"]
+
+LABEL_COLUMNS = ("labels", "label")
+
+
+def split_indices(
+    dataset: Any, fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split a training set: indices for the directions, indices held back.
+
+    Where the examples have a column of whole-number labels, both parts keep their
+    shares.
+
+    Args:
+        dataset: a dataset with a length.
+        fraction: part that is held back; 0 for none.
+        seed: equal seeds give equal splits.
+
+    Returns:
+        Sorted indices of both parts.
+
+    Raises:
+        ValueError: too few examples, or a class with a single one.
+    """
+    count = len(dataset)
+    if fraction == 0:
+        return list(range(count)), []
+    labels = _labels(dataset)
+    if labels is None:
+        if count < 2:
+            msg = (
+                f"the training set has {count} example(s), too few to hold any of them "
+                "back for the magnitudes. Add examples, or pass outer_dataset."
+            )
+            raise ValueError(msg)
+        labels = [0] * count
+    return holdout_split(labels, fraction, seed)
+
+
+def _labels(dataset: Any) -> list[int] | None:
+    """Return whole-number labels where the dataset has a column of them."""
+    names = getattr(dataset, "column_names", None) or ()
+    for name in LABEL_COLUMNS:
+        if name not in names:
+            continue
+        values = list(dataset[name])
+        if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            return values
+    return None
+
+
+def select(dataset: Any, indices: Sequence[int]) -> Any:
+    """Return part of a dataset, of the same kind where it can be."""
+    if hasattr(dataset, "select"):
+        return dataset.select(indices)
+    return Subset(dataset, list(indices))
+
+
+class OuterStream:
+    """Draw shuffled batches without end, the same for the same seed.
+
+    Every example comes once an epoch; a batch may reach over the end of an epoch, so
+    that all batches have the same size. How many were drawn is its whole state: the next
+    batch depends on nothing else, and on no global random number.
+
+    Args:
+        dataset: what to draw from.
+        collate: makes a batch of a list of examples.
+        batch_size: examples of a batch.
+        seed: seed of the order.
+        rank: number of this process.
+        world_size: number of processes; each draws other examples.
+
+    Raises:
+        ValueError: there are fewer examples than a batch takes.
+
+    Example:
+        >>> stream = OuterStream(["a", "b", "c"], list, batch_size=2, seed=0)
+        >>> first = stream() + stream()[:1]
+        >>> sorted(first), stream.drawn
+        (['a', 'b', 'c'], 2)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset: Any = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.drawn = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+        if batch_size * world_size > len(self.dataset):
+            msg = (
+                f"an outer batch of {batch_size} examples for each of {world_size} "
+                f"process(es) is more than the {len(self.dataset)} held back. Lower "
+                "per_device_outer_batch_size, or raise validation_fraction."
+            )
+            raise ValueError(msg)
+
+    def __call__(self) -> Any:
+        """Return the next batch."""
+        start = (self.drawn * self.world_size + self.rank) * self.batch_size
+        indices = [self._index(p) for p in range(start, start + self.batch_size)]
+        self.drawn += 1
+        return self.collate([self.dataset[i] for i in indices])
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.dataset))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)
+            self._order = epoch, order.tolist()
+        return self._order[1][offset]

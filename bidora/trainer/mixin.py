@@ -1,0 +1,550 @@
+"""BiDoRA over a `transformers.Trainer`, in two ordinary runs of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
+
+from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
+from bidora.orthogonality import orthogonality
+from bidora.trainer._checks import check_class, check_trainer
+from bidora.trainer.arguments import (
+    Phase,
+    arguments_of_phase,
+)
+from bidora.trainer.checkpoint import (
+    SPLIT_FILE,
+    Checkpoint,
+    Progress,
+    claim_folder,
+    find_checkpoint,
+    load_values,
+    refuse_other_settings,
+    save_progress,
+    settings_of,
+    write_json,
+)
+from bidora.trainer.data import OuterStream, select, split_indices
+from bidora.trainer.levels import (
+    SteppedElsewhere,
+    give_outer_schedule,
+    make_bilevel_optimizer,
+)
+from bidora.trainer.logs import StepLog
+from hypergrad import Accumulated
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+__all__ = ["BiDoRAMixin", "BiDoRATrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class BiDoRAMixin(_Base):
+    """Make a Trainer search DoRA magnitudes, then retrain the directions.
+
+    `class Mine(BiDoRAMixin, Seq2SeqTrainer)` needs no more; its arguments are a class
+    made with `BiDoRAArguments`. `train()` then is two ordinary runs of the Trainer:
+
+    1. `search`, in `output_dir/search`: the directions (A, B and the task head) learn on
+       one part of the training set, the magnitudes on the part held back, by
+       `BiDoRAOptimizer`.
+    2. `retrain`, in `output_dir`: the magnitudes are frozen, and the directions learn on
+       all of the training set, from their first values or on from the search.
+
+    Callbacks, evaluation, logging, checkpoints and best-model selection are the
+    Trainer's own in both; `trainer.phase` tells which one runs. The loss is
+    `compute_loss` on both levels. `eval_dataset` is what neither level trains on.
+
+    A run that was stopped goes on by `train(resume_from_checkpoint=True)`, in the phase
+    where it was, and ends with the same weights.
+
+    Args:
+        args: as for the Trainer.
+        outer_dataset: examples for the magnitudes; then `train_dataset` is not split,
+            and the retraining does not see them.
+        kwargs: as for the Trainer.
+
+    Raises:
+        TypeError: arguments without `BiDoRAArguments`, or a class that overrides
+            `training_step`.
+        ValueError: settings of the Trainer that the search cannot honour.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, outer_dataset: Any = None, **kwargs: Any) -> None:
+        check_class(type(self), BiDoRAMixin)
+        super().__init__(*args, **kwargs)
+        check_trainer(self)
+        self.outer_dataset = outer_dataset
+        self.phase: Phase | None = None
+        self.search_state: TrainerState | None = None
+        self._progress: Progress | None = None
+        self._first_values: dict[str, Tensor] = {}
+        self._bilevel: SteppedElsewhere | None = None
+        self._outer: OuterStream | None = None
+        self._queue: list[tuple[Any, float]] = []
+        self._order = torch.Generator()
+        self._log = StepLog()
+        self._goes_on_from: Checkpoint | None = None
+        self.add_callback(_AtTheSeams(self))
+
+    # -- the two phases ----------------------------------------------------------------
+
+    def train(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Search the magnitudes, freeze them, and retrain the directions.
+
+        Args:
+            resume_from_checkpoint: True for the last complete checkpoint in
+                `output_dir`, or the folder of one.
+            trial: must be None; a hyperparameter search cannot run over two phases.
+            kwargs: as for the Trainer.
+
+        Returns:
+            That of the retraining; `metrics` has those of the search too, as
+            `search_train_loss` and so on.
+
+        Raises:
+            ValueError: a checkpoint of other settings, an output folder that holds
+                another run, or a training set that cannot be split.
+        """
+        if trial is not None:
+            msg = (
+                "hyperparameter_search calls train with a trial, and the two phases of "
+                "BiDoRA share no single objective. Call train once for each setting."
+            )
+            raise ValueError(msg)
+        args, data, model_init = self.args, self.train_dataset, self.model_init
+        found = find_checkpoint(args.output_dir, resume_from_checkpoint)
+        settings = settings_of(args)
+        if found is None:
+            claim_folder(args.output_dir, overwrite=args.overwrite_earlier_run)
+        else:
+            refuse_other_settings(found.progress.settings, settings)
+        if model_init is not None:
+            self._make_model()
+        inner, outer = self._split(found)
+        metrics: dict[str, float] = {}
+        output = TrainOutput(0, 0.0, {})
+        self.model_init = None
+        try:
+            for phase in ("search", "retrain") if outer is not None else ("retrain",):
+                if found is not None and phase != found.progress.phase:
+                    if phase == "search":
+                        continue  # it is over
+                    found = None
+                self.args = arguments_of_phase(args, phase)
+                self.train_dataset = inner if phase == "search" else data
+                self._progress = Progress(phase, settings, *self._indices)
+                output = self._run(phase, outer, found, kwargs)
+                if phase == "search":
+                    metrics = {f"search_{k}": v for k, v in output.metrics.items()}
+                    self.search_state = self.state
+            return output._replace(metrics={**metrics, **output.metrics})
+        finally:
+            self.args, self.train_dataset, self.model_init = args, data, model_init
+            self.phase = self._bilevel = self._outer = self._goes_on_from = None
+            self._queue = []
+
+    def _run(
+        self, phase: Phase, outer: Any, found: Checkpoint | None, kwargs: dict[str, Any]
+    ) -> TrainOutput:
+        """Run one phase, or what is left of it."""
+        self.phase = phase
+        self.optimizer, self.lr_scheduler, self._bilevel = None, None, None
+        # A phase's random numbers depend on no other phase.
+        set_seed(self.args.seed)
+        if plain_dora_layers(self.model):
+            use_exact_dora(self.model, dropout=self.args.dora_dropout)
+        self._goes_on_from = found
+        if found is None and phase == "search":
+            self._first_values = self._directions()
+        if phase == "search":
+            self._outer = self._outer_stream(outer)
+        self._log = StepLog()
+        if found is not None and found.finished:
+            self._restore(found)
+            self.state = TrainerState.load_from_json(
+                str(found.path / "trainer_state.json")
+            )
+            output = TrainOutput(self.state.global_step, 0.0, {})
+        else:
+            path = None if found is None else str(found.path)
+            output = super().train(resume_from_checkpoint=path, **kwargs)
+        if phase == "search":
+            self._end_search()
+        return output
+
+    def _end_search(self) -> None:
+        """Freeze the magnitudes; a fresh retraining starts where the search did."""
+        if self._bilevel is not None:
+            self._bilevel.freeze_magnitudes()
+        _freeze_magnitudes(self.model)
+        if self._first_values:
+            own = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name, value in self._first_values.items():
+                    own[name].copy_(value)
+        self._first_values = {}
+
+    def _make_model(self) -> None:
+        """Build the model once: the phases share it."""
+        set_seed(self.args.seed)
+        self.model = self.call_model_init()
+        self.model.to(self.args.device)
+        self.model_wrapped = self.model
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Return copies of what a fresh retraining starts from."""
+        if self.args.bidora_settings()["retrain"] == "warm":
+            return {}
+        outer = magnitudes(self.model)
+        return {
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and name not in outer
+        }
+
+    # -- data --------------------------------------------------------------------------
+
+    def _split(self, found: Checkpoint | None) -> tuple[Any, Any]:
+        """Return the examples of both levels; None for the outer one without a search."""
+        data, args = self.train_dataset, self.args
+        if self.outer_dataset is not None:
+            self._indices: tuple[list[int], list[int]] = [], []
+            return data, self.outer_dataset
+        if found is not None:
+            progress = found.progress
+            self._indices = progress.inner_indices, progress.outer_indices
+            covered = len(self._indices[0]) + len(self._indices[1])
+            if covered != len(data):
+                msg = (
+                    f"the checkpoint split {covered} training examples, and there are "
+                    f"{len(data)} here: it belongs to another training set. Pass the "
+                    "one that the run began with."
+                )
+                raise ValueError(msg)
+        else:
+            self._indices = split_indices(data, args.validation_fraction, args.seed)
+        inner, outer = self._indices
+        if args.should_save:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(
+                folder / SPLIT_FILE,
+                {"seed": args.seed, "inner_indices": inner, "outer_indices": outer},
+            )
+        if not outer:
+            logger.warning(
+                "validation_fraction=0 leaves no examples for the magnitudes: there is "
+                "no search, and the directions are trained with the first magnitudes."
+            )
+            return data, None
+        return select(data, inner), select(data, outer)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the Trainer's own loader; groups by length follow the epoch's number."""
+        loader = super().get_train_dataloader()
+        batches: Any = loader.batch_sampler
+        while batches is not None:
+            sampler = getattr(batches, "sampler", None)
+            if isinstance(sampler, LengthGroupedSampler):
+                sampler.generator = self._order
+            batches = getattr(batches, "batch_sampler", None)
+        return loader
+
+    def _outer_stream(self, dataset: Any) -> OuterStream:
+        """Return the outer batches, made as the Trainer makes its own."""
+        held = self.train_dataset
+        with torch.random.fork_rng():
+            try:
+                self.train_dataset = dataset
+                loader = self.get_train_dataloader()
+            finally:
+                self.train_dataset = held
+        size = self.args.bidora_settings()["per_device_outer_batch_size"]
+        return OuterStream(
+            loader.dataset,
+            loader.collate_fn,
+            size,
+            self.args.seed + 1,
+            self.args.process_index,
+            self.args.world_size,
+        )
+
+    # -- stepping ----------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer of both levels in the search, the Trainer's own after it.
+
+        Args:
+            args: as for the Trainer.
+            kwargs: as for the Trainer.
+
+        Returns:
+            The optimizer.
+        """
+        if self.phase == "retrain":
+            _freeze_magnitudes(
+                self.model
+            )  # loading an adapter makes all of it trainable
+        if self.phase != "search":
+            return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is None:
+            loss_fn = None if self._loss_is_the_models() else self._loss
+            self.optimizer = self._bilevel = make_bilevel_optimizer(self, loss_fn)
+        return self.optimizer
+
+    def _loss_is_the_models(self) -> bool:
+        """Whether `compute_loss` on one batch is the model's own mean loss."""
+        return (
+            type(self).compute_loss is Trainer.compute_loss
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        )
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of a batch, as the Trainer computes it."""
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(
+                model, dict(batch), num_items_in_batch=self._items(batch)
+            )
+        return loss
+
+    def _items(self, batch: Any) -> Any:
+        """Return what the Trainer counts in a batch to divide a summed loss by."""
+        return self.get_batch_samples(iter([batch]), 1, self.args.device)[1]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Any = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of both levels.
+
+        Args:
+            num_training_steps: steps of the phase.
+            optimizer: as for the Trainer.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError: schedules that cannot be put together.
+        """
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._bilevel is not None and made:
+            give_outer_schedule(scheduler, self._bilevel, self.args, num_training_steps)
+        return scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Take what of a step this micro-batch makes due, and return its loss.
+
+        In the search, micro-batches wait until the last one of a step is there; then
+        both levels move. In the retraining this is the Trainer's own step.
+
+        Args:
+            model: the model, wrapped perhaps.
+            inputs: a micro-batch.
+            num_items_in_batch: what the Trainer counted in all of the step's.
+
+        Returns:
+            The loss; in the search, that of the whole step on its last micro-batch, and
+            0 on the others.
+        """
+        if self._bilevel is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            return loss + self._add_orthogonality(loss)
+        model.train()
+        inputs = send_to_device(inputs, self.args.device)
+        self._queue.append((inputs, self._weight(inputs, num_items_in_batch)))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, weights = zip(*self._queue, strict=True)
+        self._queue = []
+        report = self._bilevel.take_step(
+            Accumulated(list(batches), list(weights)), self._next_outer
+        )
+        self._log.add(report)
+        return torch.tensor(report.inner_loss or 0.0, device=self.args.device)
+
+    def _next_outer(self) -> Any:
+        outer = self._outer
+        if outer is None:
+            msg = "there is no outer batch outside of the search."
+            raise RuntimeError(msg)
+        return send_to_device(outer(), self.args.device)
+
+    def _weight(self, inputs: Any, num_items: Any) -> float:
+        """Return the factor of a micro-batch's mean loss in that of the step."""
+        if num_items is None:
+            summed = self.compute_loss_func is not None
+            return 1.0 if summed else 1.0 / self.current_gradient_accumulation_steps
+        return float(self._items(inputs)) / float(num_items)
+
+    def _add_orthogonality(self, loss: Tensor) -> Tensor:
+        """Add the term's gradient once a step of the retraining; return its value."""
+        weight = self.args.orthogonality if self.phase == "retrain" else 0.0
+        if not weight or not self.accelerator.sync_gradients:
+            return torch.zeros_like(loss)
+        term = weight * orthogonality(self.model)
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(term, own, allow_unused=True)
+        for p, grad in zip(own, grads, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad + grad
+        return term.detach().to(loss.dtype)
+
+    # -- what is told, saved and read ----------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with what the search says of both levels.
+
+        Args:
+            logs: what the Trainer logs.
+            args: as for the Trainer.
+            kwargs: as for the Trainer.
+        """
+        if self._bilevel is not None and "loss" in logs:
+            logs.update(self._log.take(self._bilevel))
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and in a search with patience the held-back part too.
+
+        Args:
+            args: as for the Trainer.
+            kwargs: as for the Trainer.
+
+        Returns:
+            The metrics of the evaluation that was asked for.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        progress = self._progress
+        if self._bilevel is None or not self.args.search_patience or progress is None:
+            return metrics
+        if self._outer is None or self.control.should_training_stop:
+            return metrics
+        held_back = self.predict(self._outer.dataset, metric_key_prefix="held_back")
+        loss = held_back.metrics["held_back_loss"]  # pyright: ignore[reportOptionalSubscript]
+        self.log({"held_back_loss": loss})
+        if progress.best_held_back is None or loss < progress.best_held_back:
+            progress.best_held_back, progress.without_gain = loss, 0
+        else:
+            progress.without_gain += 1
+        self.control.should_training_stop = (
+            progress.without_gain >= self.args.search_patience
+        )
+        return metrics
+
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
+        """Save the adapter; in a checkpoint, all that an exact resume needs too.
+
+        Args:
+            output_dir: as for the Trainer.
+        """
+        super().save_model(output_dir, _internal_call)
+        place = os.path.basename(os.path.normpath(output_dir or ""))
+        progress = self._progress
+        if not place.startswith("checkpoint-") or output_dir is None:
+            return
+        if self.phase is None or progress is None or not self.args.should_save:
+            return
+        progress.outer_drawn = 0 if self._outer is None else self._outer.drawn
+        save_progress(output_dir, progress, self.model, self._first_values)
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Put back, bit for bit, what the Trainer's own files do not hold."""
+        first = load_values(found.path, self.model)
+        own = dict(self.model.named_parameters())
+        self._first_values = {n: t.to(own[n].device) for n, t in first.items()}
+        saved, progress = found.progress, self._progress
+        if progress is not None:
+            progress.best_held_back = saved.best_held_back
+            progress.without_gain = saved.without_gain
+        if self._outer is not None:
+            self._outer.drawn = saved.outer_drawn
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with the tag `bidora`.
+
+        Args:
+            args: as for the Trainer.
+            kwargs: as for the Trainer.
+        """
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        super().create_model_card(*args, tags=[*tags, "bidora", "dora"], **kwargs)
+
+
+class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """`transformers.Trainer` that fine-tunes a PEFT DoRA model by BiDoRA.
+
+    See `BiDoRAMixin`; its `args` are `BiDoRATrainingArguments`.
+    """
+
+
+class _AtTheSeams(TrainerCallback):
+    """Act where the Trainer has loaded a checkpoint, and where an epoch begins."""
+
+    def __init__(self, trainer: BiDoRAMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        found, self.trainer._goes_on_from = self.trainer._goes_on_from, None
+        if found is not None:
+            self.trainer._restore(found)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # Groups by length are drawn from the global random state otherwise, which a
+        # resumed run does not have at the beginning of its epoch.
+        self.trainer._order.manual_seed(args.seed + int(state.epoch or 0))
+
+
+def _freeze_magnitudes(model: PreTrainedModel | nn.Module) -> None:
+    for parameter in magnitudes(model).values():
+        parameter.requires_grad_(False)
