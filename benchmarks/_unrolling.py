@@ -34,7 +34,7 @@ def ours(
     steps = opt.recorded_steps
     recorded = sum(
         bytes_of(step.inner_params)
-        + bytes_of(step.grads)
+        + bytes_of(step.grads)  # empty where the walk back finds it anyway
         + sum(bytes_of(slots) for slots in step.state.values())
         for step in steps
     )
@@ -174,6 +174,8 @@ def whole_by_higher(
 
 METHODS = {
     "ours": ours,
+    "ours-frozen": ours,
+    "ours-large": ours,
     "plain": plain,
     "torchopt": by_torchopt,
     "higher": by_higher,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.unroll_memory
 
-from the root of the repository; about five minutes on one core and 3 GiB of memory.
+from the root of the repository; about eight minutes on one core and 3 GiB of memory.
 Writes benchmarks/results/unroll_memory.json and docs/images/benchmarks/unroll_memory.png.
 Needs a system that tells the peak memory of a process (Linux, macOS).
 
@@ -10,7 +10,9 @@ A new process for each method and each K: peak memory never goes down again in o
 takes one plain training step, notes its peak, takes K inner steps and one hypergradient
 through them, and reports how far the peak went beyond that of the plain step.
 
-- *ours*: `BiDoRAOptimizer` with `unrolled`, which walks back one step at a time.
+- *ours*: `BiDoRAOptimizer` with `unrolled`, which walks back one step at a time. Once with
+  the classification head trained, which has nine tenths of the trained weights, once with
+  it frozen, and once on larger batches: the graph grows with them, the records do not.
 - *plain*: the usual way, K functional AdamW steps under `create_graph`, and one backward
   pass through all of them.
 - *TorchOpt*, *higher*: the same with the steps of their differentiable optimizers, each on
@@ -57,6 +59,7 @@ from benchmarks._common import (
 QUESTION = "Does the memory of `unrolled` grow with the number of steps?"
 METHODS = {
     "ours": "unrolled (ours)",
+    "ours-frozen": "unrolled (ours), head frozen",
     "plain": "plain autograd through all steps",
     "torchopt": "TorchOpt's adamw through all steps",
     "higher": "higher's Adam through all steps",
@@ -65,7 +68,10 @@ WHOLE = {
     "whole-torchopt": "TorchOpt's MetaAdamW on the whole model",
     "whole-higher": "higher's innerloop_ctx on the whole model",
 }
+LARGE = {"ours-large": "unrolled (ours), 16 × 128 tokens"}
+LARGE_BATCH = {"batch": 16, "tokens": 128}
 PEERS = {"torchopt": "torchopt", "higher": "higher"}
+LIGHT_BLUE = "#6fa8dc"
 # glibc's malloc gives large blocks back at once: the peak is then what is in use, and not
 # what malloc keeps for later, which depends on the order of events.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -87,6 +93,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     base = _model.roberta(arguments.layers, arguments.tokens, "eager")
     model = _model.with_adapter(base, arguments.rank, dora=True)
     use_exact_dora(model)
+    if arguments.method == "ours-frozen":
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and "lora_" in name)
     batches = [
         _model.draw_batch(arguments.batch, arguments.tokens, seed)
         for seed in range(arguments.steps + 2)
@@ -142,6 +151,7 @@ def main() -> None:
         (m, least) for m in WHOLE if versions[m.removeprefix("whole-")] is not None
     ]
     runs = [*whole, *((method, k) for k in arguments.window for method in methods)]
+    runs += [(method, k) for k in (least, max(arguments.window)) for method in LARGE]
     results, failures, found = [], [], {}
     with tqdm(runs, unit="process") as bar:
         for method, k in bar:
@@ -149,7 +159,7 @@ def main() -> None:
             try:
                 one = in_new_process(arguments, method, k)
             except RuntimeError as error:
-                if method in ("ours", "plain"):
+                if method.startswith("ours") or method == "plain":
                     raise
                 failures.append(
                     {"method": method, "steps": k, "error": last_error(str(error))}
@@ -161,9 +171,10 @@ def main() -> None:
     agreement = {
         f"{method}, {k}": distance(value, found["plain", k])
         for (method, k), value in found.items()
-        if method != "plain"
+        if method in ("ours", *PEERS)
     }
-    report(results, failures, agreement)
+    growth = growth_of(results)
+    report(results, failures, agreement, growth)
     shown = {n: x for n, x in vars(arguments).items() if n not in ("method", "steps")}
     written = write_result(
         "unroll_memory",
@@ -175,6 +186,7 @@ def main() -> None:
         peers={name: found or "not installed" for name, found in versions.items()},
         failures=failures,
         relative_difference_to_plain_autograd=agreement,
+        over_the_fewest_steps=growth,
     )
     done(written, picture(results, arguments))
 
@@ -186,7 +198,7 @@ def parse() -> argparse.Namespace:
         "--window", type=int, nargs="+", default=[1, 5, 20], help="the K to try"
     )
     # What a measured process is told.
-    names = (*METHODS, *WHOLE)
+    names = (*METHODS, *WHOLE, *LARGE)
     parser.add_argument("--method", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -201,8 +213,9 @@ def version_of(name: str) -> str | None:
 
 def in_new_process(arguments: argparse.Namespace, method: str, k: int) -> Any:
     command = [sys.executable, "-m", "benchmarks.unroll_memory"]
+    settings = vars(arguments) | (LARGE_BATCH if method in LARGE else {})
     for name in ("layers", "batch", "tokens", "rank", "threads"):
-        command += [f"--{name}", str(getattr(arguments, name))]
+        command += [f"--{name}", str(settings[name])]
     command += ["--method", method, "--steps", str(k)]
     environment = {**os.environ, **MALLOC}
     run = subprocess.run(
@@ -228,18 +241,37 @@ def distance(value: list[float], truth: list[float]) -> float:
     return (off / sum(b**2 for b in truth)) ** 0.5
 
 
+def growth_of(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the peaks over those of the same method with the fewest steps."""
+    growth = {}
+    least = {one["method"]: one for one in reversed(results)}
+    for one in results:
+        base = least[one["method"]]
+        if one is not base:
+            growth[f"{one['method']}, {one['steps']}"] = {
+                kind: one[kind] / base[kind] for kind in ("peak_bytes", "beyond")
+            }
+    return growth
+
+
 def report(
     results: list[dict[str, Any]],
     failures: list[dict[str, Any]],
     agreement: dict[str, float],
+    growth: dict[str, dict[str, float]],
 ) -> None:
     print(f"{'K':>3} {'':34} MiB beyond a plain step  seconds  from plain autograd")
     for one in results:
         off = agreement.get(f"{one['method']}, {one['steps']}")
         print(
-            f"{one['steps']:3d} {METHODS.get(one['method'], one['method']):34}"
+            f"{one['steps']:3d} {(METHODS | LARGE).get(one['method'], one['method']):34}"
             f"{one['beyond'] / 2**20:24.0f} {one['seconds']:8.1f}  "
             + ("" if off is None else f"{off:.1e} (float32)")
+        )
+    for name, ratios in growth.items():
+        print(
+            f"{name} steps over the fewest: peak of the process "
+            f"{ratios['peak_bytes']:.2f}, beyond a plain step {ratios['beyond']:.2f}"
         )
     for one in failures:
         print(f"{one['steps']:3d} {one['method']}: {one['error']}")
@@ -259,6 +291,7 @@ def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any
     mib = {method: points for method, points in mib.items() if points}
     top = max(size for sizes in mib.values() for _, size in sizes)
     colours = {"torchopt": PURPLE, "higher": GREEN, "plain": ORANGE, "ours": BLUE}
+    colours["ours-frozen"] = LIGHT_BLUE
     last, low = max(arguments.window), 0.0
     for method in sorted(mib, key=lambda method: mib[method][-1][1]):
         (*_, (k, size)), colour = mib[method], colours[method]
@@ -288,7 +321,7 @@ def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any
         for one in results
         if one["method"] == "ours"
     )
-    text = "of ours, the copies of w, its gradient and AdamW's state"
+    text = "of ours, the copies of w and AdamW's state"
     axes.plot(*zip(*copies, strict=True), ":", color=GREY, lw=1.5, label=text)
     axes.set_ylim(0, 1.14 * top)
     axes.set_xlim(0, 1.08 * last)

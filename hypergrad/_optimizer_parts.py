@@ -20,6 +20,7 @@ from hypergrad.tree import Params
 
 __all__ = [
     "OptimizerLike",
+    "apply_gradients",
     "check_settings",
     "make_estimator_of",
     "make_level",
@@ -121,7 +122,10 @@ def make_level(
 
 
 def check_settings(
-    outer_every: int, outer_warmup: int, max_grad_norm: float | None, reuse_graph: Any
+    outer_every: int | None,
+    outer_warmup: int,
+    max_grad_norm: float | None,
+    reuse_graph: Any,
 ) -> None:
     """Refuse settings out of range.
 
@@ -129,10 +133,10 @@ def check_settings(
         TypeError: a count that is not a whole number.
         ValueError: naming the setting and its value.
     """
-    for name, value, least in (
-        ("outer_every", outer_every, 1),
-        ("outer_warmup", outer_warmup, 0),
-    ):
+    counts = [("outer_warmup", outer_warmup, 0)]
+    if outer_every is not None:
+        counts.append(("outer_every", outer_every, 1))
+    for name, value, least in counts:
         if not isinstance(value, int) or isinstance(value, bool):
             msg = f"{name}={value!r} must be a whole number of inner steps."
             raise TypeError(msg)
@@ -168,6 +172,25 @@ def numerical_warnings(*, silent: bool) -> Iterator[list[str]]:
             texts += [str(w.message)] if numerical else []
             if not (numerical and silent):
                 warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, params: Params, grads: Params
+) -> None:
+    """Step one level on these gradients; `.grad` is left alone."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in params.items()}
+    held = [p.grad for p in own]
+    try:
+        for p in own:
+            p.grad = grads[names[id(p)]].to(p.dtype)
+        optimizer.step()
+        # Fused optimizers move values without raising the version of their tensors, by
+        # which records and graphs tell that something moved.
+        torch.autograd.graph.increment_version(own)
+    finally:
+        for p, grad in zip(own, held, strict=True):
+            p.grad = grad
 
 
 def without_graphs(steps: Sequence[InnerStep]) -> tuple[InnerStep, ...]:

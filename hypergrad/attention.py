@@ -41,6 +41,7 @@ REMEDY = (
 _MARKS = (
     "is not implemented",  # a native operator: flash attention, ctc_loss, cdist
     "not currently support double backward",  # a compiled module
+    "don't support automatic differentiation",  # a custom function that works in place
     "non-empty donated buffers",  # the same, once it has had a plain backward
     "trying to differentiate twice",  # a function marked once_differentiable
     "trying to use forward ad",  # a native operator, forward mode: flash attention, LSTM

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hypergrad import rng, tree
@@ -23,7 +24,7 @@ from hypergrad.products import (
     second_order,
 )
 from hypergrad.rules import Rule
-from hypergrad.steps import InnerStep, take_steps
+from hypergrad.steps import InnerStep, take_steps, with_grads
 from hypergrad.tree import Params
 
 __all__ = [
@@ -177,8 +178,12 @@ class Point:
         self.unused = set(made.unused)
 
     def _unmoved(self, step: InnerStep) -> bool:
-        now = tuple(t._version for t in self.problem.outer_params.values())
-        return now == step.outer_versions
+        now = self.problem.outer_params
+        versions = tuple(t._version for t in now.values())
+        # A move through `.data` does not raise the version.
+        return versions == step.outer_versions and all(
+            torch.equal(t, step.outer_params[name]) for name, t in now.items()
+        )
 
 
 class HypergradEstimator(ABC):
@@ -201,6 +206,20 @@ class HypergradEstimator(ABC):
     def order(self) -> int:
         """1 where first derivatives suffice (fused attention works), else 2."""
         return 2
+
+    @property
+    def has_indirect(self) -> bool:
+        """Whether there is an indirect term; where not, ∂f/∂w is not computed."""
+        return True
+
+    @property
+    def needs_grads(self) -> bool:
+        """Whether `indirect` reads `step.grads`.
+
+        Where False, the records of an optimizer may leave them out. Where True,
+        `point.steps` have them in any case.
+        """
+        return True
 
     @property
     def needs_byproduct(self) -> bool:
@@ -272,7 +291,11 @@ class HypergradEstimator(ABC):
             outer_batches = _fixed(outer_batch, problem)
             recorded, end = self._steps(problem, inner_batches, steps, tally)
             with problem.at(end) if end is not None else nullcontext():
-                f = gradients(problem, "outer", outer_batches, tally)
+                inner = self.has_indirect
+                f = gradients(problem, "outer", outer_batches, tally, inner=inner)
+                if not inner and problem.outer_params.keys() <= f.unused:
+                    # Whether it depends on w tells zeros from a mistake.
+                    f = gradients(problem, "outer", outer_batches, tally)
                 v, direct = f.inner or {}, f.outer or {}
                 point = Point(
                     problem,
@@ -331,7 +354,10 @@ class HypergradEstimator(ABC):
                     "pass steps=None for virtual ones."
                 )
                 raise ValueError(msg)
-            return tuple(steps)[-self.lookback :], None
+            taken = tuple(steps)[-self.lookback :]
+            if self.needs_grads:
+                taken = tuple(with_grads(problem, step, tally) for step in taken)
+            return taken, None
         rule = self.virtual_rule()
         if rule is None:
             setting = "inner_lr" if self.name == "darts" else "rule"
@@ -343,14 +369,15 @@ class HypergradEstimator(ABC):
             raise ValueError(msg)
         if self.order == 2:
             batches = tuple(replace(m, attention="math") for m in batches)
-        taken, end = take_steps(
+        virtual, end = take_steps(
             problem,
             [batches] * self.lookback,
             rule,
             tally=tally,
+            grads=self.needs_grads,
             byproduct=self.needs_byproduct,
         )
-        return tuple(taken), end
+        return tuple(virtual), end
 
 
 def difference_info(product: Product) -> dict[str, Any]:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from hypergrad import tree
 from hypergrad._audit import Audit, Auditor
-from hypergrad._checkpoint import (
-    check_saved,
-    pack_batches,
-    pack_estimator,
-    pack_step,
-    unpack_batches,
-    unpack_estimator,
-    unpack_steps,
-)
 from hypergrad._optimizer_parts import (
     OptimizerLike,
+    apply_gradients,
     check_settings,
     make_estimator_of,
     make_level,
@@ -31,50 +21,23 @@ from hypergrad._optimizer_parts import (
     numerical_warnings,
     without_graphs,
 )
+from hypergrad._report import StepReport
 from hypergrad._rollback import LevelCopy, Rollback
-from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad._run import BilevelRun
+from hypergrad.batches import as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError, NumericalWarning
-from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
+from hypergrad.estimator import HypergradEstimator, Hypergradient
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
 from hypergrad.reference import choose_reference
 from hypergrad.rules import SUPPORTED, check_supported, rule_of
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, keeps_grads
 from hypergrad.tree import Params
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did.
-
-    Attributes:
-        inner_loss: g on the inner batch before the inner step; None without one.
-        grad_norm: norm of its gradient, before clipping.
-        outer_step: whether the outer parameters moved.
-        outer_loss: f on the outer batch, where an outer step was due.
-        hypergrad_norm: norm of the hypergradient.
-        direct_norm: norm of its direct term.
-        indirect_norm: norm of its indirect term.
-        skipped: why a due outer step was not taken; None where it was.
-        info: cost and trustworthiness of the hypergradient.
-        audit: its comparison with a reference, where this step was audited.
-    """
-
-    inner_loss: float | None = None
-    grad_norm: float | None = None
-    outer_step: bool = False
-    outer_loss: float | None = None
-    hypergrad_norm: float | None = None
-    direct_norm: float | None = None
-    indirect_norm: float | None = None
-    skipped: str | None = None
-    info: Info | None = None
-    audit: Audit | None = None
-
-
-class BilevelOptimizer(torch.optim.Optimizer):
+class BilevelOptimizer(BilevelRun):
     """Step the inner parameters, and every so often the outer ones.
 
     A `torch.optim.Optimizer`: its `param_groups` are the inner optimizer's, then the
@@ -158,47 +121,20 @@ class BilevelOptimizer(torch.optim.Optimizer):
         audit_reference: str | HypergradEstimator = "auto",
         audit_window: int | None = None,
     ) -> None:
-        self.problem = make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
-        self._asked = self.estimator = make_estimator_of(estimator)
-        self._every_is_open = outer_every is None
-        if outer_every is None:
-            outer_every = max(1, self.estimator.lookback)
+        problem = make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
+        chosen = make_estimator_of(estimator)
         check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
-        self.outer_every = outer_every
+        inner = make_level("inner", inner_optimizer, problem.inner_params)
+        auditor = Auditor(audit_every, audit_reference, audit_window)
+        if chosen.lookback or auditor.needs_steps:
+            check_supported(inner)
+        if audit_every and audit_reference in ("dense", "cg"):
+            choose_reference(problem, None, audit_reference)
+        outer_level = make_level("outer", outer_optimizer, problem.outer_params)
+        super().__init__(problem, chosen, inner, outer_level, auditor, outer_every)
         self.outer_warmup = outer_warmup
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
-        self.inner = make_level("inner", inner_optimizer, self.problem.inner_params)
-        self.outer = make_level("outer", outer_optimizer, self.problem.outer_params)
-        self._auditor = Auditor(audit_every, audit_reference, audit_window)
-        if self.estimator.lookback or self._auditor.needs_steps:
-            check_supported(self.inner)
-        if audit_every and audit_reference in ("dense", "cg"):
-            choose_reference(self.problem, None, audit_reference)
-        self._constructing = True
-        groups = [*self.inner.param_groups, *self.outer.param_groups]
-        super().__init__([dict(g) for g in groups], dict(self.inner.defaults))
-        self._constructing = False
-        self.param_groups = groups
-        self.state.update(self.inner.state)
-        self.state.update(self.outer.state)
-        self._inner_groups = len(self.inner.param_groups)
-        for i, group in enumerate(groups):
-            group["level"] = "inner" if i < self._inner_groups else "outer"
-        self._link()
-        self.n_inner_steps = 0
-        self.n_outer_steps = 0
-        self.n_skipped = 0
-        self.outer_frozen = False
-        self._window: tuple[InnerStep, ...] = ()
-        self._estimator_state: dict[str, Tensor] = {}
-        self._last: tuple[MicroBatch, ...] = ()
-        self._resolved = False
-        self._warned = False
-        self._warned_of_audit = False
-        self._rollback: Rollback | None = None
-
-    # -- stepping -----------------------------------------------------------------
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inner_batch: Any, outer_batch: Any = None
@@ -289,15 +225,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
         due = n_inner_steps >= first and n_inner_steps % self.outer_every == 0
         return due and filled and not self.outer_frozen
 
-    @property
-    def _n_recorded(self) -> int:
-        """Number of inner steps to keep on record, for the estimator and for audits."""
-        if self.outer_frozen or type(self.inner) not in SUPPORTED:
-            return 0
-        lookback = self.estimator.lookback
-        audited = self._auditor.lookback(max(self.outer_every, lookback))
-        return max(lookback, audited)
-
     def _resolve(self, inner_batch: Any) -> None:
         """Before the first step, let an estimator that chooses another do so."""
         if self._resolved:
@@ -307,15 +234,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
         rule = rule_of(self.inner, params, self.max_grad_norm) if has_rule else None
         self._adopt(self.estimator.resolve(self.problem, inner_batch, rule))
         self._resolved = True
-
-    def _adopt(self, estimator: HypergradEstimator) -> None:
-        if estimator is not self._asked:
-            pack_estimator(estimator)  # refuses what a checkpoint could not hold
-            if estimator.lookback:
-                check_supported(self.inner)
-        self.estimator = estimator
-        if self._every_is_open:
-            self.outer_every = max(1, self._asked.lookback, estimator.lookback)
 
     def _inner_step(
         self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
@@ -356,8 +274,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
         before = rollback.level(self.inner, problem.inner_params)
         n = self._n_recorded
         if n:
-            self._window = (*self._window, self._record(g, grads, before))[-n:]
-        self._apply(self.inner, problem.inner_params, clipped)
+            keeps = keeps_grads(estimator.needs_grads, g.batches)
+            record = self._record(g, grads if keeps else {}, before)
+            self._window = (*self._window, record)[-n:]
+        apply_gradients(self.inner, problem.inner_params, clipped)
         self._last = g.batches
         self.n_inner_steps += 1
         self._opt_called = True  # what torch's schedulers look for
@@ -416,7 +336,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._warned = self._warned or bool(texts)
         audit = self._audit(result, inner_batch, outer_batch)
         rollback.level(self.outer, self.problem.outer_params)
-        self._apply(self.outer, self.problem.outer_params, result.outer_grads)
+        apply_gradients(self.outer, self.problem.outer_params, result.outer_grads)
         self._estimator_state = result.state
         self.n_outer_steps += 1
         return StepReport(
@@ -448,132 +368,3 @@ class BilevelOptimizer(torch.optim.Optimizer):
             )
             warnings.warn(msg, NumericalWarning, stacklevel=5)
         return audit
-
-    @staticmethod
-    def _apply(optimizer: torch.optim.Optimizer, params: Params, grads: Params) -> None:
-        """Step one level on these gradients; `.grad` is left alone."""
-        own = [p for group in optimizer.param_groups for p in group["params"]]
-        names = {id(p): name for name, p in params.items()}
-        held = [p.grad for p in own]
-        try:
-            for p in own:
-                p.grad = grads[names[id(p)]].to(p.dtype)
-            optimizer.step()
-        finally:
-            for p, grad in zip(own, held, strict=True):
-                p.grad = grad
-
-    @contextmanager
-    def _whole(self) -> Iterator[Rollback]:
-        """Run the block; where it raises, make everything what it was before it."""
-        if self._rollback is not None:  # the outer part of `step`
-            yield self._rollback
-            return
-        held = {name: getattr(self, name) for name in _PROGRESS}
-        self._rollback = rollback = Rollback(self.problem)
-        try:
-            yield rollback
-        except BaseException:
-            rollback.undo()
-            vars(self).update(held)
-            # Values that were copied back void a graph that saved them.
-            self._window = without_graphs(self._window)
-            self._link()
-            raise
-        finally:
-            self._rollback = None
-
-    # -- torch.optim.Optimizer ------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: which tensors there are is the problem's to say.
-
-        Args:
-            param_group: the group.
-
-        Raises:
-            ValueError: always, once constructed.
-        """
-        if not self._constructing:
-            msg = (
-                "parameters of a BilevelOptimizer come from its problem, which is fixed."
-                " Make the groups in inner_optimizer and outer_optimizer before."
-            )
-            raise ValueError(msg)
-        super().add_param_group(param_group)
-
-    def _link(self) -> None:
-        self.inner.param_groups = self.param_groups[: self._inner_groups]
-        self.outer.param_groups = self.param_groups[self._inner_groups :]
-        self.inner.state = self.outer.state = self.state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that an exact resume needs, in plain containers.
-
-        Returns:
-            torch's own layout, and under `"bilevel"` the counters, the recorded inner
-            steps with their batches and random states, and the estimator's state.
-        """
-        out = super().state_dict()
-        chosen = self.estimator is not self._asked
-        out["bilevel"] = {
-            "estimator": type(self._asked).__name__,
-            "chosen": pack_estimator(self.estimator) if chosen else None,
-            "resolved": self._resolved,
-            "n_inner_steps": self.n_inner_steps,
-            "n_outer_steps": self.n_outer_steps,
-            "n_skipped": self.n_skipped,
-            "outer_frozen": self.outer_frozen,
-            "window": [pack_step(s) for s in self._window],
-            "last": pack_batches(self._last),
-            "estimator_state": dict(self._estimator_state),
-        }
-        return out
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; nothing changes where it does not fit.
-
-        Args:
-            state_dict: from an optimizer over the same problem with the same estimator.
-
-        Raises:
-            ValueError: it comes from another kind of optimizer, estimator or problem.
-        """
-        levels = [g["level"] for g in self.param_groups]
-        saved = check_saved(state_dict, self._asked, levels)
-        window = unpack_steps(saved["window"], self.problem.inner_params)
-        with self._whole():
-            super().load_state_dict(dict(state_dict))
-            self._link()
-            chosen = saved.get("chosen")
-            self._adopt(self._asked if chosen is None else unpack_estimator(chosen))
-            self._resolved = saved.get("resolved", True)
-            self.n_inner_steps = saved["n_inner_steps"]
-            self.n_outer_steps = saved["n_outer_steps"]
-            self.n_skipped = saved["n_skipped"]
-            self.outer_frozen = saved["outer_frozen"]
-            n = self._n_recorded
-            self._window = window[-n:] if n else ()
-            self._last = unpack_batches(saved["last"])
-            self._estimator_state = dict(saved["estimator_state"])
-            for parameter in self.problem.outer_params.values():
-                parameter.requires_grad_(not self.outer_frozen)
-
-
-_PROGRESS = (
-    "estimator",
-    "outer_every",
-    "n_inner_steps",
-    "n_outer_steps",
-    "n_skipped",
-    "outer_frozen",
-    "param_groups",
-    "state",
-    "_window",
-    "_estimator_state",
-    "_last",
-    "_resolved",
-    "_warned",
-    "_warned_of_audit",
-)
-"""Attributes that a step or a checkpoint replaces, never changing the old value."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from hypergrad import rng, tree
 from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.distributed import world_size
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import InnerGraph, Tally, gradients
 from hypergrad.rules import Rule, State
 from hypergrad.tree import Params
 
-__all__ = ["InnerStep", "take_steps"]
+__all__ = ["InnerStep", "keeps_grads", "take_steps", "with_grads"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class InnerStep:
         micro_batches: the data, each with its weight, random state and attention
             backend.
         grads: ∂g/∂w as it entered the rule: weighted sums, unscaled, before clipping.
+            Empty where it was not kept; `with_grads` computes it again.
         rule: what the optimizer did with it.
         outer_grads: the by-product ∂g/∂λ, where it was asked for.
         graph: the graph of `grads`, where it was kept; used once.
@@ -53,6 +55,7 @@ def take_steps(
     *,
     state: State | None = None,
     tally: Tally | None = None,
+    grads: bool = True,
     byproduct: bool = False,
 ) -> tuple[list[InnerStep], Params]:
     """Take virtual inner steps from the present w, and leave the problem as it was.
@@ -63,6 +66,7 @@ def take_steps(
         rule: what a step does.
         state: optimizer state to start from; None for a fresh optimizer.
         tally: counts the evaluations.
+        grads: whether ∂g/∂w is needed on record; see `keeps_grads`.
         byproduct: whether to record ∂g/∂λ too.
 
     Returns:
@@ -96,9 +100,39 @@ def take_steps(
             )
             with problem.at(w):
                 g = gradients(problem, "inner", micro, tally, outer=byproduct)
-            grads = g.inner or {}
+            found = g.inner or {}
+            kept = found if keeps_grads(grads, micro) else {}
             records.append(
-                InnerStep(w, lam, state, micro, grads, rule, outer_grads=g.outer)
+                InnerStep(w, lam, state, micro, kept, rule, outer_grads=g.outer)
             )
-            w, state = rule.apply(w, state, grads)
+            w, state = rule.apply(w, state, found)
     return records, w
+
+
+def keeps_grads(needed: bool, batches: Sequence[MicroBatch]) -> bool:
+    """Return whether a step's gradient is worth keeping on record.
+
+    Args:
+        needed: whether the estimator reads it from there.
+        batches: what the step was taken on.
+
+    Returns:
+        True also where it would cost to have it again: a forward and a backward pass for
+        each of several micro-batches, or a message to the other ranks.
+    """
+    return needed or len(batches) > 1 or world_size() > 1
+
+
+def with_grads(problem: BilevelProblem, step: InnerStep, tally: Tally) -> InnerStep:
+    """Return the step with its gradient, computed again where it was not kept.
+
+    Args:
+        problem: the problem; it is left as it was.
+        step: the record.
+        tally: counts the evaluations.
+    """
+    if step.grads:
+        return step
+    with problem.at(step.inner_params, step.outer_params):
+        g = gradients(problem, "inner", step.micro_batches, tally, outer=False)
+    return replace(step, grads=g.inner or {})

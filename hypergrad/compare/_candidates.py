@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from hypergrad.errors import HypergradError, SolveError
 from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
 from hypergrad.estimators import FirstOrder, make_estimator
 from hypergrad.problem import BilevelProblem
+from hypergrad.products import Tally
 from hypergrad.reference import choose_reference
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, with_grads
 from hypergrad.tree import Params
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "read_estimators",
     "read_steps",
     "solve_reference",
+    "with_needed_grads",
 ]
 
 
@@ -121,6 +123,23 @@ def read_steps(given: Sequence[InnerStep] | None) -> tuple[InnerStep, ...] | Non
             )
             raise TypeError(msg)
     return tuple(_without_graph(step) for step in given)
+
+
+def with_needed_grads(
+    problem: BilevelProblem,
+    steps: tuple[InnerStep, ...] | None,
+    estimators: Iterable[HypergradEstimator],
+) -> tuple[InnerStep, ...] | None:
+    """Return the records as an optimizer would make them for these estimators.
+
+    One that reads the steps' gradients is then not charged for those that the records
+    of another were spared.
+    """
+    n = max((e.lookback for e in estimators if e.needs_grads), default=0)
+    if not n or steps is None:
+        return steps
+    last = (with_grads(problem, step, Tally()) for step in steps[-n:])
+    return (*steps[:-n], *last)
 
 
 def _without_graph(step: InnerStep) -> InnerStep:

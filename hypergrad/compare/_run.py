@@ -18,6 +18,7 @@ from hypergrad.compare._candidates import (
     read_estimators,
     read_steps,
     solve_reference,
+    with_needed_grads,
 )
 from hypergrad.compare._distance import cosine_of, error_of, indirect_share
 from hypergrad.compare._measure import collected, left_alone, peak_bytes, seconds_of
@@ -107,7 +108,9 @@ def compare_estimators(
         _Candidate(label, estimator)
         for label, estimator in read_estimators(estimators).items()
     ]
-    records = read_steps(steps)
+    records = with_needed_grads(
+        problem, read_steps(steps), (c.estimator for c in candidates)
+    )
     devices = sorted({t.device for t in problem.tensors}, key=str)
     data = _Data(problem, inner_batch, outer_batch, records)
     # One for each estimator and pass, one inner gradient for each pass but that of bytes.

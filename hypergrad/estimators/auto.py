@@ -102,6 +102,16 @@ class Auto(HypergradEstimator):
         return self.chosen.order if self.chosen else 1
 
     @property
+    def has_indirect(self) -> bool:
+        """That of the choice; True before it is made."""
+        return self.chosen is None or self.chosen.has_indirect
+
+    @property
+    def needs_grads(self) -> bool:
+        """That of the choice; True before it is made."""
+        return self.chosen is None or self.chosen.needs_grads
+
+    @property
     def needs_byproduct(self) -> bool:
         """That of the choice."""
         return self.chosen is not None and self.chosen.needs_byproduct

@@ -43,6 +43,11 @@ class FirstOrder(HypergradEstimator):
         """First derivatives suffice."""
         return 1
 
+    @property
+    def has_indirect(self) -> bool:
+        """None: ∂f/∂w would be computed for nothing."""
+        return False
+
     def indirect(self, point: Point) -> Indirect:
         """Return zeros."""
         return Indirect(tree.zeros_like(point.problem.outer_params))

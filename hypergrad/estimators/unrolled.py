@@ -28,7 +28,7 @@ class Unrolled(HypergradEstimator):
     Exact for K steps of the real optimizer: momentum, Adam's moments, decay, clipping
     and changing learning rates included. The graph in memory is that of one step
     whatever K is: it is built again from a copy of w, used once and freed. Each of the K
-    records keeps copies of w, its moments and its gradient, which is little for adapters
+    records keeps copies of w and the optimizer's moments, which is little for adapters
     and counts where a large head is trained. Cost: 2 to 2.5 inner gradients for each
     step.
 
@@ -80,6 +80,11 @@ class Unrolled(HypergradEstimator):
         return self.num_steps
 
     @property
+    def needs_grads(self) -> bool:
+        """The graph that each product is taken from has the step's gradient."""
+        return False
+
+    @property
     def reuses_graph(self) -> bool:
         """One step back is the inner step's own graph."""
         return self.num_steps == 1
@@ -94,13 +99,15 @@ class Unrolled(HypergradEstimator):
         total = tree.zeros_like(point.problem.outer_params)
         unused = set(point.problem.outer_params)
         for back, step in enumerate(reversed(point.steps), start=1):
-            pulled = check_finite(
-                step.rule.pullback(
-                    step.inner_params, step.state, step.grads, w_bar, state_bar
-                )
-            )
             oldest = back == len(point.steps)
             with point.product_at(step) as product:
+                grads = step.grads or product.gradient()
+                pulled = check_finite(
+                    step.rule.pullback(
+                        step.inner_params, step.state, grads, w_bar, state_bar
+                    )
+                )
+                del grads  # the product is what takes most memory
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
             unused &= point.unused
             total = tree.add(total, mixed)

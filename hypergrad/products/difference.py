@@ -217,7 +217,8 @@ class FiniteDifference(Product):
     def _start(self, inner: bool, outer: bool) -> Params:
         known = self._base
         if known is None or (inner and not known[0]) or (outer and not known[1]):
-            g = self._here(inner, outer)
+            # λ in any case: the mixed product that ends a solve starts from here too.
+            g = self._here(inner, True)
             known = self._base = (g.inner or {}, g.outer or {})
         return {**(known[0] if inner else {}), **(known[1] if outer else {})}
 

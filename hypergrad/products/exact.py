@@ -28,7 +28,7 @@ from hypergrad.products.evaluation import (
     recording,
     replay,
 )
-from hypergrad.products.gradients import InnerGraph, inner_graph
+from hypergrad.products.gradients import InnerGraph, gradients, inner_graph
 from hypergrad.tree import Params
 
 __all__ = ["DoubleBackward", "ForwardOverReverse", "Product"]
@@ -78,6 +78,11 @@ class Product(ABC):
         Raises:
             NonFiniteError: the direction, the loss or a product is NaN or infinite.
         """
+
+    def gradient(self) -> Params:
+        """Return ∂g/∂w, averaged over ranks; same keys and shapes as `inner_params`."""
+        g = gradients(self.problem, "inner", self.batches, self.tally, outer=False)
+        return g.inner or {}
 
     def hvp(self, direction: Params) -> Params:
         """Return (∂²g/∂w²) `direction`."""
@@ -197,6 +202,19 @@ class DoubleBackward(Product):
         if outer:
             self.unused = set(self.problem.outer_params) - used
         return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
+
+    def gradient(self) -> Params:
+        """Return ∂g/∂w, for nothing where it is that of the next product's graph."""
+        if len(self.batches) != 1:
+            return super().gradient()
+        micro = replace(self.batches[0], attention="math")
+        w = self.problem.inner_params
+        with recording(), replay(self.problem, micro):
+            if self._graph is None:
+                self._graph = inner_graph(self.problem, micro, self.tally)
+            parts = [self._graph.grads[name] for name in w]
+            sums = accumulate([], parts, list(w.values()), micro.weight)
+        return average(dict(zip(w, sums, strict=True)))
 
     def hvps(self, directions: Params) -> Params:
         """Return several products from one vmapped backward pass, a few at a time."""

@@ -184,7 +184,8 @@ def test_w_unused_by_the_outer_loss_has_no_indirect_term(name: str) -> None:
     result = run(name, problem)
     assert torch.equal(result.outer_grads["l"], result.direct["l"])
     assert not result.indirect["l"].any()
-    assert "outer_loss: w" in result.info.unused
+    if name != "first-order":  # which does not ask for ∂f/∂w
+        assert "outer_loss: w" in result.info.unused
 
 
 @every
@@ -201,7 +202,8 @@ def test_part_of_w_unused_is_zeros(name: str) -> None:
     plain, more = run(name, build()), run(name, build(idle=leaf(1.0, 2.0, 3.0)))
     if name != "neumann":  # its scale is learned along v, whatever its size
         assert error(more.outer_grads, plain.outer_grads) < tol(F64, 1e3)
-    assert "outer_loss: idle" in more.info.unused
+    if name != "first-order":
+        assert "outer_loss: idle" in more.info.unused
 
 
 @every_with_inner
