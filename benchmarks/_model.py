@@ -23,6 +23,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
     "implicit": [],
 }
+# What is adapted, and PEFT's name of the task: with SEQ_CLS the head is trained too.
+ADAPTED = {
+    "roberta": (["query", "value"], "SEQ_CLS"),
+    "llama": (["q_proj", "v_proj"], "CAUSAL_LM"),
+}
 
 warnings.filterwarnings(
     "ignore", "`is_gradient_checkpointing`", FutureWarning
@@ -50,16 +55,22 @@ def roberta(layers: int, tokens: int, attention: str) -> nn.Module:
 def with_adapter(base: nn.Module, rank: int, *, dora: bool) -> nn.Module:
     """Return a PEFT model in training mode; it shares the weights of `base`."""
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    targets, task = ADAPTED[family(base)]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         use_dora=dora,
-        target_modules=["query", "value"],
-        task_type="SEQ_CLS",  # the head is trained too
+        target_modules=targets,
+        task_type=task,
     )
     torch.manual_seed(0)
     return get_peft_model(copy.deepcopy(base, shared), config).train()
+
+
+def family(model: Any) -> str:
+    """Return transformers' name for the kind of a model: roberta, llama."""
+    return model.config.model_type
 
 
 def draw_batch(examples: int, tokens: int, seed: int) -> dict[str, Tensor]:

@@ -1,266 +1,252 @@
-"""What does one BiDoRA iteration cost over one PEFT LoRA step?
+"""What does one BiDoRA iteration cost over one LoRA or DoRA step?
 
     python -m benchmarks.step_cost
 
-from the root of the repository; about five minutes on one core. Writes
-benchmarks/results/step_cost.json and docs/images/benchmarks/step_cost.png.
+from the root of the repository; about eight minutes on one core. Writes
+benchmarks/results/step_cost.json and docs/images/benchmarks/step_cost.png. It leaves out
+the dear estimators (cg, neumann, nystrom), K = 5 of unrolled and auto, which
+`--estimators all` measures too, in every third round: a quarter of an hour.
+
+    python -m benchmarks.step_cost --shape llama-2-7b --device cuda
+
+takes a model of published shape with random weights in bfloat16 (adapters in float32, as
+PEFT makes them) in place of two layers of RoBERTa-base's width, and writes
+step_cost_llama-2-7b.json and .png. A contender that runs out of memory is recorded as
+such, and the others go on.
 
 An iteration is an inner and an outer step on batches of equal size, with an outer step
 after every inner one (`outer_every=1`, which is the dearest setting: k divides all but
 the inner step by k). `unrolled` with K steps looks back at K of them and so takes an
 outer step after every K: what is reported is a K-th of K inner steps and one outer step.
+The economical recipe likewise: a quarter of four inner steps and one outer step, which
+has the recipe's smaller batches.
 
-All contenders have the same frozen weights (RoBERTa-base's width, random), adapters on
-query and value, a trained head and AdamW. They run in one process, one after the other
-in every round, and each is divided by the LoRA step *of the same round*.
+All contenders share the frozen weights, with adapters on query and value and AdamW, and
+a classifier's head is trained. They run in one process, in rotated order, and each is
+divided by the LoRA step and by the exact-DoRA step *of the same round*. Memory is that
+of one iteration on its own: the most bytes of tensors held at once, beyond those that
+were held before it (weights, optimizer state).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import statistics
+import gc
+import math
+import shlex
+import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from torch import nn
 from tqdm import tqdm
 
-from benchmarks import _model
-from benchmarks._common import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    Contender,
-    add_model_arguments,
-    done,
-    model_title,
-    new_figure,
-    paired_ratios,
-    plain_axes,
-    save_picture,
-    time_in_rotation,
-    write_result,
-)
-from bidora import BiDoRAOptimizer, use_exact_dora
-from hypergrad import NumericalWarning, make_estimator
+from benchmarks import _model, _shapes, _step_picture
+from benchmarks._common import add_model_arguments, done, write_result
+from benchmarks._step_report import SETTING, judge, report, summarise
+from benchmarks._step_rows import DEAR, PLAIN, Batch, Row, bidora_rows, plain_row
+from hypergrad import NumericalWarning, estimator_names
+from hypergrad.compare._measure import collected, peak_bytes
 
-QUESTION = "What does one BiDoRA iteration cost over one PEFT LoRA step?"
-BASELINE = "PEFT LoRA step"
-PLAIN_STEPS = 3  # one training step alone is too short to time well
+QUESTION = "What does one BiDoRA iteration cost over one LoRA or DoRA step?"
+MIN_SECONDS = 2.0  # a shorter run is repeated within its round
+DEAR_EVERY = 3  # rounds from one timing of a dear estimator to the next
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", NumericalWarning)  # reasons go into the JSON
-    base = _model.roberta(arguments.layers, arguments.tokens, arguments.attention)
-    # Other data at every step, so that no contender trains itself into another regime.
-    batches = [
-        _model.draw_batch(arguments.batch, arguments.tokens, seed) for seed in range(16)
-    ]
-    rows = plain_rows(base, arguments.rank, batches)
-    for label, name, settings in _model.estimator_variants():
-        rows.append(bidora_row(base, arguments.rank, batches, label, name, settings))
-    contenders = [row.pop("contender") for row in rows]
-    with tqdm(total=(arguments.rounds + 1) * len(rows), unit="run") as bar:
-        time_in_rotation(contenders, arguments.rounds, bar)
-    lora = contenders[0]
-    for row, contender in zip(rows, contenders, strict=True):
-        row["ratio"] = paired_ratios(contender.seconds, lora.seconds)
-        row["seconds"] = contender.seconds
-        row.update(contender.note)
-    rows.sort(key=lambda row: row["ratio"]["median"])
-    report(rows)
+    device = torch.device(arguments.device)
+    base = make_base(arguments, device)
+    examples = arguments.batch
+    batches = _shapes.make_batches(base, examples, arguments.tokens, device, 16)
+    makers: dict[str, Callable[[], Row]] = {
+        name: partial(plain_row, base, arguments.rank, name) for name in PLAIN
+    }
+    chosen = bidora_rows(base, arguments.rank, examples, arguments.estimators)
+    makers.update(dict(chosen))
+    rows: list[Row] = []
+    with tqdm(total=len(makers) * (arguments.rounds + 1), unit="run") as bar:
+        for name, make in makers.items():
+            bar.set_postfix_str(name)
+            rows.append(prepare(name, make, batches, device))
+            free(device)
+            bar.update()
+        time_in_rounds(rows, arguments.rounds, batches, device, bar)
+    results = summarise(rows, examples * arguments.tokens)
+    report(results)
+    name = "step_cost" + (f"_{arguments.shape}" if arguments.shape else "")
+    more: dict[str, Any] = {}
+    setting = {name: getattr(arguments, name) for name in SETTING}
+    if not arguments.shape and setting == SETTING:
+        more["targets"] = judge(results)
     written = write_result(
-        "step_cost",
+        name,
         QUESTION,
         vars(arguments),
         torch.get_num_threads(),
-        rows,
-        unit="seconds of an iteration over those of the PEFT LoRA step of the same round",
+        results,
+        command=shlex.join(["python", "-m", "benchmarks.step_cost", *sys.argv[1:]]),
+        device=device_name(device),
+        base_parameters=sum(p.numel() for p in base.parameters()),
+        unit="seconds of an iteration (on one thread of a CPU those that it worked, beside "
+        "those of the wall clock), and ratios to those of the step of the same round; "
+        "most bytes of tensors held at once beyond those before the iteration; tokens of "
+        "inner batches a second",
+        **more,
     )
-    done(written, picture(rows, arguments))
+    done(written, _step_picture.draw(results, name, title(arguments, device)))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     add_model_arguments(parser)
+    parser.set_defaults(layers=None, batch=16, tokens=128)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument(
+        "--shape",
+        choices=tuple(_shapes.SHAPES),
+        help="a published shape at full depth, or with --layers of its layers; without "
+        "it, 2 layers of RoBERTa-base's width with a vocabulary of 1,000",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the base weights; bfloat16 with --shape, else float32",
+    )
+    parser.add_argument(
+        "--estimators",
+        nargs="+",
+        choices=("all", *estimator_names()),
+        metavar="NAME",
+        help="those to measure, or all; without it, all but the dear ones",
+    )
     parser.add_argument(
         "--attention",
         choices=("sdpa", "eager"),
         default="sdpa",
         help="attention implementation of the model; sdpa is transformers' default",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.shape else "float32")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: torch finds no CUDA device.")
+    return arguments
 
 
-def plain_rows(
-    base: torch.nn.Module, rank: int, batches: list[Any]
-) -> list[dict[str, Any]]:
-    """Return training without an outer level: LoRA, PEFT's DoRA, exact DoRA."""
-    exact = _model.with_adapter(base, rank, dora=True)
-    use_exact_dora(exact)
-    models = {
-        BASELINE: _model.with_adapter(base, rank, dora=False),
-        "PEFT DoRA step": _model.with_adapter(base, rank, dora=True),
-        "exact DoRA step": exact,
-    }
-    rows = []
-    for name, model in models.items():
-        own = [p for p in model.parameters() if p.requires_grad]
-        run = functools.partial(
-            train, model, torch.optim.AdamW(own, lr=1e-3, weight_decay=0.0), batches
+def make_base(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.shape:
+        return _shapes.make_model(
+            arguments.shape, arguments.layers, arguments.attention, dtype, device
         )
-        rows.append(
-            {
-                "name": name,
-                "kind": "training step",
-                "trainable": sum(p.numel() for p in own),
-                "contender": Contender(name, run, PLAIN_STEPS),
-            }
-        )
-    return rows
+    arguments.layers = arguments.layers or 2
+    base = _model.roberta(arguments.layers, arguments.tokens, arguments.attention)
+    return base.to(device, dtype)
 
 
-def train(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Any],
-    turn: int,
-) -> dict[str, Any]:
-    for k in range(PLAIN_STEPS):
-        optimizer.zero_grad()
-        model(**pick(batches, turn, k)).loss.backward()
-        optimizer.step()
-    return {}
-
-
-def pick(batches: list[Any], turn: int, step: int) -> Any:
-    """Return a batch; in the warm-up its first example, which makes all state too."""
-    batch = batches[(turn + step) % len(batches)]
-    return batch if turn else {name: tensor[:1] for name, tensor in batch.items()}
-
-
-def bidora_row(
-    base: torch.nn.Module,
-    rank: int,
-    batches: list[Any],
-    label: str,
+def prepare(
     name: str,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Return a BiDoRA iteration with one estimator."""
-    estimator = make_estimator(name, **settings)
-    every = max(1, estimator.lookback)
-    model = _model.with_adapter(base, rank, dora=True)
-    opt = BiDoRAOptimizer(model, estimator, outer_every=every, outer_warmup=0)
-
-    def iterate(turn: int) -> dict[str, Any]:
-        report = None
-        for k in range(every):
-            report = opt.step(pick(batches, turn, k), pick(batches, turn, k + 1))
-        if report is None or report.info is None:
-            why = report.skipped if report else None
-            raise RuntimeError(f"{label} took no outer step: {why}")
-        info = report.info
-        counts = {n: getattr(info, n) for n in ("n_forward", "n_backward", "n_hvp")}
-        # Its order too: `auto` has one where it has chosen.
-        found = {"per_outer_step": counts, "reason": info.reason}
-        return {**found, "order": opt.estimator.order}
-
-    return {
-        "name": label,
-        "kind": "BiDoRA iteration",
-        "estimator": name,
-        "estimator_settings": settings,
-        "outer_every": every,
-        "trainable": sum(p.numel() for p in opt.problem.tensors),
-        "contender": Contender(label, iterate, every),
-    }
+    make: Callable[[], Row],
+    batches: list[Batch],
+    device: torch.device,
+) -> Row:
+    """Return a row that is warmed up and whose memory is known."""
+    row = Row(name, "not made", lambda *_: {}, 1, {})
+    with failures_of(row):
+        made = make()
+        row.kind, row.facts = made.kind, made.facts
+        few = [{n: t[:4] for n, t in batch.items()} for batch in batches]
+        made.run(few, 0)  # makes all state
+        with collected():
+            start = now(device)
+            made.peak_bytes = peak_bytes(partial(made.run, batches, 0), [device])
+            taken = now(device) - start
+        made.repeats = min(50, math.ceil(MIN_SECONDS / taken))
+        row = made
+    return row
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':24} ratio to LoRA [min, max]     seconds   F  B  HVP of an outer step")
-    for row in rows:
-        ratio, counts = row["ratio"], row.get("per_outer_step", {})
-        seconds = statistics.median(row["seconds"])
-        print(
-            f"{row['name']:24} {ratio['median']:6.2f} [{ratio['min']:.2f}, "
-            f"{ratio['max']:.2f}]".ljust(52),
-            f"{seconds:8.3f} ",
-            *(f"{n:3d}" for n in counts.values()),
-        )
+def time_in_rounds(
+    rows: list[Row], rounds: int, batches: list[Batch], device: torch.device, bar: Any
+) -> None:
+    """Time each row once in every round, the dear ones in every third.
+
+    The order is rotated from round to round, so that a slow phase of the machine, or
+    what a contender leaves in the caches, does not always hit the same neighbour.
+    """
+    for turn in range(rounds):
+        shift = turn * len(rows) // rounds
+        for row in [*rows[shift:], *rows[:shift]]:
+            bar.set_postfix_str(row.name)
+            bar.update()
+            if row.failure or (row.name in DEAR and turn % DEAR_EVERY):
+                continue
+            with failures_of(row), collected():
+                start, start_wall = now(device), time.perf_counter()
+                for k in range(row.repeats):
+                    row.note = row.run(batches, turn * row.repeats + k)
+                per = row.repeats * row.iterations
+                row.seconds[turn] = (now(device) - start) / per
+                row.wall[turn] = (time.perf_counter() - start_wall) / per
+            if row.failure:
+                free(device)
 
 
-def picture(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> Any:
-    colours = {0: GREY, 1: BLUE, 2: ORANGE}
-    figure = new_figure(10, 1.5 + 0.33 * len(rows))
-    axes, table = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1.35])
-    columns = {"n_forward": "forward", "n_backward": "backward", "n_hvp": "HVP"}
-    for y, row in enumerate(rows):
-        colour, ratio = colours[row.get("order", 0)], row["ratio"]
-        axes.plot([ratio["min"], ratio["max"]], [y, y], color=colour, lw=3, alpha=0.35)
-        axes.plot(ratio["median"], y, "o", color=colour, ms=7)
-        axes.annotate(
-            f"{ratio['median']:.2f}"
-            if ratio["median"] < 10
-            else f"{ratio['median']:.1f}",
-            (ratio["max"], y),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            color=INK,
-        )
-        for key, count in row.get("per_outer_step", {}).items():
-            x = list(columns).index(key)
-            table.text(x, y, str(count), ha="center", va="center", color=INK)
-    axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    low = min(row["ratio"]["min"] for row in rows)
-    top = max(row["ratio"]["max"] for row in rows)
-    axes.set_xscale("log")
-    axes.set_xlim(min(0.85, low * 0.95), top * 1.5)
-    marks = [
-        t for t in (0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50) if t < top * 1.5
-    ]
-    axes.xaxis.set_major_locator(FixedLocator(marks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(
-        "time of one iteration, in PEFT LoRA steps (log scale)\n"
-        f"dot: median, bar: range over {arguments.rounds} rounds"
-    )
-    plain_axes(axes, "x")
-    axes.axvline(1, color=GREY, lw=1)
-    table.set_xlim(-0.5, len(columns) - 0.5)
-    table.set_xticks(range(len(columns)), columns.values(), fontsize=9)
-    table.set_title("in one outer step", fontsize=9, color=GREY)
-    table.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
-    table.tick_params(axis="both", labelleft=False, labelcolor=GREY)
-    table.spines[:].set_visible(False)
-    kinds = ("training step, no outer level", "first derivatives", "second derivatives")
-    axes.legend(
-        handles=[
-            Line2D([], [], ls="", marker="o", ms=7, color=c, label=kind)
-            for c, kind in zip(colours.values(), kinds, strict=True)
-        ],
-        loc="upper right",
-        facecolor="white",
-        edgecolor="none",
-        framealpha=1,
-    )
-    figure.suptitle(f"One BiDoRA iteration: {model_title(arguments)}")
-    return save_picture(figure, "step_cost")
+def now(device: torch.device) -> float:
+    """Return seconds; on one thread of a CPU, those that it worked for this process.
+
+    These do not count what other processes take of the core.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
-def row_label(row: dict[str, Any]) -> str:
-    every = row.get("outer_every", 1)
-    return row["name"] + (f" (outer step every {every})" if every > 1 else "")
+@contextmanager
+def failures_of(row: Row) -> Iterator[None]:
+    """Record that the block failed, and go on; Ctrl-C and faults of Python get through."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row.failure = "out of memory"
+    except RuntimeError as error:  # our own errors too, such as of a second derivative
+        row.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    if row.failure:
+        row.run = lambda *_: {}  # lets go of model and optimizer
+
+
+def free(device: torch.device) -> None:
+    """Give the memory of what is gone back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def title(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Return what was measured, in a line."""
+    layers = f"{arguments.layers} layer" + "s" * (arguments.layers != 1)
+    if arguments.shape is None:
+        model = f"RoBERTa-base width, {layers}"
+    else:
+        model = arguments.shape + (f", {layers}" if arguments.layers else "")
+    threads = f"{arguments.threads} thread" + "s" * (arguments.threads != 1)
+    where = device_name(device) if device.type == "cuda" else threads
+    size = f"{arguments.batch} × {arguments.tokens} tokens"
+    return f"{model}, {arguments.dtype}, {size}, {where}"
 
 
 if __name__ == "__main__":
