@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-__all__ = ["frozen_new_head", "trainable_base_weights"]
+__all__ = ["frozen_new_head", "trainable_base_weights", "use_one_device"]
 
 _ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
 
@@ -57,3 +59,9 @@ def frozen_new_head(model: nn.Module) -> list[str]:
         and ".original_module." not in name
         and not getattr(p, "_is_hf_initialized", False)
     ]
+
+
+def use_one_device(args: Any) -> None:
+    """Let a Trainer use the first GPU where there are several, without DataParallel."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1

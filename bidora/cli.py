@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bidora.comparison_options import add_estimators_parser
 from bidora.errors import UserError
 from bidora.options import add_train_parser
+from bidora.resume import settings_of_run
 from bidora.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -55,14 +56,16 @@ def _train(options: dict[str, Any]) -> int:
         options["estimator_settings"] = _pairs(
             options["estimator_settings"], "--estimator-setting"
         )
-    settings = TrainSettings.from_options(**options)
+    resume = options.pop("resume", False)
+    make = settings_of_run if resume else TrainSettings.from_options
+    settings = make(**options)
     from bidora.progress import ProgressListener
     from bidora.training import train
 
     listener = ProgressListener(sys.stdout, sys.stderr)
     try:
         with _known_failures(), _quiet_libraries(), closing(listener):
-            result = train(settings, listener)
+            result = train(settings, listener, resume=resume)
     except KeyboardInterrupt:
         _say_error(f"bidora: stopped by Ctrl-C{listener.where(settings.output_dir)}.")
         return EXIT_INTERRUPTED

@@ -40,6 +40,7 @@ EXAMPLES = """\
 examples:
   bidora train                                    the demonstration, offline
   bidora train --method lora                      the same with LoRA, to compare
+  bidora train --resume --output-dir runs/mine    go on with a run that was stopped
   bidora train --task reviews.csv --text-column review --label-column stars
   bidora train --task glue/cola --model FacebookAI/roberta-base --steps 2000 \\
                --inner-lr 5e-4 --max-length 128
@@ -266,7 +267,7 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         metavar="{" + ",".join(RECIPES) + "}",
         help="defaults of this group: full, as the paper has it, with a step of the "
         "magnitudes after every step; economical, with every fourth, on a smaller batch, "
-        "and --steps shared out between search and a warm retraining",
+        "half of --steps for the search and two thirds for a warm retraining",
     )
     group.add_argument(
         "--estimator",
@@ -336,10 +337,17 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     add_shared_option(group, "--overwrite")
     group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the stopped run in that folder, from its last checkpoint and "
+        "with its settings",
+    )
+    group.add_argument(
         "--eval-every",
         type=int,
         metavar="N",
-        help="steps between points of the curves (default: a sixth of --steps)",
+        help="steps between points of the curves, and between checkpoints "
+        "(default: a sixth of --steps)",
     )
     group.add_argument(
         "--device",

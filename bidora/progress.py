@@ -99,5 +99,6 @@ class ProgressListener(Listener):
             return " before the training began"
         return (
             f" at step {self._step} of the {self._phase} phase; the history up to "
-            f"there is in {folder}/history.jsonl, no adapter was saved"
+            f"there is in {folder}/history.jsonl, no adapter was saved. To go on from "
+            f"the last checkpoint: bidora train --resume --output-dir {folder}"
         )

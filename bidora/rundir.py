@@ -35,20 +35,28 @@ class RunFolder:
     Args:
         path: The folder.
         overwrite: Whether an earlier run in it may be replaced.
+        resume: Whether the run in it goes on.
 
     Raises:
-        UserError: If the folder holds an earlier run, or files of something else.
+        UserError: If the folder holds an earlier run, or files of something else; with
+            `resume`, if it holds no run or a finished one.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, overwrite: bool = False, *, resume: bool = False
+    ) -> None:
         """Check the folder; nothing is written before `open`."""
         self.path = Path(path).expanduser()
+        self.resume = resume
         self._history: IO[str] | None = None
         if self.path.exists() and not self.path.is_dir():
             raise UserError(
                 f"--output-dir {self.path} is a file; name a folder that does not "
                 "exist yet."
             )
+        if resume:
+            self._check_unfinished()
+            return
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not (self.path / MARKER).is_file():
@@ -60,21 +68,39 @@ class RunFolder:
         if not overwrite:
             raise UserError(
                 f"--output-dir {self.path} holds an earlier run; name another folder, "
-                "or replace the run with --overwrite."
+                "replace the run with --overwrite, or go on with it by --resume if it "
+                "was stopped."
+            )
+
+    def _check_unfinished(self) -> None:
+        if not (self.path / MARKER).is_file():
+            raise UserError(
+                f"--resume: {self.path} holds no run of bidora; name its folder with "
+                "--output-dir, or leave out --resume."
+            )
+        if (self.path / "metrics.json").is_file():
+            raise UserError(
+                f"--resume: the run in {self.path} is finished; there is nothing left to "
+                "do. To train again, name another folder or use --overwrite."
             )
 
     def open(self) -> None:
         """Make the folder and remove an earlier run's files from it.
+
+        A run that goes on keeps its files.
 
         Raises:
             UserError: If the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in self._files_of_earlier_run():
-                (self.path / name).unlink(missing_ok=True)
+            if not self.resume:
+                for name in self._files_of_earlier_run():
+                    (self.path / name).unlink(missing_ok=True)
+                self.remove_checkpoints()
             shutil.rmtree(self._staging, ignore_errors=True)
-            self._history = (self.path / "history.jsonl").open("w", encoding="utf-8")
+            mode = "a" if self.resume else "w"
+            self._history = (self.path / "history.jsonl").open(mode, encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"--output-dir {self.path} cannot be written ({error.strerror}); name "
@@ -94,9 +120,47 @@ class RunFolder:
         self._history.write(json.dumps(record) + "\n")
         self._history.flush()
 
+    def cut_history(self, reached: tuple[str, int] | None) -> list[dict[str, Any]]:
+        """Forget what was recorded after a checkpoint, which the run will do again.
+
+        Args:
+            reached: Phase and step of the checkpoint; None to forget everything.
+
+        Returns:
+            The records that stay.
+        """
+        self.close()
+        path = self.path / "history.jsonl"
+        kept: list[dict[str, Any]] = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was stopped
+            if reached is None:
+                break
+            phase, step = reached
+            if entry["phase"] == phase and entry.get("step", step + 1) > step:
+                break
+            kept.append(entry)
+        self._replace("history.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        self._history = path.open("a", encoding="utf-8")
+        return kept
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer keeps its checkpoints until the run is finished."""
+        return self.path / "checkpoints"
+
+    def remove_checkpoints(self) -> None:
+        """Delete them."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.partial"
         try:
             temporary.write_text(text, encoding="utf-8")

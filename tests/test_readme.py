@@ -17,8 +17,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text("utf-8"), re.S)
 
 
+def example(mark: str) -> str:
+    """Return the one Python block that has this word in it."""
+    (found,) = [block for block in blocks("python") if mark in block]
+    return found
+
+
 def test_the_loop_is_short() -> None:
-    loop = blocks("python")[0]
+    loop = example("your_batches")
     code = [line for line in loop.splitlines() if line.strip()]
     assert "BiDoRAOptimizer" in loop
     assert len(code) < 20
@@ -38,7 +44,7 @@ def test_the_loop_and_the_loading_run(
             both = batch(["good", "really quite bad"], labels)
             yield both, both
 
-    loop, loading = blocks("python")[:2]
+    loop, loading = example("your_batches"), example("PeftModel.from_pretrained")
     names: dict[str, Any] = {"your_batches": your_batches}
     exec(compile(loop, "README loop", "exec"), names)
     assert names["report"].outer_step
@@ -57,9 +63,34 @@ def test_the_loop_and_the_loading_run(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning")
+def test_the_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    base: Any = BertForSequenceClassification(config)
+    model = get_peft_model(base, LoraConfig(use_dora=True, task_type="SEQ_CLS"))
+    rows = [{"input_ids": torch.tensor([k % 9, 3]), "labels": k % 2} for k in range(40)]
+    names: dict[str, Any] = {"model": model, "data": rows, "test": rows[:8]}
+    text = example("BiDoRATrainer").replace("max_steps=400", "max_steps=24")
+    exec(compile(text, "README trainer", "exec"), names)
+    assert names["trainer"].search_state.global_step == 12  # half of them
+    assert names["trainer"].state.global_step == 16  # two thirds
+    assert (tmp_path / "runs/mine/adapter_model.safetensors").is_file()
+
+
 def test_the_functional_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(compile(blocks("python")[2], "README example", "exec"), names)
+    exec(compile(example("penalty = torch"), "README example", "exec"), names)
     result = names["result"]
     # By hand: dw/dλ = -H⁻¹ diag(w), so df/dλ = -w ∘ H⁻¹ v.
     x, w = names["x"], names["w"].detach()
@@ -72,8 +103,8 @@ def test_the_functional_example_runs(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_comparison_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    for example in blocks("python")[2:4]:
-        exec(compile(example, "README comparison", "exec"), names)
+    for mark in ("penalty = torch", "compare_estimators"):
+        exec(compile(example(mark), "README comparison", "exec"), names)
     # w is at its minimum, and five iterations solve for five parameters, to rounding.
     assert names["found"]["cg"].indirect_error < 1e-12
     assert names["found"].recommend() in ("darts(inner_lr=0.1)", "neumann", "cg")

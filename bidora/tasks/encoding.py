@@ -35,6 +35,10 @@ class Encoded:
         """Return the number of examples."""
         return len(self.features)
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one example, unpadded, with its `labels`."""
+        return {**self.features[index], "labels": self.labels[index]}
+
     def select(self, indices: Sequence[int]) -> Encoded:
         """Return the examples at `indices`, in that order."""
         return Encoded(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from bidora.optimizer import _check_base_weights, _trainable_magnitudes
 from bidora.trainer.arguments import BiDoRAArguments
 
 __all__ = ["check_class", "check_trainer"]
@@ -58,14 +59,18 @@ def check_trainer(trainer: Any) -> None:
             "one by optim and its rates by learning_rate and outer_learning_rate."
         )
         raise ValueError(msg)
-    data = trainer.train_dataset
-    streams = isinstance(data, IterableDataset) or not hasattr(data, "__len__")
-    if streams and data is not None:
-        msg = (
-            "train_dataset has no length, so that it cannot be split or resumed "
-            "exactly. Pass a dataset with a length, such as list(dataset)."
-        )
-        raise ValueError(msg)
+    # Before anything is written, and not when the search begins.
+    _trainable_magnitudes(trainer.model)
+    _check_base_weights(trainer.model, allowed=False)
+    for name in ("train_dataset", "outer_dataset"):
+        data = getattr(trainer, name)
+        streams = isinstance(data, IterableDataset) or not hasattr(data, "__len__")
+        if streams and data is not None:
+            msg = (
+                f"{name} has no length, so that it cannot be split or resumed exactly. "
+                "Pass a dataset with a length, such as list(dataset)."
+            )
+            raise ValueError(msg)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         msg = (
             "deepspeed and fsdp shard the parameters that the search moves. Train on one "
@@ -79,6 +84,13 @@ def check_trainer(trainer: Any) -> None:
             "CUDA_VISIBLE_DEVICES to one of them."
         )
         raise ValueError(msg)
+    if args.auto_find_batch_size:
+        msg = (
+            "auto_find_batch_size=True starts a phase anew with smaller batches in the "
+            "middle of its steps, and the search cannot take its own back. Choose "
+            "per_device_train_batch_size by hand, with gradient_accumulation_steps."
+        )
+        raise ValueError(msg)
     if args.search_patience and args.eval_strategy == "no":
         msg = (
             f"search_patience={args.search_patience} counts evaluations, and "
@@ -86,12 +98,11 @@ def check_trainer(trainer: Any) -> None:
             "eval_dataset."
         )
         raise ValueError(msg)
-    if (
-        trainer.eval_dataset is not None
-        and trainer.eval_dataset is trainer.train_dataset
-    ):
-        msg = (
-            "eval_dataset is train_dataset, on which both levels train: its scores would "
-            "choose the model that overfits most. Pass other examples."
-        )
-        raise ValueError(msg)
+    for name in ("train_dataset", "outer_dataset"):
+        data = getattr(trainer, name)
+        if data is not None and trainer.eval_dataset is data:
+            msg = (
+                f"eval_dataset is {name}, which is trained on: its scores would choose "
+                "the model that overfits most. Pass other examples."
+            )
+            raise ValueError(msg)

@@ -128,7 +128,7 @@ class BiDoRAArguments:
         """Check every setting, after the other arguments have checked theirs."""
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(self.estimator_settings, str):
-            self.estimator_settings = json.loads(self.estimator_settings)
+            self.estimator_settings = _read_settings(self.estimator_settings)
         _refuse_fp16(self)
         _check_ranges(self)
         self.make_estimator()  # names and settings are its own to check
@@ -139,13 +139,9 @@ class BiDoRAArguments:
         Raises:
             ValueError: there is none of that name, or a setting is out of range.
         """
-        defaults = self._recipe()
-        name = self.estimator or defaults.get("estimator", "neumann")
-        settings = self.estimator_settings
-        if settings is None and name == defaults.get("estimator"):
-            settings = defaults.get("estimator_settings")
+        name, settings = self._estimator()
         try:
-            return make_estimator(name, **dict(settings or {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
+            return make_estimator(name, **settings)
         except TypeError as error:
             msg = f"estimator={name!r} with estimator_settings={settings!r}: {error}"
             raise ValueError(msg) from error
@@ -154,19 +150,17 @@ class BiDoRAArguments:
         """Return the settings with those filled in that were left open."""
         defaults = self._recipe()
         args: Any = self
-        estimator = self.make_estimator()
-        every = self.outer_every or defaults.get("outer_every")
+        name, estimator_settings = self._estimator()
+        lookback = self.make_estimator().lookback
         schedule = self.outer_lr_scheduler_type or args.lr_scheduler_type
         return {
-            "estimator": estimator.name,
-            "estimator_settings": dict(
-                self.estimator_settings or defaults.get("estimator_settings") or {}  # pyright: ignore[reportArgumentType, reportCallIssue]
-            ),
+            "estimator": name,
+            "estimator_settings": estimator_settings,
             "validation_fraction": self.validation_fraction,
             "outer_learning_rate": _or(self.outer_learning_rate, args.learning_rate),
             "outer_weight_decay": _or(self.outer_weight_decay, args.weight_decay),
             "outer_lr_scheduler_type": SchedulerType(schedule).value,
-            "outer_every": every or max(1, estimator.lookback),
+            "outer_every": self.given_outer_every() or max(1, lookback),
             "outer_warmup_steps": self.outer_warmup_steps,
             "per_device_outer_batch_size": self.per_device_outer_batch_size
             or defaults.get("outer_batch_size")
@@ -176,6 +170,19 @@ class BiDoRAArguments:
             "retrain": self.retrain or defaults.get("retrain", "fresh"),
             "search_patience": self.search_patience,
         }
+
+    def given_outer_every(self) -> int | None:
+        """Return `outer_every` as given, or the recipe's; None where it is open."""
+        return self.outer_every or self._recipe().get("outer_every")
+
+    def _estimator(self) -> tuple[str, dict[str, Any]]:
+        """Return its name and settings; those of a recipe go with its own alone."""
+        defaults = self._recipe()
+        name = self.estimator or defaults.get("estimator", "neumann")
+        settings: Any = self.estimator_settings
+        if settings is None and name == defaults.get("estimator"):
+            settings = defaults.get("estimator_settings")
+        return name, dict(settings or {})
 
     def _recipe(self) -> dict[str, Any]:
         args: Any = self
@@ -239,6 +246,29 @@ def arguments_of_phase(args: Any, phase: Phase) -> Any:
     return own
 
 
+def _read_settings(text: str) -> dict[str, Any]:
+    """Read settings of an estimator from JSON.
+
+    Returns:
+        The settings by name.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        msg = (
+            f"estimator_settings={text!r} is no JSON of names and values: quotes are "
+            "double, and a shell takes unprotected ones away. Pass for example "
+            "'{\"num_steps\": 5}'."
+        )
+        raise ValueError(msg)
+    return settings
+
+
 def _or(value: Any, other: Any) -> Any:
     return other if value is None else value
 
@@ -281,10 +311,15 @@ def _check_ranges(args: BiDoRAArguments) -> None:
         ("audit_every", 0),
     ):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and (not isinstance(value, int) or value < least):
             msg = f"{name}={value} must be a whole number of {least} or more."
             raise ValueError(msg)
-    for name in ("outer_learning_rate", "retrain_learning_rate", "orthogonality"):
+    for name in (
+        "outer_learning_rate",
+        "outer_weight_decay",
+        "retrain_learning_rate",
+        "orthogonality",
+    ):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
             msg = f"{name}={value} must be a finite number of 0 or more."

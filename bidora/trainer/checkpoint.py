@@ -7,23 +7,30 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase as RunningNorm
 
 from bidora.trainer.arguments import Phase
 
 __all__ = [
     "Checkpoint",
     "Progress",
+    "check_values",
+    "checkpoints_in",
     "claim_folder",
     "find_checkpoint",
+    "last_complete",
     "load_values",
+    "norm_buffers",
     "refuse_other_settings",
     "save_progress",
     "write_json",
@@ -35,6 +42,9 @@ PROGRESS_FILE = "bidora_progress.json"
 VALUES_FILE = "bidora_values.safetensors"
 SPLIT_FILE = "bidora_split.json"
 TRAINER_STATE = "trainer_state.json"
+TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""What the Trainer writes between our files and its state, which comes last."""
+
 FORMAT = 1
 
 SAME_RUN = (
@@ -43,18 +53,26 @@ SAME_RUN = (
     "adam_epsilon",
     "bf16",
     "data_seed",
+    "dataloader_drop_last",
     "gradient_accumulation_steps",
+    "greater_is_better",
+    "group_by_length",
     "label_smoothing_factor",
     "learning_rate",
+    "load_best_model_at_end",
     "lr_scheduler_kwargs",
     "lr_scheduler_type",
     "max_grad_norm",
     "max_steps",
+    "metric_for_best_model",
+    "neftune_noise_alpha",
     "num_train_epochs",
     "optim",
+    "optim_args",
     "per_device_train_batch_size",
     "seed",
     "train_sampling_strategy",
+    "warmup_ratio",
     "warmup_steps",
     "weight_decay",
     "world_size",
@@ -93,16 +111,26 @@ class Checkpoint:
     Attributes:
         path: its folder.
         progress: how far the job was.
-        finished: whether its phase took its last step.
+        step: steps of its phase that are taken.
+        finished: whether that is all of them, or the phase was ended early there.
     """
 
     path: Path
     progress: Progress
+    step: int
     finished: bool
 
 
-def settings_of(args: Any) -> dict[str, Any]:
-    """Return the settings that decide a trajectory, as JSON holds them."""
+def settings_of(
+    args: Any, train_examples: int, outer_examples: int | None
+) -> dict[str, Any]:
+    """Return what decides a trajectory and can be told in words, as JSON holds it.
+
+    Args:
+        args: the arguments of the whole job.
+        train_examples: length of the training set.
+        outer_examples: length of `outer_dataset`, where there is one.
+    """
     shared = {name: getattr(args, name) for name in SAME_RUN if hasattr(args, name)}
     retraining = {
         name: getattr(args, name)
@@ -113,7 +141,8 @@ def settings_of(args: Any) -> dict[str, Any]:
             "recipe",
         )
     }
-    settings = {**shared, **retraining, **args.bidora_settings()}
+    examples = {"train_examples": train_examples, "outer_examples": outer_examples}
+    settings = {**shared, **retraining, **args.bidora_settings(), **examples}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -165,11 +194,22 @@ def save_progress(
 
 
 def adapter_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained in either phase, by name."""
-    return {
+    """Return what moves in either phase, by name."""
+    trained = {
         name: p.detach()
         for name, p in model.named_parameters()
         if p.requires_grad or "lora_magnitude_vector" in name
+    }
+    return trained | norm_buffers(model)
+
+
+def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of BatchNorm and its kin, which forwards move."""
+    return {
+        f"{place}.{name}".lstrip("."): b
+        for place, module in model.named_modules()
+        if isinstance(module, RunningNorm)
+        for name, b in module.named_buffers(recurse=False)
     }
 
 
@@ -186,6 +226,19 @@ def write_json(path: Path, content: Any) -> None:
 # -- reading ---------------------------------------------------------------------------
 
 
+def check_values(folder: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint whose values are not those of this model.
+
+    Args:
+        folder: the checkpoint.
+        model: the model.
+
+    Raises:
+        ValueError: the model has other parameters.
+    """
+    _values(folder, model)
+
+
 def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """Put the saved values into a model.
 
@@ -199,22 +252,52 @@ def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has other parameters; nothing was changed.
     """
-    saved = load_file(str(folder / VALUES_FILE))
-    now = {n.removeprefix("now."): t for n, t in saved.items() if n.startswith("now.")}
-    own = dict(model.named_parameters())
-    unfit = sorted(n for n, t in now.items() if n not in own or own[n].shape != t.shape)
-    if unfit:
-        msg = (
-            f"{folder} holds values for {len(unfit)} parameter(s) that this model does "
-            f"not have in that shape ({', '.join(unfit[:3])}): it comes from another "
-            "model or adapter. Build the model as the first run did."
-        )
-        raise ValueError(msg)
+    now, first = _values(folder, model)
+    own = _tensors(model)
     with torch.no_grad():
         for name, value in now.items():
             own[name].copy_(value)
-    mark = "first."
-    return {n.removeprefix(mark): t for n, t in saved.items() if n.startswith(mark)}
+    return first
+
+
+def _values(
+    folder: Path, model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the values of a checkpoint and the first ones, if they fit the model."""
+    saved = load_file(str(folder / VALUES_FILE))
+    now, first = (
+        {n.removeprefix(mark): t for n, t in saved.items() if n.startswith(mark)}
+        for mark in ("now.", "first.")
+    )
+    own = _tensors(model)
+    unfit = [
+        f"{n} is {_kind(t)} there and {_kind(own.get(n))} here"
+        for n, t in sorted({**first, **now}.items())
+        if _kind(own.get(n)) != _kind(t)
+    ]
+    unfit += [
+        f"{n} is missing there and {_kind(t)} here"
+        for n, t in sorted(adapter_values(model).items())
+        if n not in now
+    ]
+    if unfit:
+        msg = (
+            f"{folder} holds other values than this model trains, {len(unfit)} of them "
+            f"({'; '.join(unfit[:3])}): it comes from another model or adapter. Build "
+            "the model as the first run did."
+        )
+        raise ValueError(msg)
+    return now, first
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **norm_buffers(model)}
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def find_checkpoint(output_dir: str, wanted: str | bool | None) -> Checkpoint | None:
@@ -235,74 +318,150 @@ def find_checkpoint(output_dir: str, wanted: str | bool | None) -> Checkpoint | 
         return None
     if wanted is not True:
         found = _read(Path(wanted))
-        if found is None:
+        if isinstance(found, str):
             msg = (
-                f"{wanted} is not a complete checkpoint of a BiDoRA run: it lacks "
-                f"{PROGRESS_FILE} or {TRAINER_STATE}. A run that was killed while it "
-                "wrote one leaves such a folder; pass an earlier one, or True."
+                f"{wanted} is not a complete checkpoint of a BiDoRA run: {found}. A run "
+                "that was killed while it wrote one leaves such a folder, and so does "
+                "save_only_model=True. Pass an earlier one, or True."
             )
             raise ValueError(msg)
         return found
-    for folder in (Path(output_dir), Path(output_dir) / "search"):
-        for path in _checkpoints(folder):
-            found = _read(path)
-            if found is not None:
-                return found
-            logger.warning("%s is not complete and is passed over", path)
+    found = last_complete(Path(output_dir))
+    if found is not None:
+        return found
     msg = (
-        f"there is no complete checkpoint in {output_dir} or its folder 'search'. Was "
-        "save_strategy 'no', or is it another folder?"
+        f"there is no complete checkpoint in {output_dir} or its folder 'search': the "
+        "run was stopped before its first one, saved none (save_strategy='no') or is in "
+        "another folder. Call train() without resume_from_checkpoint to start anew."
     )
     raise ValueError(msg)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, the last one first."""
+def last_complete(output_dir: Path) -> Checkpoint | None:
+    """Return the last complete checkpoint of a job; None where there is none."""
+    for folder in (output_dir, output_dir / "search"):
+        for path in checkpoints_in(folder):
+            found = _read(path)
+            if not isinstance(found, str):
+                return found
+            logger.warning("%s is not complete and is passed over: %s", path, found)
+    return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, complete or not, the last one first."""
     numbers = {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     }
     return [numbers[n] for n in sorted(numbers, reverse=True)]
 
 
-def _read(path: Path) -> Checkpoint | None:
-    """Read a checkpoint; None where a file of it is missing or half written."""
+def _read(path: Path) -> Checkpoint | str:
+    """Read a checkpoint; where it is not complete, return what is wrong with it."""
+    reading = TRAINER_STATE
     try:
         state = json.loads((path / TRAINER_STATE).read_text("utf-8"))
-        content = json.loads((path / PROGRESS_FILE).read_text("utf-8"))
-        if not (path / VALUES_FILE).is_file() or content.pop("format") != FORMAT:
-            return None
-        finished = state["global_step"] >= state["max_steps"]
-        return Checkpoint(path, Progress(**content), finished)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        step, steps = state["global_step"], state["max_steps"]
+        control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
+        stopped = control.get("args", {}).get("should_training_stop", False)
+        finished = step >= steps or stopped is True
+        reading = PROGRESS_FILE
+        progress = _progress(json.loads((path / PROGRESS_FILE).read_text("utf-8")))
+        reading = VALUES_FILE
+        with safe_open(path / VALUES_FILE, "pt"):
+            pass  # its header tells how long the file must be
+    except FileNotFoundError:
+        return f"there is no {reading}"
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ):
+        return f"{reading} is half written or holds something else"
+    for pattern in TRAINER_FILES:
+        files = list(path.glob(pattern))
+        if not files:
+            return f"there is no {pattern}"
+        if not all(map(zipfile.is_zipfile, files)):
+            return f"{pattern} is half written"
+    return Checkpoint(path, progress, step, finished)
 
 
-def claim_folder(output_dir: str, *, overwrite: bool) -> None:
+def _progress(content: Any) -> Progress:
+    """Return what a progress file says.
+
+    Raises:
+        ValueError: it says what no run writes.
+        TypeError: it has other keys.
+    """
+    known = isinstance(content, dict) and content.pop("format", None) == FORMAT
+    if not known:
+        msg = f"the format is not {FORMAT}"
+        raise ValueError(msg)
+    progress = Progress(**content)
+    inner, outer = progress.inner_indices, progress.outer_indices
+    counts = [progress.outer_drawn, progress.without_gain]
+    best = progress.best_held_back
+    if not (
+        progress.phase in ("search", "retrain")
+        and isinstance(progress.settings, dict)
+        and isinstance(inner, list)
+        and isinstance(outer, list)
+        and all(type(i) is int for i in [*inner, *outer, *counts])
+        and sorted([*inner, *outer]) == list(range(len(inner) + len(outer)))
+        and min(counts) >= 0
+        and (best is None or type(best) in (int, float))
+    ):
+        msg = "a value is of another kind, or the indices are no split"
+        raise ValueError(msg)
+    return progress
+
+
+def claim_folder(output_dir: str, split: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make sure that a job which starts anew destroys no other.
+
+    The split alone, as a run leaves it that is stopped before its first checkpoint, is
+    in nobody's way where this one would write the same.
 
     Args:
         output_dir: folder of the job.
+        split: what the job writes down of its split.
         overwrite: whether checkpoints of an earlier run may be deleted.
 
     Raises:
         ValueError: there is an earlier run, and it may not.
     """
     folder = Path(output_dir)
-    earlier = [*_checkpoints(folder), *_checkpoints(folder / "search")]
-    marks = [p for p in (folder / SPLIT_FILE,) if p.is_file()]
-    if not earlier and not marks:
+    earlier = [*checkpoints_in(folder), *checkpoints_in(folder / "search")]
+    mark = folder / SPLIT_FILE
+    if not earlier and (not mark.is_file() or _read_json(mark) == split):
         return
     if not overwrite:
-        shown = ", ".join(str(p) for p in (earlier or marks)[:3])
+        shown = ", ".join(str(p) for p in (earlier or [mark])[:3])
+        go_on = (
+            "Go on with it by trainer.train(resume_from_checkpoint=True), name"
+            if earlier
+            else "It has no checkpoint to go on from: name"
+        )
         msg = (
-            f"{output_dir} holds an earlier run ({shown}). Go on with it by "
-            "trainer.train(resume_from_checkpoint=True), name another output_dir, or "
-            "pass overwrite_earlier_run=True to delete it."
+            f"{output_dir} holds an earlier run ({shown}). {go_on} another output_dir, "
+            "or pass overwrite_earlier_run=True to delete it."
         )
         raise ValueError(msg)
     for path in earlier:
-        shutil.rmtree(path)
-    for path in marks:
-        path.unlink()
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    mark.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Any:
+    """Return what a file holds; None where that is no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

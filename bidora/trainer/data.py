@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
+from bidora.errors import UserError
 from bidora.tasks.base import holdout_split
 
-__all__ = ["OuterStream", "select", "split_indices"]
+__all__ = ["OuterStream", "check_outer_batch", "select", "split_indices"]
 
 LABEL_COLUMNS = ("labels", "label")
 
@@ -32,7 +33,8 @@ def split_indices(
         Sorted indices of both parts.
 
     Raises:
-        ValueError: too few examples, or a class with a single one.
+        ValueError: too few examples.
+        UserError: too few examples of a class; a ValueError too.
     """
     count = len(dataset)
     if fraction == 0:
@@ -46,19 +48,32 @@ def split_indices(
             )
             raise ValueError(msg)
         labels = [0] * count
-    return holdout_split(labels, fraction, seed)
+    try:
+        return holdout_split(labels, fraction, seed)
+    except UserError as error:
+        msg = (
+            f"{error} Labels that are numbers and no classes are told from them by being "
+            "floats; with outer_dataset, nothing is split."
+        )
+        raise UserError(msg) from error
 
 
 def _labels(dataset: Any) -> list[int] | None:
-    """Return whole-number labels where the dataset has a column of them."""
+    """Return whole-number labels where the dataset has a column or attribute of them."""
     names = getattr(dataset, "column_names", None) or ()
     for name in LABEL_COLUMNS:
-        if name not in names:
+        column = dataset[name] if name in names else getattr(dataset, name, None)
+        if not hasattr(column, "__len__") or not hasattr(column, "__getitem__"):
             continue
-        values = list(dataset[name])
-        if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        # A dataset's format may make arrays or tensors of them.
+        values = [_plain(v) for v in _plain(column)]
+        if len(values) == len(dataset) and all(type(v) is int for v in values):
             return values
     return None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def select(dataset: Any, indices: Sequence[int]) -> Any:
@@ -66,6 +81,21 @@ def select(dataset: Any, indices: Sequence[int]) -> Any:
     if hasattr(dataset, "select"):
         return dataset.select(indices)
     return Subset(dataset, list(indices))
+
+
+def check_outer_batch(examples: int, batch_size: int, world_size: int) -> None:
+    """Refuse outer batches in which an example would come twice.
+
+    Raises:
+        ValueError: there are fewer examples than a batch of all processes takes.
+    """
+    if batch_size * world_size > examples:
+        msg = (
+            f"an outer batch of {batch_size} examples for each of {world_size} "
+            f"process(es) is more than the {examples} that are there for the magnitudes. "
+            "Lower per_device_outer_batch_size, or raise validation_fraction."
+        )
+        raise ValueError(msg)
 
 
 class OuterStream:
@@ -109,13 +139,7 @@ class OuterStream:
         self.rank, self.world_size = rank, world_size
         self.drawn = 0
         self._order: tuple[int, list[int]] = (-1, [])
-        if batch_size * world_size > len(self.dataset):
-            msg = (
-                f"an outer batch of {batch_size} examples for each of {world_size} "
-                f"process(es) is more than the {len(self.dataset)} held back. Lower "
-                "per_device_outer_batch_size, or raise validation_fraction."
-            )
-            raise ValueError(msg)
+        check_outer_batch(len(self.dataset), batch_size, world_size)
 
     def __call__(self) -> Any:
         """Return the next batch."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from bidora.optimizer import BiDoRAOptimizer
 from hypergrad.optimizer import StepReport
@@ -64,9 +64,8 @@ def make_bilevel_optimizer(
     cls, options = trainer.optimizer_cls_and_kwargs or (
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     )
-    if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(
-        options
-    ):
+    whole = {"params", "model", "optimizer_dict"} & set(options)
+    if whole or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         msg = (
             f"optim={args.optim} makes its optimizer from the whole model, and the "
             "search needs one for each level. Choose adamw_torch, adamw_torch_fused or "
@@ -100,7 +99,8 @@ def make_bilevel_optimizer(
         outer_optimizer=level(
             settings["outer_weight_decay"], lr=settings["outer_learning_rate"]
         ),
-        outer_every=settings["outer_every"],
+        # Left open where an estimator that chooses another is to say it.
+        outer_every=args.given_outer_every(),
         outer_warmup=settings["outer_warmup_steps"],
         max_grad_norm=args.max_grad_norm or None,
         orthogonality=settings["orthogonality"],
@@ -134,7 +134,7 @@ def give_outer_schedule(
     )
     if not hasattr(scheduler, "lr_lambdas") or not hasattr(other, "lr_lambdas"):
         msg = (
-            f"lr_scheduler_type={args.lr_scheduler_type} and "
+            f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value} and "
             f"outer_lr_scheduler_type={kind} cannot go together: one of them waits for a "
             "metric or holds its own state. Choose the same for both."
         )

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypergrad.optimizer import BilevelOptimizer, StepReport
 
-__all__ = ["StepLog"]
+__all__ = ["StepLog", "noted_by_the_loss"]
+
+NOTES = ("_metrics", "_total_train_tokens")
+"""Where trainers of TRL note what `compute_loss` saw, until they log it."""
+
+
+def noted_by_the_loss(trainer: Any) -> dict[str, Any]:
+    """Return copies of those notes, by attribute.
+
+    An outer step evaluates the loss again, on examples that were counted before or are
+    not trained on: with these copies, its notes can be taken back.
+    """
+    held = vars(trainer)
+    return {name: copy.deepcopy(held[name]) for name in NOTES if name in held}
 
 
 @dataclass
@@ -17,19 +32,24 @@ class StepLog:
     Attributes:
         reports: those since the last line.
         last: the last one.
+        outer_rate: rate of the magnitudes at that step.
     """
 
     reports: list[StepReport] = field(default_factory=list)
     last: StepReport | None = None
+    outer_rate: float = 0.0
 
-    def add(self, report: StepReport) -> None:
-        """Take a report.
+    def add(self, report: StepReport, optimizer: BilevelOptimizer) -> None:
+        """Take a report, before the schedule moves on.
 
         Args:
             report: of one step.
+            optimizer: that took it.
         """
         self.reports.append(report)
         self.last = report
+        rates = [g["lr"] for g in optimizer.param_groups if g["level"] == "outer"]
+        self.outer_rate = float(rates[0])
 
     def take(self, optimizer: BilevelOptimizer) -> dict[str, float]:
         """Return the means since the last call, and the counters.
@@ -38,9 +58,11 @@ class StepLog:
             optimizer: whose steps they are.
 
         Returns:
-            `grad_norm` and `outer_learning_rate`; `outer_loss`, `hypergrad_norm` and
-            `indirect_share`, the indirect term's norm over the sum of both terms' norms,
-            where outer steps were taken; `outer_steps` and `skipped_outer_steps` so far.
+            `grad_norm`, of the inner gradient before it was clipped, and
+            `outer_learning_rate`; where outer steps were taken, `outer_loss`,
+            `hypergrad_norm`, `direct_norm`, `indirect_norm` and `indirect_share`, the
+            indirect term's norm over the sum of both terms' norms; `outer_steps` and
+            `skipped_outer_steps` so far.
         """
         reports, self.reports = self.reports, []
         outer = [r for r in reports if r.outer_step]
@@ -55,8 +77,7 @@ class StepLog:
         both = logs.get("direct_norm", 0.0) + logs.get("indirect_norm", 0.0)
         if both > 0:
             logs["indirect_share"] = logs["indirect_norm"] / both
-        rates = [g["lr"] for g in optimizer.param_groups if g["level"] == "outer"]
-        logs["outer_learning_rate"] = float(rates[0])
+        logs["outer_learning_rate"] = self.outer_rate
         logs["outer_steps"] = optimizer.n_outer_steps
         logs["skipped_outer_steps"] = optimizer.n_skipped
         return logs

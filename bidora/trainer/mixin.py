@@ -8,48 +8,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
-from bidora.orthogonality import orthogonality
 from bidora.trainer._checks import check_class, check_trainer
 from bidora.trainer.arguments import (
     Phase,
     arguments_of_phase,
 )
 from bidora.trainer.checkpoint import (
-    SPLIT_FILE,
     Checkpoint,
     Progress,
+    check_values,
     claim_folder,
     find_checkpoint,
     load_values,
+    norm_buffers,
     refuse_other_settings,
     save_progress,
     settings_of,
-    write_json,
 )
-from bidora.trainer.data import OuterStream, select, split_indices
+from bidora.trainer.data import (
+    OuterStream,
+    check_outer_batch,
+    select,
+    split_indices,
+)
 from bidora.trainer.levels import (
     SteppedElsewhere,
     give_outer_schedule,
     make_bilevel_optimizer,
 )
-from bidora.trainer.logs import StepLog
+from bidora.trainer.logs import StepLog, noted_by_the_loss
+from bidora.trainer.loss import add_orthogonality, loss_of, weight_of
+from bidora.trainer.seams import AtTheSeams, freeze_magnitudes, part_tensorboard
 from hypergrad import Accumulated
+from hypergrad.optimizer import StepReport
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -75,7 +78,9 @@ class BiDoRAMixin(_Base):
 
     Callbacks, evaluation, logging, checkpoints and best-model selection are the
     Trainer's own in both; `trainer.phase` tells which one runs. The loss is
-    `compute_loss` on both levels. `eval_dataset` is what neither level trains on.
+    `compute_loss` on both levels, evaluated several times in a step with an outer step:
+    what it counts of its own accord would count those. `eval_dataset` is what neither
+    level trains on.
 
     A run that was stopped goes on by `train(resume_from_checkpoint=True)`, in the phase
     where it was, and ends with the same weights.
@@ -99,8 +104,8 @@ class BiDoRAMixin(_Base):
     def __init__(self, *args: Any, outer_dataset: Any = None, **kwargs: Any) -> None:
         check_class(type(self), BiDoRAMixin)
         super().__init__(*args, **kwargs)
-        check_trainer(self)
         self.outer_dataset = outer_dataset
+        check_trainer(self)
         self.phase: Phase | None = None
         self.search_state: TrainerState | None = None
         self._progress: Progress | None = None
@@ -108,12 +113,21 @@ class BiDoRAMixin(_Base):
         self._bilevel: SteppedElsewhere | None = None
         self._outer: OuterStream | None = None
         self._queue: list[tuple[Any, float]] = []
+        self._notes: dict[str, Any] = {}
         self._order = torch.Generator()
         self._log = StepLog()
+        self._judged_at: int | None = None
         self._goes_on_from: Checkpoint | None = None
-        self.add_callback(_AtTheSeams(self))
+        self._split_file: dict[str, Any] = {}
+        self._searched = _trainable_magnitudes(self.model)
+        self.add_callback(AtTheSeams(self))
 
     # -- the two phases ----------------------------------------------------------------
+
+    @property
+    def last_report(self) -> StepReport | None:
+        """What the last step of the search did; None outside of it."""
+        return None if self._bilevel is None else self._log.last
 
     def train(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -144,15 +158,28 @@ class BiDoRAMixin(_Base):
             )
             raise ValueError(msg)
         args, data, model_init = self.args, self.train_dataset, self.model_init
+        self._home = str(args.output_dir)
         found = find_checkpoint(args.output_dir, resume_from_checkpoint)
-        settings = settings_of(args)
-        if found is None:
-            claim_folder(args.output_dir, overwrite=args.overwrite_earlier_run)
-        else:
+        if data is None:
+            msg = "there is nothing to train on: pass train_dataset to the trainer."
+            raise ValueError(msg)
+        held = self.outer_dataset
+        settings = settings_of(args, len(data), None if held is None else len(held))
+        if found is not None:
             refuse_other_settings(found.progress.settings, settings)
+        inner, outer = self._split(found)
+        if outer is not None:
+            size = settings["per_device_outer_batch_size"]
+            check_outer_batch(len(outer), size, args.world_size)
         if model_init is not None:
             self._make_model()
-        inner, outer = self._split(found)
+        if found is not None:
+            check_values(found.path, self.model)
+        home = Path(args.output_dir).resolve()
+        if found is None or home not in found.path.resolve().parents:
+            claim_folder(
+                args.output_dir, self._split_file, overwrite=args.overwrite_earlier_run
+            )
         metrics: dict[str, float] = {}
         output = TrainOutput(0, 0.0, {})
         self.model_init = None
@@ -189,13 +216,26 @@ class BiDoRAMixin(_Base):
         if found is None and phase == "search":
             self._first_values = self._directions()
         if phase == "search":
+            # The end of an earlier call of `train` froze them.
+            for name, magnitude in magnitudes(self.model).items():
+                if name in self._searched:
+                    magnitude.requires_grad_(True)
             self._outer = self._outer_stream(outer)
         self._log = StepLog()
+        self._judged_at = None
+        part_tensorboard(self)
         if found is not None and found.finished:
             self._restore(found)
             self.state = TrainerState.load_from_json(
                 str(found.path / "trainer_state.json")
             )
+            best = self.state.best_model_checkpoint
+            if self.args.load_best_model_at_end and best and os.path.isdir(best):
+                self._load_best_model()
+            # Callbacks see the phase end: when it did, they may not have.
+            ends = self.callback_handler
+            self.control = ends.on_train_begin(self.args, self.state, self.control)
+            self.control = ends.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, 0.0, {})
         else:
             path = None if found is None else str(found.path)
@@ -208,9 +248,9 @@ class BiDoRAMixin(_Base):
         """Freeze the magnitudes; a fresh retraining starts where the search did."""
         if self._bilevel is not None:
             self._bilevel.freeze_magnitudes()
-        _freeze_magnitudes(self.model)
+        freeze_magnitudes(self.model)
         if self._first_values:
-            own = dict(self.model.named_parameters())
+            own = {**dict(self.model.named_parameters()), **norm_buffers(self.model)}
             with torch.no_grad():
                 for name, value in self._first_values.items():
                     own[name].copy_(value)
@@ -228,11 +268,13 @@ class BiDoRAMixin(_Base):
         if self.args.bidora_settings()["retrain"] == "warm":
             return {}
         outer = magnitudes(self.model)
-        return {
-            name: p.detach().clone()
+        trained = {
+            name: p
             for name, p in self.model.named_parameters()
             if p.requires_grad and name not in outer
         }
+        both = trained | norm_buffers(self.model)
+        return {name: t.detach().clone() for name, t in both.items()}
 
     # -- data --------------------------------------------------------------------------
 
@@ -241,6 +283,7 @@ class BiDoRAMixin(_Base):
         data, args = self.train_dataset, self.args
         if self.outer_dataset is not None:
             self._indices: tuple[list[int], list[int]] = [], []
+            self._split_file = {}
             return data, self.outer_dataset
         if found is not None:
             progress = found.progress
@@ -256,13 +299,11 @@ class BiDoRAMixin(_Base):
         else:
             self._indices = split_indices(data, args.validation_fraction, args.seed)
         inner, outer = self._indices
-        if args.should_save:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                folder / SPLIT_FILE,
-                {"seed": args.seed, "inner_indices": inner, "outer_indices": outer},
-            )
+        self._split_file = {
+            "seed": args.seed,
+            "inner_indices": inner,
+            "outer_indices": outer,
+        }
         if not outer:
             logger.warning(
                 "validation_fraction=0 leaves no examples for the magnitudes: there is "
@@ -314,35 +355,13 @@ class BiDoRAMixin(_Base):
             The optimizer.
         """
         if self.phase == "retrain":
-            _freeze_magnitudes(
-                self.model
-            )  # loading an adapter makes all of it trainable
+            # Loading an adapter makes all of it trainable.
+            freeze_magnitudes(self.model)
         if self.phase != "search":
             return super().create_optimizer(*args, **kwargs)
         if self.optimizer is None:
-            loss_fn = None if self._loss_is_the_models() else self._loss
-            self.optimizer = self._bilevel = make_bilevel_optimizer(self, loss_fn)
+            self.optimizer = self._bilevel = make_bilevel_optimizer(self, loss_of(self))
         return self.optimizer
-
-    def _loss_is_the_models(self) -> bool:
-        """Whether `compute_loss` on one batch is the model's own mean loss."""
-        return (
-            type(self).compute_loss is Trainer.compute_loss
-            and self.label_smoother is None
-            and self.compute_loss_func is None
-        )
-
-    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the mean loss of a batch, as the Trainer computes it."""
-        with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(
-                model, dict(batch), num_items_in_batch=self._items(batch)
-            )
-        return loss
-
-    def _items(self, batch: Any) -> Any:
-        """Return what the Trainer counts in a batch to divide a summed loss by."""
-        return self.get_batch_samples(iter([batch]), 1, self.args.device)[1]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Any = None
@@ -384,18 +403,19 @@ class BiDoRAMixin(_Base):
         """
         if self._bilevel is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
-            return loss + self._add_orthogonality(loss)
+            return loss + add_orthogonality(self).to(loss.dtype)
         model.train()
-        inputs = send_to_device(inputs, self.args.device)
-        self._queue.append((inputs, self._weight(inputs, num_items_in_batch)))
+        inputs = self._prepare_inputs(inputs)
+        self._queue.append((inputs, weight_of(self, inputs, num_items_in_batch)))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, weights = zip(*self._queue, strict=True)
-        self._queue = []
+        self._queue, self._notes = [], {}
         report = self._bilevel.take_step(
             Accumulated(list(batches), list(weights)), self._next_outer
         )
-        self._log.add(report)
+        vars(self).update(self._notes)
+        self._log.add(report, self._bilevel)
         return torch.tensor(report.inner_loss or 0.0, device=self.args.device)
 
     def _next_outer(self) -> Any:
@@ -403,27 +423,8 @@ class BiDoRAMixin(_Base):
         if outer is None:
             msg = "there is no outer batch outside of the search."
             raise RuntimeError(msg)
-        return send_to_device(outer(), self.args.device)
-
-    def _weight(self, inputs: Any, num_items: Any) -> float:
-        """Return the factor of a micro-batch's mean loss in that of the step."""
-        if num_items is None:
-            summed = self.compute_loss_func is not None
-            return 1.0 if summed else 1.0 / self.current_gradient_accumulation_steps
-        return float(self._items(inputs)) / float(num_items)
-
-    def _add_orthogonality(self, loss: Tensor) -> Tensor:
-        """Add the term's gradient once a step of the retraining; return its value."""
-        weight = self.args.orthogonality if self.phase == "retrain" else 0.0
-        if not weight or not self.accelerator.sync_gradients:
-            return torch.zeros_like(loss)
-        term = weight * orthogonality(self.model)
-        own = [p for p in self.model.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(term, own, allow_unused=True)
-        for p, grad in zip(own, grads, strict=True):
-            if grad is not None:
-                p.grad = grad if p.grad is None else p.grad + grad
-        return term.detach().to(loss.dtype)
+        self._notes = noted_by_the_loss(self)  # those of the inner step
+        return self._prepare_inputs(outer())
 
     # -- what is told, saved and read ----------------------------------------------------
 
@@ -455,7 +456,17 @@ class BiDoRAMixin(_Base):
             return metrics
         if self._outer is None or self.control.should_training_stop:
             return metrics
-        held_back = self.predict(self._outer.dataset, metric_key_prefix="held_back")
+        if self._judged_at == self.state.global_step:
+            return metrics  # one of several evaluation sets, and not the first
+        self._judged_at = self.state.global_step
+        notes = noted_by_the_loss(self)
+        held_back = self.evaluation_loop(
+            self.get_test_dataloader(self._outer.dataset),
+            "Held back",
+            prediction_loss_only=True,
+            metric_key_prefix="held_back",
+        )
+        vars(self).update(notes)
         loss = held_back.metrics["held_back_loss"]  # pyright: ignore[reportOptionalSubscript]
         self.log({"held_back_loss": loss})
         if progress.best_held_back is None or loss < progress.best_held_back:
@@ -488,8 +499,7 @@ class BiDoRAMixin(_Base):
     def _restore(self, found: Checkpoint) -> None:
         """Put back, bit for bit, what the Trainer's own files do not hold."""
         first = load_values(found.path, self.model)
-        own = dict(self.model.named_parameters())
-        self._first_values = {n: t.to(own[n].device) for n, t in first.items()}
+        self._first_values = {n: t.to(self.args.device) for n, t in first.items()}
         saved, progress = found.progress, self._progress
         if progress is not None:
             progress.best_held_back = saved.best_held_back
@@ -497,16 +507,33 @@ class BiDoRAMixin(_Base):
         if self._outer is not None:
             self._outer.drawn = saved.outer_drawn
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: Any = None
+    ) -> None:
+        """Load what we saved: PEFT's own file has no head that is trained beside it."""
+        load_values(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self) -> None:
+        """Likewise; a load by PEFT may freeze the adapter too."""
+        load_values(Path(str(self.state.best_model_checkpoint)), self.model)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's model card, with the tag `bidora`.
+        """Write the Trainer's model card, with the tags `bidora` and `dora`.
 
         Args:
             args: as for the Trainer.
             kwargs: as for the Trainer.
         """
         tags = kwargs.pop("tags", None) or []
-        tags = [tags] if isinstance(tags, str) else list(tags)
-        super().create_model_card(*args, tags=[*tags, "bidora", "dora"], **kwargs)
+        tags = [*([tags] if isinstance(tags, str) else tags), "bidora", "dora"]
+        super().create_model_card(*args, tags=list(tags), **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero():
+            # PEFT, which has the last word on its own cards, leaves only its own tags.
+            card = ModelCard.load(path)
+            own = card.data.to_dict().get("tags") or []
+            card.data["tags"] = sorted({*own, *tags})
+            card.save(path)
 
 
 class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -516,35 +543,5 @@ class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatible
     """
 
 
-class _AtTheSeams(TrainerCallback):
-    """Act where the Trainer has loaded a checkpoint, and where an epoch begins."""
-
-    def __init__(self, trainer: BiDoRAMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        found, self.trainer._goes_on_from = self.trainer._goes_on_from, None
-        if found is not None:
-            self.trainer._restore(found)
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        # Groups by length are drawn from the global random state otherwise, which a
-        # resumed run does not have at the beginning of its epoch.
-        self.trainer._order.manual_seed(args.seed + int(state.epoch or 0))
-
-
-def _freeze_magnitudes(model: PreTrainedModel | nn.Module) -> None:
-    for parameter in magnitudes(model).values():
-        parameter.requires_grad_(False)
+def _trainable_magnitudes(model: nn.Module) -> set[str]:
+    return {name for name, p in magnitudes(model).items() if p.requires_grad}

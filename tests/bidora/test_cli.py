@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 
-import bidora.phases
 from bidora.cli import main
+from bidora.progress import ProgressListener
 from bidora.settings import TrainSettings
 from hypergrad import SecondOrderError, estimator_names
 
@@ -199,7 +199,7 @@ def test_earlier_run_is_replaced_only_when_asked(
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, number: int, error: Any) -> None:
     """Let the progress of a run raise at a step."""
-    progress = bidora.phases.Listener.step
+    progress = ProgressListener.step
 
     def step(self: Any, step: int, losses: dict[str, float]) -> None:
         if step == number:
@@ -221,12 +221,14 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
     shown = capsys.readouterr().err
     assert "stopped by Ctrl-C at step" in shown
     assert "of the search phase" in shown
+    assert "bidora train --resume --output-dir" in shown
     assert "Traceback" not in shown
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "settings.json",
         "split.json",
         "history.jsonl",
+        "checkpoints",
     }
     history = [
         json.loads(s) for s in (folder / "history.jsonl").read_text().splitlines()
@@ -235,6 +237,82 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
     assert run() == 2
     assert run("--overwrite") == 0
     assert (folder / "metrics.json").exists()
+
+
+def artefacts(folder: Path) -> tuple[bytes, list[Any], list[Any]]:
+    """Return a run's adapter, its history and its phases, without what took how long."""
+    lines = (folder / "history.jsonl").read_text("utf-8").splitlines()
+    phases = json.loads((folder / "metrics.json").read_text("utf-8"))["phases"]
+    history = [json.loads(line) for line in lines]
+    for entry in [*history, *phases, *(r["result"] for r in history if "result" in r)]:
+        for name in ("seconds", "evaluation_seconds"):
+            entry.pop(name, None)
+    adapter = (folder / "adapter_model.safetensors").read_bytes()
+    return adapter, history, phases
+
+
+@pytest.mark.parametrize(
+    ("method", "stops"),
+    [
+        ("bidora", [3]),  # before the first checkpoint
+        ("bidora", [7, 13]),  # in each phase; the second counts on
+        ("lora", [5]),
+        ("dora", [7]),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    stops: list[int],
+) -> None:
+    options = ["--method", method, "--eval-every", "4"]
+    options += ["--outer-warmup", "2"] if method == "bidora" else []
+    assert run(*options, folder="whole") == 0
+    steps, step = iter(range(1, 99)), ProgressListener.step
+
+    def stop(self: Any, number: int, losses: dict[str, float]) -> None:
+        if next(steps) in stops:
+            raise KeyboardInterrupt
+        step(self, number, losses)
+
+    monkeypatch.setattr(ProgressListener, "step", stop)
+    assert run(*options, folder="run") == 130
+    words = ["train", "--resume", "--output-dir", str(tmp_path / "run")]
+    for _ in stops[1:]:
+        assert main(words) == 130
+    assert main(words) == 0
+    assert artefacts(tmp_path / "run") == artefacts(tmp_path / "whole")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_cannot_be_resumed_is_said(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def complaint(*options: str) -> str:
+        folder = str(tmp_path / "run")
+        assert main(["train", "--resume", "--output-dir", folder, *options]) == 2
+        return capsys.readouterr().err
+
+    assert "holds no run of bidora" in complaint()
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 5, KeyboardInterrupt())
+        assert run() == 130
+    capsys.readouterr()
+    assert "--steps was 8, not 9" in complaint("--steps", "9")
+    assert "leave one out" in complaint("--overwrite")
+    settings = tmp_path / "run" / "settings.json"
+    text = settings.read_text("utf-8")
+    settings.write_text(text.replace('"steps"', '"stops"'), "utf-8")
+    assert "cannot be read as the settings of a run" in complaint()
+    settings.write_text(text, "utf-8")
+    assert main(["train", "--resume", "--output-dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert "is finished" in complaint()
 
 
 @pytest.mark.parametrize(

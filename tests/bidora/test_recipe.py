@@ -42,7 +42,7 @@ def test_what_the_recipes_stand_for() -> None:
     assert (full.outer_batch_size, full.estimator_settings) == (12, {})
     lean = TrainSettings.from_options(recipe="economical", steps=91, batch_size=12)
     assert (lean.estimator, lean.outer_every, lean.retrain) == ("darts", 4, "warm")
-    assert (lean.steps, lean.retrain_steps) == (46, 45)  # 91 in all
+    assert (lean.steps, lean.retrain_steps) == (46, 61)  # a half, two thirds
     # A fifth is held back: a quarter of what the directions learn on.
     assert lean.outer_batch_size == 3
     assert lean.estimator_settings == {"product_fraction": 0.25}

@@ -16,8 +16,6 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import bidora.phases
-import bidora.preparation
 from bidora import magnitudes
 from bidora.errors import UserError
 from bidora.evaluation import (
@@ -35,12 +33,14 @@ from bidora.models import (
     longest_input,
 )
 from bidora.plots import draw_curves
+from bidora.recorder import Recorder
 from bidora.report import Listener, RunResult
 from bidora.rundir import RunFolder
 from bidora.settings import BUNDLED_MODEL, TrainSettings
 from bidora.tasks import BatchStream, Encoded, encode, load_task
 from bidora.training import train
 from hypergrad import estimator_names, make_estimator
+from hypergrad.estimators import Neumann
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning"),
@@ -170,7 +170,7 @@ def test_equal_seeds_give_equal_runs(options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_longer_training_learns_the_task(options: dict[str, Any]) -> None:
-    options.update(steps=120, inner_lr=3e-2, outer_every=10)
+    options.update(steps=240, inner_lr=3e-2, outer_every=10)
     result = train(for_method(options, "bidora"))
     assert result.phases[-1].test.accuracy >= 0.75
 
@@ -186,75 +186,92 @@ def test_every_estimator_trains(options: dict[str, Any], name: str) -> None:
 def test_estimator_settings_reach_the_estimator(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
+    used: list[Any] = []
+    estimate = Neumann.estimate
 
-    def record(name: str, **settings: Any) -> Any:
-        made.append(make_estimator(name, **settings))
-        return made[-1]
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        used.append(self)
+        return estimate(self, *args, **kwargs)
 
-    monkeypatch.setattr(bidora.preparation, "make_estimator", record)
+    monkeypatch.setattr(Neumann, "estimate", record)
     options["estimator_settings"] = {"num_terms": 2}
     train(for_method(options, "bidora"))
-    assert made == [make_estimator("neumann", num_terms=2)]
+    assert used == [make_estimator("neumann", num_terms=2)] * 4
 
 
 # -- what each phase changes ----------------------------------------------------------
 
 
-def phases_of(
-    model: Any, data: Encoded, options: dict[str, Any]
-) -> bidora.phases.Phases:
-    settings = for_method(options, "bidora")
-    return bidora.phases.Phases(settings, model, data, Listener(), lambda record: None)
+class Values(Listener):
+    """Keeps copies of what is trained as each phase begins and ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at: dict[str, dict[str, torch.Tensor]] = {}
+        listener, begin, end = self, Recorder.on_train_begin, Recorder.on_train_end
+
+        def on_train_begin(self: Any, *args: Any, **kwargs: Any) -> None:
+            listener.at[f"{self.phase} begins"] = trained(self.trainer.model)
+            begin(self, *args, **kwargs)
+
+        def on_train_end(self: Any, *args: Any, **kwargs: Any) -> None:
+            listener.at[f"{self.phase} ends"] = trained(self.trainer.model)
+            end(self, *args, **kwargs)
+
+        monkeypatch.setattr(Recorder, "on_train_begin", on_train_begin)
+        monkeypatch.setattr(Recorder, "on_train_end", on_train_end)
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
     return {
-        n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n
-    } | {
-        n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_" in n
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if "lora_" in n or ".modules_to_save." in n
     }
 
 
-def test_search_moves_magnitudes_and_gives_the_rest_back(
-    options: dict[str, Any], fresh_model: Any, test_set: Encoded
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_what_each_phase_moves(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = trained(fresh_model)
-    outer = set(magnitudes(fresh_model))
-    phases = phases_of(fresh_model, test_set, options)
-    phases.search(test_set, test_set, make_estimator("neumann"))
-    after = trained(fresh_model)
+    values = Values(monkeypatch)
+    train(for_method(options, "bidora"), values)
+    first, searched = values.at["search begins"], values.at["search ends"]
+    second, last = values.at["retrain begins"], values.at["retrain ends"]
+    outer = {name for name in first if "magnitude" in name}
     assert len(outer) == 4  # query and value of two layers
-    for name, values in before.items():
-        assert torch.equal(values, after[name]) is (name not in outer), name
-    parameters = dict(fresh_model.named_parameters())
-    assert not any(parameters[name].requires_grad for name in outer)
-
-
-def test_retraining_keeps_magnitudes_and_moves_the_rest(
-    options: dict[str, Any], fresh_model: Any, test_set: Encoded
-) -> None:
-    outer = magnitudes(fresh_model)
-    for parameter in outer.values():
-        parameter.requires_grad_(False)
-    before = trained(fresh_model)
-    phases_of(fresh_model, test_set, {**options, "orthogonality": 0.0}).plain(
-        "retrain", test_set
-    )
-    after = trained(fresh_model)
-    for name, values in before.items():
-        is_original = ".original_module." in name
-        is_fixed = name in outer or is_original
-        assert torch.equal(values, after[name]) is is_fixed, name
+    assert moved(first, searched) == set(first)
+    assert moved(first, second) == outer  # the rest starts anew
+    assert moved(searched, last) == set(first) - outer
 
 
 def test_dora_trains_magnitudes_too(
-    options: dict[str, Any], fresh_model: Any, test_set: Encoded
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {n: p.detach().clone() for n, p in magnitudes(fresh_model).items()}
-    phases_of(fresh_model, test_set, options).plain("train", test_set)
-    for name, parameter in magnitudes(fresh_model).items():
-        assert not torch.equal(before[name], parameter)
+    values = Values(monkeypatch)
+    train(for_method(options, "dora"), values)
+    first, last = values.at["train begins"], values.at["train ends"]
+    assert any("magnitude" in name for name in first)
+    assert moved(first, last) == set(first)
+
+
+def test_split_is_that_of_the_trainer(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[dict[str, Any]] = []
+
+    def remember(folder: RunFolder) -> None:
+        kept.append(read(folder.checkpoints, "bidora_split.json"))
+
+    settings = for_method(options, "bidora")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "publish", lambda self: remember(self) or [])
+        train(settings)
+    split = read(settings.output_dir, "split.json")
+    for name in ("inner_indices", "outer_indices"):
+        assert kept[0][name] == split[name]
 
 
 def test_diverging_run_is_explained_and_keeps_its_history(

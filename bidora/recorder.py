@@ -1,0 +1,210 @@
+"""The history of a run: every step, the curves, and what each phase came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from bidora.errors import UserError
+from bidora.evaluation import Scores, evaluate, probe
+from bidora.report import Listener, PhaseResult
+from bidora.settings import TrainSettings
+from bidora.tasks import Encoded
+
+__all__ = ["CURVE_EXAMPLES", "Record", "Recorder", "too_high"]
+
+CURVE_EXAMPLES = 120
+"""Examples of each set that the curves are measured on; the end takes all of them."""
+
+Record = dict[str, Any]
+
+
+class Recorder(TrainerCallback):
+    """Write down what a Trainer does, and stop it where it diverges.
+
+    Needs `logging_steps=1`: a step is recorded with what is logged after it, and before
+    a checkpoint of it is saved.
+
+    Args:
+        settings: Of the run.
+        trainer: The Trainer; in a `BiDoRATrainer`, its `phase` names the phase.
+        sets: What the curves are measured on, by phase and by name.
+        listener: Told of phases and steps.
+        record: Called with each record as it comes.
+        history: Records of the run that this one goes on from.
+
+    Attributes:
+        phase: The phase that runs or ran last: `search`, `retrain`, or `train`.
+        results: What each phase came to.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        trainer: Any,
+        sets: dict[str, dict[str, Encoded]],
+        listener: Listener,
+        record: Callable[[Record], None],
+        history: Sequence[Record] = (),
+    ) -> None:
+        self.settings = settings
+        self.trainer = trainer
+        self.sets = sets
+        self.listener = listener
+        self.record = record
+        self.history = history
+        self.phase = "train"
+        self.results = {
+            r["phase"]: _result(r["result"]) for r in history if "result" in r
+        }
+        self._started = self._seconds = self._evaluating = 0.0
+        self._step_seconds = 0.0
+        self._outer_steps = 0
+        self._skipped: list[str] = []
+        self._notes: list[str] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Begin a phase, or go on with it."""
+        self.phase = getattr(self.trainer, "phase", None) or "train"
+        earlier = [r for r in self.history if r["phase"] == self.phase]
+        self._seconds = sum(r.get("seconds", 0.0) for r in earlier)
+        self._evaluating = 0.0
+        self._outer_steps = sum(r.get("outer_loss") is not None for r in earlier)
+        self._skipped = [r["skipped"] for r in earlier if r.get("skipped")]
+        self._notes = [r["note"] for r in earlier if r.get("note")]
+        self.listener.phase(self.phase, state.max_steps)
+        if state.global_step == 0:
+            self._record_scores(0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._step_seconds = time.perf_counter() - self._started
+        self._seconds += self._step_seconds
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a step.
+
+        Raises:
+            UserError: If its loss or gradient is not finite.
+        """
+        if logs is None or "loss" not in logs:
+            return
+        step = state.global_step
+        entry: Record = {
+            "phase": self.phase,
+            "step": step,
+            "lr": logs["learning_rate"],
+            "inner_loss": logs["loss"],
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+            **self._of_the_search(),
+            "seconds": self._step_seconds,
+        }
+        self._check_finite(entry)
+        self.record(entry)
+        shown = {"train": entry["inner_loss"], "validation": entry.get("outer_loss")}
+        self.listener.step(step, {n: x for n, x in shown.items() if x is not None})
+        if step % self.settings.eval_every == 0 or step == state.max_steps:
+            self._record_scores(step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score the phase on all examples."""
+        started = time.perf_counter()
+        test = evaluate(self.trainer.model, self.sets[self.phase]["test"])
+        held = self.sets[self.phase].get("validation")
+        validation = None if held is None else evaluate(self.trainer.model, held)
+        self._evaluating += time.perf_counter() - started
+        result = PhaseResult(
+            self.phase,
+            state.global_step,
+            self._seconds,
+            self._evaluating,
+            test,
+            validation,
+            self._outer_steps,
+            tuple(self._skipped),
+            self._notes[-1] if self._notes else "",
+        )
+        self.results[self.phase] = result
+        self.record({"phase": self.phase, "result": dataclasses.asdict(result)})
+
+    def _of_the_search(self) -> Record:
+        """Return what the last step says of the outer level."""
+        report = getattr(self.trainer, "last_report", None)
+        if report is None:
+            return {}
+        self._outer_steps += report.outer_step
+        if report.skipped:
+            self._skipped.append(report.skipped)
+        note = report.info.reason if report.info else None
+        if note:
+            self._notes.append(note)
+        return {
+            "outer_loss": report.outer_loss,
+            "hypergrad_norm": report.hypergrad_norm,
+            "direct_norm": report.direct_norm,
+            "indirect_norm": report.indirect_norm,
+            "skipped": report.skipped,
+            "note": note,
+            **({"audit": dataclasses.asdict(report.audit)} if report.audit else {}),
+        }
+
+    def _check_finite(self, entry: Record) -> None:
+        if math.isfinite(entry["inner_loss"] + entry["grad_norm"]):
+            return
+        raise UserError(
+            f"step {entry['step']} of the {self.phase} phase: the loss is "
+            f"{entry['inner_loss']}, the norm of its gradient {entry['grad_norm']}. "
+            f"{too_high(self.phase)}"
+        )
+
+    def _record_scores(self, step: int) -> None:
+        """Record a point of the curves."""
+        started = time.perf_counter()
+        scores = {
+            name: dataclasses.asdict(
+                evaluate(
+                    self.trainer.model, probe(data, CURVE_EXAMPLES, self.settings.seed)
+                )
+            )
+            for name, data in self.sets[self.phase].items()
+        }
+        self.record({"phase": self.phase, "step": step, "evaluation": scores})
+        self._evaluating += time.perf_counter() - started
+
+
+def too_high(phase: str) -> str:
+    """Return the remedy for a phase that diverges.
+
+    Args:
+        phase: Its name.
+    """
+    option = "--retrain-lr" if phase == "retrain" else "--inner-lr"
+    return f"The learning rate is probably too high; lower {option}."
+
+
+def _result(saved: Record) -> PhaseResult:
+    """Return the result that a record holds."""
+    values = dict(saved)
+    for name in ("test", "validation"):
+        if values[name] is not None:
+            values[name] = Scores(**values[name])
+    values["skipped"] = tuple(values["skipped"])
+    return PhaseResult(**values)
