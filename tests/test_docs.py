@@ -11,12 +11,15 @@ import types
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import hypergrad
 from bidora import BiDoRAOptimizer
+from bidora.models import ModelSource
 from bidora.settings import TrainSettings
 from hypergrad import HypergradEstimator, estimator_names, make_estimator
 from hypergrad.estimators import registry
@@ -42,6 +45,7 @@ PAGES = (
     "extending.md",
     "compared.md",
     "bidora.md",
+    "trainer.md",
 )
 HEADINGS = (
     "Idea",
@@ -104,7 +108,41 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert blocks(page, "python"), "a page without an example"
     monkeypatch.chdir(tmp_path)
+    if page == "trainer.md":  # its encoder takes minutes of a core
+        folder = str(tiny_encoder(tmp_path))
+        found = ModelSource("tiny", folder, is_local=True)
+        monkeypatch.setattr("bidora.models.find_model", lambda: found)
     run(page, module)
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """Write a BERT with random weights, and a tokenizer that knows letters."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase]
+    words += [f"##{letter}" for letter in ascii_lowercase]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(
+        folder
+    )
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_diff_of_the_trainer_page_leads_from_one_script_to_the_other() -> None:
+    scripts = [code for _, code in blocks("trainer.md", "python")]
+    ((_, diff),) = blocks("trainer.md", "diff")
+    lines = diff.splitlines()
+    before = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "+")
+    after = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "-")
+    assert before == scripts[1]
+    assert after == scripts[2]
+    assert sum(line[:1] == "+" for line in lines) == 5
 
 
 def test_every_registered_estimator_has_a_page() -> None:

@@ -13,24 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase as RunningNorm
 
 from bidora.trainer.arguments import Phase
+from bidora.trainer.values import VALUES_FILE, save_values
 
 __all__ = [
     "Checkpoint",
     "Progress",
-    "check_values",
     "checkpoints_in",
     "claim_folder",
     "find_checkpoint",
     "last_complete",
-    "load_values",
-    "norm_buffers",
     "refuse_other_settings",
     "save_progress",
     "write_json",
@@ -39,7 +34,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "bidora_progress.json"
-VALUES_FILE = "bidora_values.safetensors"
 SPLIT_FILE = "bidora_split.json"
 TRAINER_STATE = "trainer_state.json"
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
@@ -177,40 +171,14 @@ def save_progress(
 ) -> None:
     """Write where a job is and the values of its adapter, bit for bit.
 
-    PEFT's own file is for loading the adapter elsewhere; it may leave out a head that
-    is trained without PEFT, and a load may cast.
-
     Args:
         folder: the checkpoint.
         progress: how far the job is.
         model: the model.
         first_values: what a fresh retraining starts from.
     """
-    values = {f"now.{n}": t for n, t in adapter_values(model).items()}
-    values.update({f"first.{n}": t for n, t in first_values.items()})
-    own = {n: t.detach().cpu().contiguous().clone() for n, t in values.items()}
-    save_file(own, str(Path(folder) / VALUES_FILE))
+    save_values(Path(folder), model, first_values)
     write_json(Path(folder) / PROGRESS_FILE, {"format": FORMAT, **vars(progress)})
-
-
-def adapter_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return what moves in either phase, by name."""
-    trained = {
-        name: p.detach()
-        for name, p in model.named_parameters()
-        if p.requires_grad or "lora_magnitude_vector" in name
-    }
-    return trained | norm_buffers(model)
-
-
-def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of BatchNorm and its kin, which forwards move."""
-    return {
-        f"{place}.{name}".lstrip("."): b
-        for place, module in model.named_modules()
-        if isinstance(module, RunningNorm)
-        for name, b in module.named_buffers(recurse=False)
-    }
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -224,80 +192,6 @@ def write_json(path: Path, content: Any) -> None:
 
 
 # -- reading ---------------------------------------------------------------------------
-
-
-def check_values(folder: Path, model: nn.Module) -> None:
-    """Refuse a checkpoint whose values are not those of this model.
-
-    Args:
-        folder: the checkpoint.
-        model: the model.
-
-    Raises:
-        ValueError: the model has other parameters.
-    """
-    _values(folder, model)
-
-
-def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Put the saved values into a model.
-
-    Args:
-        folder: the checkpoint.
-        model: the model.
-
-    Returns:
-        What a fresh retraining starts from, by name.
-
-    Raises:
-        ValueError: the model has other parameters; nothing was changed.
-    """
-    now, first = _values(folder, model)
-    own = _tensors(model)
-    with torch.no_grad():
-        for name, value in now.items():
-            own[name].copy_(value)
-    return first
-
-
-def _values(
-    folder: Path, model: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the values of a checkpoint and the first ones, if they fit the model."""
-    saved = load_file(str(folder / VALUES_FILE))
-    now, first = (
-        {n.removeprefix(mark): t for n, t in saved.items() if n.startswith(mark)}
-        for mark in ("now.", "first.")
-    )
-    own = _tensors(model)
-    unfit = [
-        f"{n} is {_kind(t)} there and {_kind(own.get(n))} here"
-        for n, t in sorted({**first, **now}.items())
-        if _kind(own.get(n)) != _kind(t)
-    ]
-    unfit += [
-        f"{n} is missing there and {_kind(t)} here"
-        for n, t in sorted(adapter_values(model).items())
-        if n not in now
-    ]
-    if unfit:
-        msg = (
-            f"{folder} holds other values than this model trains, {len(unfit)} of them "
-            f"({'; '.join(unfit[:3])}): it comes from another model or adapter. Build "
-            "the model as the first run did."
-        )
-        raise ValueError(msg)
-    return now, first
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **norm_buffers(model)}
-
-
-def _kind(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "missing"
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def find_checkpoint(output_dir: str, wanted: str | bool | None) -> Checkpoint | None:

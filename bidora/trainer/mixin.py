@@ -16,7 +16,6 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
@@ -28,11 +27,8 @@ from bidora.trainer.arguments import (
 from bidora.trainer.checkpoint import (
     Checkpoint,
     Progress,
-    check_values,
     claim_folder,
     find_checkpoint,
-    load_values,
-    norm_buffers,
     refuse_other_settings,
     save_progress,
     settings_of,
@@ -51,6 +47,7 @@ from bidora.trainer.levels import (
 from bidora.trainer.logs import StepLog, noted_by_the_loss
 from bidora.trainer.loss import add_orthogonality, loss_of, weight_of
 from bidora.trainer.seams import AtTheSeams, freeze_magnitudes, part_tensorboard
+from bidora.trainer.values import check_values, load_values, norm_buffers
 from hypergrad import Accumulated
 from hypergrad.optimizer import StepReport
 
@@ -83,7 +80,9 @@ class BiDoRAMixin(_Base):
     level trains on.
 
     A run that was stopped goes on by `train(resume_from_checkpoint=True)`, in the phase
-    where it was, and ends with the same weights.
+    where it was, and ends with the same weights. Numbers in the logs are means since the
+    line before, or since the resume. A collator that draws random numbers is drawn from
+    again at a resume in mid-epoch, as by any Trainer, and draws others: mask beforehand.
 
     Args:
         args: as for the Trainer.
@@ -229,12 +228,12 @@ class BiDoRAMixin(_Base):
             self.state = TrainerState.load_from_json(
                 str(found.path / "trainer_state.json")
             )
-            best = self.state.best_model_checkpoint
-            if self.args.load_best_model_at_end and best and os.path.isdir(best):
-                self._load_best_model()
             # Callbacks see the phase end: when it did, they may not have.
             ends = self.callback_handler
             self.control = ends.on_train_begin(self.args, self.state, self.control)
+            best = self.state.best_model_checkpoint
+            if self.args.load_best_model_at_end and best and os.path.isdir(best):
+                self._load_best_model()
             self.control = ends.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, 0.0, {})
         else:
@@ -313,12 +312,12 @@ class BiDoRAMixin(_Base):
         return select(data, inner), select(data, outer)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the Trainer's own loader; groups by length follow the epoch's number."""
+        """Return the Trainer's own loader; an order at random follows the epoch."""
         loader = super().get_train_dataloader()
         batches: Any = loader.batch_sampler
         while batches is not None:
-            sampler = getattr(batches, "sampler", None)
-            if isinstance(sampler, LengthGroupedSampler):
+            sampler: Any = getattr(batches, "sampler", None)
+            if getattr(sampler, "generator", self) is None:
                 sampler.generator = self._order
             batches = getattr(batches, "batch_sampler", None)
         return loader
@@ -355,7 +354,7 @@ class BiDoRAMixin(_Base):
             The optimizer.
         """
         if self.phase == "retrain":
-            # Loading an adapter makes all of it trainable.
+            # A run that goes on here begins with another model.
             freeze_magnitudes(self.model)
         if self.phase != "search":
             return super().create_optimizer(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What is done where the Trainer begins a phase or an epoch, and where a phase ends."""
+"""What is done where the Trainer begins a phase or an epoch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from bidora.dora import magnitudes
-from bidora.trainer.checkpoint import (
-    SPLIT_FILE,
-    VALUES_FILE,
-    load_values,
-    write_json,
-)
+from bidora.trainer.checkpoint import SPLIT_FILE, write_json
 
 __all__ = ["AtTheSeams", "freeze_magnitudes", "part_tensorboard"]
 
@@ -60,25 +55,10 @@ class AtTheSeams(TrainerCallback):
     ) -> None:
         """Give groups by length an order that depends on the epoch's number alone."""
         self.trainer._queue = []  # of a step that a callback broke off
-        # Groups by length are drawn from the global random state otherwise, which a
-        # resumed run does not have at the beginning of its epoch.
+        # A sampler without a generator, such as that of groups by length, draws from
+        # the global random state otherwise, which a resumed run does not have at the
+        # beginning of its epoch.
         self.trainer._order.manual_seed(args.seed + int(state.epoch or 0))
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Make the best model the best bit for bit, where it was loaded."""
-        best = Path(state.best_model_checkpoint or "")
-        if args.load_best_model_at_end and (best / VALUES_FILE).is_file():
-            # PEFT's own file may lack a head that is trained without PEFT.
-            load_values(best, self.trainer.model)
-        if self.trainer.phase == "retrain":
-            # Loading an adapter makes all of it trainable.
-            freeze_magnitudes(self.trainer.model)
 
 
 def freeze_magnitudes(model: nn.Module) -> None:

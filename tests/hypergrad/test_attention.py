@@ -96,6 +96,20 @@ class Old(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
+class Into(torch.autograd.Function):
+    """A square whose backward writes into a buffer, as TRL's loss does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return 2 * torch.mul(x, grad, out=torch.empty_like(x))
+
+
 def flash(x: Tensor) -> Tensor:
     q = x.reshape(1, 1, 2, 2)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0]
@@ -126,6 +140,7 @@ def compiled_and_used(x: Tensor) -> Tensor:
 SAYS: dict[str, tuple[Callable[[Any], None], Callable[[Tensor], Tensor]]] = {
     "is not implemented": (twice, flash),
     "not currently support double backward": (twice, compiled),
+    "don't support automatic differentiation": (twice, Into.apply),
     "non-empty donated buffers": (twice, compiled_and_used),
     "trying to differentiate twice": (twice, Old.apply),
     "trying to use forward ad": (forwards, flash),

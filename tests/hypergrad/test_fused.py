@@ -35,5 +35,6 @@ def test_records_hold_the_outer_parameters_of_their_own_step(cls: type) -> None:
     for _ in range(3):
         before = lam.detach().clone()
         report = opt.step(None, None)
-        assert report.outer_step and not torch.equal(lam, before)
+        assert report.outer_step
+        assert not torch.equal(lam, before)
         assert torch.equal(opt.recorded_steps[-1].outer_params["lam"], before)
