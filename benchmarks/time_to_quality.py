@@ -2,9 +2,9 @@
 
     python -m benchmarks.time_to_quality --data DATA
 
-from the root of the repository; about an hour on two cores. DATA is a folder with
-`glue/MRPC/` and `glue/SST-2/` in GLUE's own layout; without it the docstrings of the
-standard library, which need nothing, are the only task. Writes
+from the root of the repository; about two hours on one core. DATA is a folder with
+`glue/SST-2/`, `glue/CoLA/` and `glue/MRPC/` in GLUE's own layout; without it the
+docstrings of the standard library, which need nothing, are the only task. Writes
 benchmarks/results/time_to_quality.json and docs/images/benchmarks/time_to_quality.png.
 
 Methods: LoRA, DoRA (exact, magnitudes and directions together on all data), and BiDoRA by
@@ -306,6 +306,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=600, help="examples; 0 for all")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--runs", default="runs/time_to_quality", help="for the runs")
+    parser.add_argument("--remark", help="a sentence on the runs, for the record")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     return parser.parse_args()
 

@@ -15,10 +15,11 @@ from bidora._transformers import frozen_new_head, trainable_base_weights
 from bidora.dora import check_norms, magnitudes, plain_dora_layers, use_exact_dora
 from bidora.orthogonality import orthogonality as orthogonality_term
 from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimators import make_estimator
 from hypergrad.optimizer import BilevelOptimizer, StepReport
 from hypergrad.problem import BilevelProblem
 
-__all__ = ["BiDoRAOptimizer"]
+__all__ = ["BiDoRAOptimizer", "check_base_weights", "trainable_magnitudes"]
 
 
 class BiDoRAOptimizer(BilevelOptimizer):
@@ -107,8 +108,19 @@ class BiDoRAOptimizer(BilevelOptimizer):
                 " weight of a term of the inner loss. The paper takes 1e-5 or 0."
             )
             raise ValueError(msg)
-        outer = _trainable_magnitudes(model)
-        _check_base_weights(model, allow_base_weights)
+        outer = trainable_magnitudes(model)
+        estimator = (
+            make_estimator(estimator) if isinstance(estimator, str) else estimator
+        )
+        if orthogonality and getattr(estimator, "curvature", "") == "gauss-newton":
+            msg = (
+                f"orthogonality={orthogonality} with curvature='gauss-newton': the term "
+                "is a function of the weights and not of predictions, so the inner loss "
+                "has no Gauss-Newton matrix. Set orthogonality=0, or take "
+                "curvature='hessian'."
+            )
+            raise ValueError(msg)
+        check_base_weights(model, allow_base_weights)
         _warn_of_frozen_head(model)
         self.exact = exact
         self.dropout: Literal["lora", "peft"] = dropout
@@ -195,7 +207,16 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the magnitudes that a search would move, by name.
+
+    Args:
+        model: a model with a DoRA adapter.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no magnitudes, none that is trainable, or those of several adapters.
+    """
     if not isinstance(model, nn.Module):
         msg = f"model must be a torch.nn.Module, got {type(model).__name__}."
         raise TypeError(msg)
@@ -227,7 +248,16 @@ def _trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
     return trainable
 
 
-def _check_base_weights(model: nn.Module, allowed: bool) -> None:
+def check_base_weights(model: nn.Module, allowed: bool) -> None:
+    """Refuse a model with trainable base weights.
+
+    Args:
+        model: the model.
+        allowed: whether they may be trainable.
+
+    Raises:
+        ValueError: naming some of them.
+    """
     names = trainable_base_weights(model)
     if names and not allowed:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

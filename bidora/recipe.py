@@ -66,7 +66,10 @@ def recipe_defaults(
     share = validation_fraction / (1 - validation_fraction)
     return {
         "estimator": "darts",
-        "estimator_settings": {"product_fraction": PRODUCT_FRACTION},
+        # A quarter of fewer than four examples could be none.
+        "estimator_settings": {
+            "product_fraction": max(PRODUCT_FRACTION, 1 / min(batch_size, 4))
+        },
         "outer_every": 4,
         "outer_batch_size": max(1, round(share * batch_size)),
         "steps": max(1, math.ceil(SEARCH_SHARE * steps)),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from bidora.optimizer import _check_base_weights, _trainable_magnitudes
+from bidora.optimizer import check_base_weights, trainable_magnitudes
 from bidora.trainer.arguments import BiDoRAArguments
 
 __all__ = ["check_class", "check_trainer"]
@@ -60,8 +60,8 @@ def check_trainer(trainer: Any) -> None:
         )
         raise ValueError(msg)
     # Before anything is written, and not when the search begins.
-    _trainable_magnitudes(trainer.model)
-    _check_base_weights(trainer.model, allowed=False)
+    trainable_magnitudes(trainer.model)
+    check_base_weights(trainer.model, allowed=False)
     for name in ("train_dataset", "outer_dataset"):
         data = getattr(trainer, name)
         streams = isinstance(data, IterableDataset) or not hasattr(data, "__len__")

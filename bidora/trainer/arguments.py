@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from hypergrad import HypergradEstimator, make_estimator
 __all__ = ["BiDoRAArguments", "BiDoRATrainingArguments", "Phase", "arguments_of_phase"]
 
 Phase = Literal["search", "retrain"]
+
+SEARCH_FOLDER = "_search"
+"""Where the search goes, below `output_dir`. The underscore keeps its checkpoints from the
+Hub: the Trainer uploads its own folder but for such names."""
 
 RETRAININGS = ("fresh", "warm")
 
@@ -182,6 +187,12 @@ class BiDoRAArguments:
         settings: Any = self.estimator_settings
         if settings is None and name == defaults.get("estimator"):
             settings = defaults.get("estimator_settings")
+        if not isinstance(settings, Mapping | None):
+            msg = (
+                f"estimator_settings is a {type(settings).__name__}, and settings have "
+                "names. Pass a dictionary such as {'num_terms': 5}, or JSON of one."
+            )
+            raise ValueError(msg)
         return name, dict(settings or {})
 
     def _recipe(self) -> dict[str, Any]:
@@ -224,10 +235,10 @@ def arguments_of_phase(args: Any, phase: Phase) -> Any:
     own = copy.copy(args)
     economical = args.recipe == "economical"
     if phase == "search":
-        own.output_dir = os.path.join(args.output_dir, "search")
+        own.output_dir = os.path.join(args.output_dir, SEARCH_FOLDER)
         own.push_to_hub = False
         if getattr(args, "logging_dir", None):
-            own.logging_dir = os.path.join(args.logging_dir, "search")
+            own.logging_dir = os.path.join(args.logging_dir, SEARCH_FOLDER)
         if economical and args.max_steps > 0:
             own.max_steps = args._recipe()["steps"]
         elif economical:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bidora.trainer.arguments import Phase
+from bidora.trainer.arguments import SEARCH_FOLDER, Phase
 from bidora.trainer.values import VALUES_FILE, save_values
 
 __all__ = [
@@ -224,16 +224,17 @@ def find_checkpoint(output_dir: str, wanted: str | bool | None) -> Checkpoint | 
     if found is not None:
         return found
     msg = (
-        f"there is no complete checkpoint in {output_dir} or its folder 'search': the "
-        "run was stopped before its first one, saved none (save_strategy='no') or is in "
-        "another folder. Call train() without resume_from_checkpoint to start anew."
+        f"there is no complete checkpoint in {output_dir} or its folder "
+        f"{SEARCH_FOLDER!r}: the run was stopped before its first one, saved none "
+        "(save_strategy='no') or is in another folder. Call train() without "
+        "resume_from_checkpoint to start anew."
     )
     raise ValueError(msg)
 
 
 def last_complete(output_dir: Path) -> Checkpoint | None:
     """Return the last complete checkpoint of a job; None where there is none."""
-    for folder in (output_dir, output_dir / "search"):
+    for folder in (output_dir, output_dir / SEARCH_FOLDER):
         for path in checkpoints_in(folder):
             found = _read(path)
             if not isinstance(found, str):
@@ -332,7 +333,7 @@ def claim_folder(output_dir: str, split: Mapping[str, Any], *, overwrite: bool) 
         ValueError: there is an earlier run, and it may not.
     """
     folder = Path(output_dir)
-    earlier = [*checkpoints_in(folder), *checkpoints_in(folder / "search")]
+    earlier = [*checkpoints_in(folder), *checkpoints_in(folder / SEARCH_FOLDER)]
     mark = folder / SPLIT_FILE
     if not earlier and (not mark.is_file() or _read_json(mark) == split):
         return

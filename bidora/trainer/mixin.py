@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
+from bidora.optimizer import trainable_magnitudes
 from bidora.trainer._checks import check_class, check_trainer
 from bidora.trainer.arguments import (
     Phase,
@@ -67,7 +68,7 @@ class BiDoRAMixin(_Base):
     `class Mine(BiDoRAMixin, Seq2SeqTrainer)` needs no more; its arguments are a class
     made with `BiDoRAArguments`. `train()` then is two ordinary runs of the Trainer:
 
-    1. `search`, in `output_dir/search`: the directions (A, B and the task head) learn on
+    1. `search`, in `output_dir/_search`: the directions (A, B and the task head) learn on
        one part of the training set, the magnitudes on the part held back, by
        `BiDoRAOptimizer`.
     2. `retrain`, in `output_dir`: the magnitudes are frozen, and the directions learn on
@@ -118,7 +119,7 @@ class BiDoRAMixin(_Base):
         self._judged_at: int | None = None
         self._goes_on_from: Checkpoint | None = None
         self._split_file: dict[str, Any] = {}
-        self._searched = _trainable_magnitudes(self.model)
+        self._searched = set(trainable_magnitudes(self.model))
         self.add_callback(AtTheSeams(self))
 
     # -- the two phases ----------------------------------------------------------------
@@ -189,6 +190,8 @@ class BiDoRAMixin(_Base):
                         continue  # it is over
                     found = None
                 self.args = arguments_of_phase(args, phase)
+                if phase == "search" and _divides_batches(args, len(inner)):
+                    self.args.dataloader_drop_last = True
                 self.train_dataset = inner if phase == "search" else data
                 self._progress = Progress(phase, settings, *self._indices)
                 output = self._run(phase, outer, found, kwargs)
@@ -331,6 +334,15 @@ class BiDoRAMixin(_Base):
                 loader = self.get_train_dataloader()
             finally:
                 self.train_dataset = held
+        made: Any = loader.dataset
+        if len(made) != len(dataset):
+            msg = (
+                f"get_train_dataloader made a loader of {len(made)} examples where "
+                f"train_dataset was the {len(dataset)} held back: it looks elsewhere "
+                "for its data, so that both levels would learn on the same. Let it read "
+                "self.train_dataset."
+            )
+            raise ValueError(msg)
         size = self.args.bidora_settings()["per_device_outer_batch_size"]
         return OuterStream(
             loader.dataset,
@@ -542,5 +554,8 @@ class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatible
     """
 
 
-def _trainable_magnitudes(model: nn.Module) -> set[str]:
-    return {name for name, p in magnitudes(model).items() if p.requires_grad}
+def _divides_batches(args: Any, examples: int) -> bool:
+    # The last batch of an epoch may be too small to divide; it is left out then, unless
+    # it is the only one.
+    whole = args.train_batch_size * args.world_size <= examples
+    return whole and getattr(args.make_estimator(), "product_fraction", 1.0) < 1.0

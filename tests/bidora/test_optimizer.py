@@ -420,6 +420,16 @@ def test_gauss_newton_scores_what_the_model_scores(head: str) -> None:
     assert report.info.damping == 1e-3
 
 
+def test_gauss_newton_has_no_place_for_the_orthogonality_term() -> None:
+    model = get_peft_model(bert(), lora())
+    estimator = Implicit(CGSolver(8), curvature="gauss-newton")
+    with pytest.raises(
+        ValueError, match=r"orthogonality=0\.1 with .*Set orthogonality=0"
+    ):
+        BiDoRAOptimizer(model, estimator, orthogonality=0.1)
+    BiDoRAOptimizer(model, estimator)
+
+
 def test_an_audit_leaves_the_training_alone() -> None:
     runs = []
     for every in (None, 2):

@@ -24,6 +24,7 @@ from transformers import (
 
 from bidora.trainer import BiDoRATrainer, BiDoRATrainingArguments
 from bidora.trainer.levels import SteppedElsewhere
+from hypergrad.batches import part_of
 from hypergrad.optimizer import StepReport
 from tests.bidora.tiny_trainer import (
     adapter,
@@ -102,7 +103,7 @@ def test_each_phase_ends_with_its_best_model(tmp_path: Path) -> None:
     assert t.search_state is not None
     assert t.search_state.best_metric == 2
     searched = Path(t.search_state.best_model_checkpoint or "")
-    assert searched == tmp_path / "search" / "checkpoint-2"
+    assert searched == tmp_path / "_search" / "checkpoint-2"
     assert Path(t.state.best_model_checkpoint or "") == tmp_path / "checkpoint-2"
     best = watch.after["search", 2]
     for name, value in watch.first["retrain"].items():
@@ -411,6 +412,55 @@ def test_the_economical_recipe_shares_out_the_steps(tmp_path: Path) -> None:
         assert torch.equal(value, watch.last["search"][name])  # warm
 
 
+@pytest.mark.parametrize(
+    ("size", "fraction"), [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (64, 0.25)]
+)
+def test_the_economical_recipe_divides_what_can_be_divided(
+    tmp_path: Path, size: int, fraction: float
+) -> None:
+    args = arguments(
+        tmp_path,
+        recipe="economical",
+        estimator=None,
+        per_device_train_batch_size=size,
+    )
+    settings = args.bidora_settings()["estimator_settings"]
+    assert settings == {"product_fraction": fraction}
+    part = part_of(torch.arange(size), settings["product_fraction"])
+    assert len(part) >= 1
+
+
+def test_a_last_batch_too_small_to_divide_is_left_out(tmp_path: Path) -> None:
+    # 21 rows without 4 held back: four batches of 4, and one row.
+    t = trainer(
+        tmp_path,
+        estimator_settings={"product_fraction": 0.25},
+        parts={"train_dataset": labelled(21)},
+        max_steps=6,
+    )
+    sizes: list[int] = []
+    step, kept = t.training_step, t.args.dataloader_drop_last
+
+    def note(model: Any, inputs: Any, *args: Any) -> Any:
+        sizes.append(len(inputs["labels"]))
+        return step(model, inputs, *args)
+
+    t.training_step = note  # pyright: ignore[reportAttributeAccessIssue]
+    t.train()
+    assert sizes[:6] == [4] * 6
+    assert t.args.dataloader_drop_last is kept is False
+
+
+def test_a_loader_of_other_data_is_refused(tmp_path: Path) -> None:
+    class Own(BiDoRATrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate)
+
+    rows: Any = labelled(24)
+    with pytest.raises(ValueError, match=r"24 examples where .* the 5 held back"):
+        trainer(tmp_path, cls=Own).train()
+
+
 def test_the_economical_recipe_shares_out_the_epochs(tmp_path: Path) -> None:
     t = trainer(
         tmp_path,
@@ -537,7 +587,7 @@ def test_tensorboard_gets_a_folder_for_each_phase(
     expected = (
         {("logs", "search"), ("logs", "retrain")}
         if chosen
-        else {("out", "search"), ("out", "runs")}
+        else {("out", "_search"), ("out", "runs")}
     )
     assert (folders.keys(), len(files)) == (expected, 2)
     tags = {}
@@ -545,7 +595,7 @@ def test_tensorboard_gets_a_folder_for_each_phase(
         events = EventAccumulator(str(folder))
         events.Reload()
         tags[place] = {tag for tag in events.Tags()["scalars"] if "outer_loss" in tag}
-    searched = min(expected, key=lambda place: place[1] != "search")
+    searched = min(expected, key=lambda place: "search" not in place[1])
     assert {place for place, found in tags.items() if found} == {searched}
 
 
@@ -594,7 +644,8 @@ def test_the_end_pushes_a_plain_adapter(
     (call,) = calls
     assert call["repo_id"] == "me/mine"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= call["sent"]
-    assert not {f for f in call["sent"] if f.startswith("checkpoint-")}
+    assert Path("mine/_search/checkpoint-2").is_dir()
+    assert not {f for f in call["sent"] if "checkpoint-" in f}
     card = Path("mine/README.md").read_text("utf-8")
     header = card.split("---")[1]
     assert "- bidora" in header
@@ -612,4 +663,4 @@ def test_the_end_pushes_a_plain_adapter(
         merged: Any = loaded.merge_and_unload()
         # Merging rounds V = W + s B A once and the product m V / |V| again: some eps.
         assert (merged(**batch).logits - logits).abs().max() < 1e-12
-    assert not os.path.exists("mine/search/README.md")
+    assert not os.path.exists("mine/_search/README.md")

@@ -330,7 +330,7 @@ def test_a_run_from_elsewhere_overwrites_none_either(
     earlier: Path, tmp_path: Path
 ) -> None:
     few(tmp_path).train()
-    path = str(tmp_path / "search" / "checkpoint-1")
+    path = str(tmp_path / "_search" / "checkpoint-1")
     said = "holds an earlier run"
     refused(few(earlier), earlier, said, resume_from_checkpoint=path)
 
@@ -339,9 +339,9 @@ def test_a_checkpoint_from_elsewhere_is_gone_on_from(
     earlier: Path, tmp_path: Path
 ) -> None:
     trainer = few(tmp_path)
-    path = str(earlier / "search" / "checkpoint-1")
+    path = str(earlier / "_search" / "checkpoint-1")
     assert trainer.train(resume_from_checkpoint=path).global_step == 1
-    assert (tmp_path / "search" / "checkpoint-2").is_dir()
+    assert (tmp_path / "_search" / "checkpoint-2").is_dir()
 
 
 def test_overwriting_deletes_the_checkpoints_of_that_run_alone(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_overwriting_deletes_the_checkpoints_of_that_run_alone(tmp_path: Path) -
     assert (tmp_path / "notes.txt").is_file()
     assert (tmp_path / "checkpoint-best").is_dir()
     assert (tmp_path / "checkpoint-9").is_file()
-    assert not (tmp_path / "search" / "checkpoint-3").exists()
+    assert not (tmp_path / "_search" / "checkpoint-3").exists()
     assert json.loads((tmp_path / "bidora_split.json").read_text())["seed"] == 4
 
 

@@ -255,7 +255,7 @@ def test_a_half_written_checkpoint_is_passed_over(
     torn.dies_at = dies_at
     with pytest.raises(Killed):
         torn.train()
-    assert (tmp_path / f"torn/search/checkpoint-{dies_at}").is_dir()
+    assert (tmp_path / f"torn/_search/checkpoint-{dies_at}").is_dir()
     trainer = make_trainer(tmp_path / "torn", **settings)
     with caplog.at_level(logging.WARNING, "bidora.trainer.checkpoint"):
         trainer.train(resume_from_checkpoint=True)
@@ -318,7 +318,7 @@ def test_a_finished_run_gives_its_best_model_again(tmp_path: Path) -> None:
 
 def test_resume_from_a_named_checkpoint(finished: Any, run: Path) -> None:
     trainer = few(run)
-    trainer.train(resume_from_checkpoint=str(run / "search" / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(run / "_search" / "checkpoint-2"))
     assert differences(outcome(finished[1]), outcome(trainer)) == []
 
 
@@ -430,7 +430,7 @@ def test_json_nested_too_deep_is_not_complete(run: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["shape", "dtype", "missing", "unknown", "first"])
 def test_values_of_another_model_change_nothing(harm: str, run: Path) -> None:
-    path = run / "search" / "checkpoint-2" / "bidora_values.safetensors"
+    path = run / "_search" / "checkpoint-2" / "bidora_values.safetensors"
     values = load_file(path)
     name = next(n for n in values if n.startswith("now.") and "lora_A" in n)
     if harm == "shape":
@@ -467,7 +467,7 @@ make_trainer(Path(sys.argv[1]), max_steps=8, retrain_max_steps=6).train()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mark", ["search/checkpoint-3", "search/checkpoint-7", "checkpoint-3"]
+    "mark", ["_search/checkpoint-3", "_search/checkpoint-7", "checkpoint-3"]
 )
 def test_a_process_killed_by_a_signal(mark: str, tmp_path: Path) -> None:
     """Killed as soon as a folder is there, wherever the process is by then."""
