@@ -426,6 +426,7 @@ def test_part_of_each_micro_batch_serves_the_mixed_product(tmp_path: Path) -> No
             model=language_model(),
             parts={"train_dataset": texts(), "data_collator": twice},
             estimator_settings={"product_fraction": fraction},
+            dataloader_drop_last=True,  # as the search does for a fraction anyway
             gradient_accumulation_steps=2,
             learning_rate=0.3,  # the indirect term has this factor
             max_grad_norm=0.0,
