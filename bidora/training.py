@@ -65,6 +65,11 @@ def train(
     listener = listener or Listener()
     folder = RunFolder(settings.output_dir, settings.overwrite, resume=resume)
     device = find_device(settings.device)
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"--device {settings.device}: a Trainer uses the first GPU that it sees. Set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and leave out --device."
+        )
     source = find_model(settings.model)
     with torch.random.fork_rng():
         job = _Job(**vars(prepare(settings, source, device, listener)))

@@ -291,6 +291,16 @@ def test_diverging_search_is_explained(options: dict[str, Any]) -> None:
         train(for_method(options, "bidora"))
 
 
+def test_another_gpu_is_chosen_from_outside(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr("bidora.training.find_device", lambda name: second)
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        train(for_method(options, "lora"))
+    assert not Path(options["output_dir"]).exists()
+
+
 # -- settings ---------------------------------------------------------------------
 
 
