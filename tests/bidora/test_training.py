@@ -210,8 +210,8 @@ class Values(Listener):
         listener, begin, end = self, Recorder.on_train_begin, Recorder.on_train_end
 
         def on_train_begin(self: Any, *args: Any, **kwargs: Any) -> None:
-            listener.at[f"{self.phase} begins"] = trained(self.trainer.model)
             begin(self, *args, **kwargs)
+            listener.at[f"{self.phase} begins"] = trained(self.trainer.model)
 
         def on_train_end(self: Any, *args: Any, **kwargs: Any) -> None:
             listener.at[f"{self.phase} ends"] = trained(self.trainer.model)
