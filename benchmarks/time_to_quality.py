@@ -287,6 +287,7 @@ def main() -> None:
         k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()
     }
     settings["data"] = "GLUE's files" if arguments.data else None
+    del settings["runs"]
     written = write_result(
         "time_to_quality",
         QUESTION,
