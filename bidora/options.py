@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bidora.recipe import RECIPES
+from bidora.recipe import RECIPES, RETRAININGS
 from bidora.settings import (
     METHODS,
     OTHER_MODEL_LR,
     OTHER_TASK_LENGTH,
-    RETRAININGS,
     TASK_LENGTHS,
     TrainSettings,
 )

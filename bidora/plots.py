@@ -24,7 +24,7 @@ LABELS = {
 
 TITLES = {
     "search": "1. search: magnitudes and directions",
-    "retrain": "2. retrain: magnitudes fixed, directions anew",
+    "retrain": "2. retrain: magnitudes fixed, all examples",
     "train": "training",
 }
 

@@ -7,11 +7,20 @@ from typing import Any
 
 from bidora.errors import UserError
 
-__all__ = ["RECIPES", "RETRAIN_SHARE", "SEARCH_SHARE", "recipe_defaults"]
+__all__ = [
+    "RECIPES",
+    "RETRAININGS",
+    "RETRAIN_SHARE",
+    "SEARCH_SHARE",
+    "recipe_defaults",
+]
 
 RECIPES = ("full", "economical")
 """`full` is the paper's; `economical` takes fewer and smaller outer steps, and goes on
 from the search in place of starting anew."""
+
+RETRAININGS = ("fresh", "warm")
+"""From the first directions and head again, or on from those of the search."""
 
 PRODUCT_FRACTION = 0.25
 """Part of the inner batch that the mixed product is taken on."""

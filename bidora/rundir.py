@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+from bidora._files import write_whole
 from bidora.errors import UserError
 
 __all__ = ["RunFolder"]
@@ -143,7 +144,7 @@ class RunFolder:
             if entry["phase"] == phase and entry.get("step", step + 1) > step:
                 break
             kept.append(entry)
-        self._replace("history.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        write_whole(path, "".join(json.dumps(e) + "\n" for e in kept))
         self._history = path.open("a", encoding="utf-8")
         return kept
 
@@ -158,15 +159,8 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
-        self._replace(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.partial"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.path / name, text)
 
     def staging(self) -> Path:
         """Return an empty folder for files that `publish` moves into place."""

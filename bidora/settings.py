@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bidora.errors import UserError
-from bidora.recipe import recipe_defaults
+from bidora.recipe import RETRAININGS, recipe_defaults
 
 __all__ = [
     "BUNDLED_MODEL",
     "METHODS",
-    "RETRAININGS",
     "TrainSettings",
     "default_folder",
 ]
@@ -23,9 +22,6 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
 
 METHODS = ("bidora", "dora", "lora")
-RETRAININGS = ("fresh", "warm")
-"""From the first directions and head again, or on from those of the search."""
-
 OTHER_MODEL_LR = 5e-4
 """Learning rate for models that this one's default was not tried on."""
 

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from bidora.optimizer import check_base_weights, trainable_magnitudes
 from bidora.trainer.arguments import BiDoRAArguments
 
-__all__ = ["check_class", "check_trainer"]
+__all__ = ["check_class", "check_trainer", "refuse_trial"]
 
 KNOWN_HOMES = ("transformers.", "trl.")
 """Packages whose `training_step` is known to do nothing that a search would miss."""
@@ -106,3 +106,17 @@ def check_trainer(trainer: Any) -> None:
                 "the model that overfits most. Pass other examples."
             )
             raise ValueError(msg)
+
+
+def refuse_trial(trial: Any) -> None:
+    """Refuse a hyperparameter search.
+
+    Raises:
+        ValueError: there is a trial.
+    """
+    if trial is not None:
+        msg = (
+            "hyperparameter_search calls train with a trial, and the two phases of "
+            "BiDoRA share no single objective. Call train once for each setting."
+        )
+        raise ValueError(msg)

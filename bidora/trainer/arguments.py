@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 from transformers import SchedulerType, TrainingArguments
 
-from bidora.recipe import RECIPES, RETRAIN_SHARE, SEARCH_SHARE, recipe_defaults
+from bidora.recipe import (
+    RECIPES,
+    RETRAIN_SHARE,
+    RETRAININGS,
+    SEARCH_SHARE,
+    recipe_defaults,
+)
 from hypergrad import HypergradEstimator, make_estimator
 
 __all__ = ["BiDoRAArguments", "BiDoRATrainingArguments", "Phase", "arguments_of_phase"]
@@ -21,8 +27,6 @@ Phase = Literal["search", "retrain"]
 SEARCH_FOLDER = "_search"
 """Where the search goes, below `output_dir`. The underscore keeps its checkpoints from the
 Hub: the Trainer uploads its own folder but for such names."""
-
-RETRAININGS = ("fresh", "warm")
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bidora._files import write_whole
 from bidora.trainer.arguments import SEARCH_FOLDER, Phase
 from bidora.trainer.values import VALUES_FILE, save_values
 
@@ -96,6 +96,13 @@ class Progress:
     outer_drawn: int = 0
     best_held_back: float | None = None
     without_gain: int = 0
+
+    def judge(self, loss: float) -> None:
+        """Take the loss on the held-back part at an evaluation."""
+        if self.best_held_back is None or loss < self.best_held_back:
+            self.best_held_back, self.without_gain = loss, 0
+        else:
+            self.without_gain += 1
 
 
 @dataclass(frozen=True)
@@ -182,13 +189,8 @@ def save_progress(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON as a whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 # -- reading ---------------------------------------------------------------------------
@@ -310,6 +312,8 @@ def _progress(content: Any) -> Progress:
         and isinstance(outer, list)
         and all(type(i) is int for i in [*inner, *outer, *counts])
         and sorted([*inner, *outer]) == list(range(len(inner) + len(outer)))
+        # None where the outer examples were given apart.
+        and len(inner) + len(outer) in (0, progress.settings.get("train_examples"))
         and min(counts) >= 0
         and (best is None or type(best) in (int, float))
     ):

@@ -11,7 +11,13 @@ from torch.utils.data import Dataset, Subset
 from bidora.errors import UserError
 from bidora.tasks.base import holdout_split
 
-__all__ = ["OuterStream", "check_outer_batch", "select", "split_indices"]
+__all__ = [
+    "OuterStream",
+    "check_outer_batch",
+    "outer_stream",
+    "select",
+    "split_indices",
+]
 
 LABEL_COLUMNS = ("labels", "label")
 
@@ -155,3 +161,54 @@ class OuterStream:
             order = torch.randperm(len(self.dataset), generator=generator)
             self._order = epoch, order.tolist()
         return self._order[1][offset]
+
+
+def outer_stream(trainer: Any, dataset: Any) -> OuterStream:
+    """Return the outer batches, made as a trainer makes its own.
+
+    Args:
+        trainer: the trainer; its loader says what is kept of an example, and how a
+            batch is made. Random numbers are as before afterwards.
+        dataset: the examples held back.
+
+    Raises:
+        ValueError: the trainer's loader reads other data than its `train_dataset`.
+    """
+    held = trainer.train_dataset
+    with torch.random.fork_rng():
+        try:
+            trainer.train_dataset = dataset
+            loader = trainer.get_train_dataloader()
+        finally:
+            trainer.train_dataset = held
+    if len(loader.dataset) != len(dataset):
+        msg = (
+            f"get_train_dataloader made a loader of {len(loader.dataset)} examples where "
+            f"train_dataset was the {len(dataset)} held back: it looks elsewhere for its "
+            "data, so that both levels would learn on the same. Let it read "
+            "self.train_dataset."
+        )
+        raise ValueError(msg)
+    args = trainer.args
+    return OuterStream(
+        loader.dataset,
+        loader.collate_fn,
+        args.bidora_settings()["per_device_outer_batch_size"],
+        args.seed + 1,
+        args.process_index,
+        args.world_size,
+    )
+
+
+def divides_batches(args: Any, examples: int) -> bool:
+    """Whether to leave out the last batch of an epoch: it may be too small to divide.
+
+    Args:
+        args: the training arguments.
+        examples: how many there are; the only batch is not left out.
+
+    Returns:
+        Whether products are taken on parts of batches, and there is a whole one.
+    """
+    whole = args.train_batch_size * args.world_size <= examples
+    return whole and getattr(args.make_estimator(), "product_fraction", 1.0) < 1.0

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bidora.orthogonality import orthogonality
+from bidora.trainer.logs import noted_by_the_loss
 
-__all__ = ["add_orthogonality", "loss_of", "weight_of"]
+__all__ = ["add_orthogonality", "held_back_loss", "loss_of", "weight_of"]
 
 
 def loss_of(trainer: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -84,3 +85,21 @@ def add_orthogonality(trainer: Any) -> Tensor:
         if grad is not None:
             p.grad = grad if p.grad is None else p.grad + grad
     return term.detach()
+
+
+def held_back_loss(trainer: Any, dataset: Any) -> float:
+    """Return the mean loss on the part held back, and nothing else of an evaluation.
+
+    Args:
+        trainer: the trainer.
+        dataset: the part.
+    """
+    notes = noted_by_the_loss(trainer)
+    found = trainer.evaluation_loop(
+        trainer.get_test_dataloader(dataset),
+        "Held back",
+        prediction_loss_only=True,
+        metric_key_prefix="held_back",
+    )
+    vars(trainer).update(notes)
+    return found.metrics["held_back_loss"]

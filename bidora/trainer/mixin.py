@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    Trainer,
-    TrainerState,
-    set_seed,
-)
+from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
 from bidora.optimizer import trainable_magnitudes
-from bidora.trainer._checks import check_class, check_trainer
+from bidora.trainer._checks import check_class, check_trainer, refuse_trial
 from bidora.trainer.arguments import (
     Phase,
     arguments_of_phase,
@@ -37,6 +32,8 @@ from bidora.trainer.checkpoint import (
 from bidora.trainer.data import (
     OuterStream,
     check_outer_batch,
+    divides_batches,
+    outer_stream,
     select,
     split_indices,
 )
@@ -46,9 +43,24 @@ from bidora.trainer.levels import (
     make_bilevel_optimizer,
 )
 from bidora.trainer.logs import StepLog, noted_by_the_loss
-from bidora.trainer.loss import add_orthogonality, loss_of, weight_of
-from bidora.trainer.seams import AtTheSeams, freeze_magnitudes, part_tensorboard
-from bidora.trainer.values import check_values, load_values, norm_buffers
+from bidora.trainer.loss import (
+    add_orthogonality,
+    held_back_loss,
+    loss_of,
+    weight_of,
+)
+from bidora.trainer.seams import (
+    AtTheSeams,
+    freeze_magnitudes,
+    part_tensorboard,
+    tag_card,
+)
+from bidora.trainer.values import (
+    check_values,
+    directions,
+    load_values,
+    norm_buffers,
+)
 from hypergrad import Accumulated
 from hypergrad.optimizer import StepReport
 
@@ -100,6 +112,7 @@ class BiDoRAMixin(_Base):
     args: Any
     model: Any
     optimizer: Any
+    train_dataset: Any
 
     def __init__(self, *args: Any, outer_dataset: Any = None, **kwargs: Any) -> None:
         check_class(type(self), BiDoRAMixin)
@@ -151,12 +164,7 @@ class BiDoRAMixin(_Base):
             ValueError: a checkpoint of other settings, an output folder that holds
                 another run, or a training set that cannot be split.
         """
-        if trial is not None:
-            msg = (
-                "hyperparameter_search calls train with a trial, and the two phases of "
-                "BiDoRA share no single objective. Call train once for each setting."
-            )
-            raise ValueError(msg)
+        refuse_trial(trial)
         args, data, model_init = self.args, self.train_dataset, self.model_init
         self._home = str(args.output_dir)
         found = find_checkpoint(args.output_dir, resume_from_checkpoint)
@@ -190,7 +198,7 @@ class BiDoRAMixin(_Base):
                         continue  # it is over
                     found = None
                 self.args = arguments_of_phase(args, phase)
-                if phase == "search" and _divides_batches(args, len(inner)):
+                if phase == "search" and divides_batches(args, len(inner)):
                     self.args.dataloader_drop_last = True
                 self.train_dataset = inner if phase == "search" else data
                 self._progress = Progress(phase, settings, *self._indices)
@@ -216,13 +224,14 @@ class BiDoRAMixin(_Base):
             use_exact_dora(self.model, dropout=self.args.dora_dropout)
         self._goes_on_from = found
         if found is None and phase == "search":
-            self._first_values = self._directions()
+            warm = self.args.bidora_settings()["retrain"] == "warm"
+            self._first_values = {} if warm else directions(self.model)
         if phase == "search":
             # The end of an earlier call of `train` froze them.
             for name, magnitude in magnitudes(self.model).items():
                 if name in self._searched:
                     magnitude.requires_grad_(True)
-            self._outer = self._outer_stream(outer)
+            self._outer = outer_stream(self, outer)
         self._log = StepLog()
         self._judged_at = None
         part_tensorboard(self)
@@ -265,19 +274,6 @@ class BiDoRAMixin(_Base):
         self.model.to(self.args.device)
         self.model_wrapped = self.model
 
-    def _directions(self) -> dict[str, Tensor]:
-        """Return copies of what a fresh retraining starts from."""
-        if self.args.bidora_settings()["retrain"] == "warm":
-            return {}
-        outer = magnitudes(self.model)
-        trained = {
-            name: p
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and name not in outer
-        }
-        both = trained | norm_buffers(self.model)
-        return {name: t.detach().clone() for name, t in both.items()}
-
     # -- data --------------------------------------------------------------------------
 
     def _split(self, found: Checkpoint | None) -> tuple[Any, Any]:
@@ -290,14 +286,6 @@ class BiDoRAMixin(_Base):
         if found is not None:
             progress = found.progress
             self._indices = progress.inner_indices, progress.outer_indices
-            covered = len(self._indices[0]) + len(self._indices[1])
-            if covered != len(data):
-                msg = (
-                    f"the checkpoint split {covered} training examples, and there are "
-                    f"{len(data)} here: it belongs to another training set. Pass the "
-                    "one that the run began with."
-                )
-                raise ValueError(msg)
         else:
             self._indices = split_indices(data, args.validation_fraction, args.seed)
         inner, outer = self._indices
@@ -324,34 +312,6 @@ class BiDoRAMixin(_Base):
                 sampler.generator = self._order
             batches = getattr(batches, "batch_sampler", None)
         return loader
-
-    def _outer_stream(self, dataset: Any) -> OuterStream:
-        """Return the outer batches, made as the Trainer makes its own."""
-        held = self.train_dataset
-        with torch.random.fork_rng():
-            try:
-                self.train_dataset = dataset
-                loader = self.get_train_dataloader()
-            finally:
-                self.train_dataset = held
-        made: Any = loader.dataset
-        if len(made) != len(dataset):
-            msg = (
-                f"get_train_dataloader made a loader of {len(made)} examples where "
-                f"train_dataset was the {len(dataset)} held back: it looks elsewhere "
-                "for its data, so that both levels would learn on the same. Let it read "
-                "self.train_dataset."
-            )
-            raise ValueError(msg)
-        size = self.args.bidora_settings()["per_device_outer_batch_size"]
-        return OuterStream(
-            loader.dataset,
-            loader.collate_fn,
-            size,
-            self.args.seed + 1,
-            self.args.process_index,
-            self.args.world_size,
-        )
 
     # -- stepping ----------------------------------------------------------------------
 
@@ -470,20 +430,9 @@ class BiDoRAMixin(_Base):
         if self._judged_at == self.state.global_step:
             return metrics  # one of several evaluation sets, and not the first
         self._judged_at = self.state.global_step
-        notes = noted_by_the_loss(self)
-        held_back = self.evaluation_loop(
-            self.get_test_dataloader(self._outer.dataset),
-            "Held back",
-            prediction_loss_only=True,
-            metric_key_prefix="held_back",
-        )
-        vars(self).update(notes)
-        loss = held_back.metrics["held_back_loss"]  # pyright: ignore[reportOptionalSubscript]
+        loss = held_back_loss(self, self._outer.dataset)
         self.log({"held_back_loss": loss})
-        if progress.best_held_back is None or loss < progress.best_held_back:
-            progress.best_held_back, progress.without_gain = loss, 0
-        else:
-            progress.without_gain += 1
+        progress.judge(loss)
         self.control.should_training_stop = (
             progress.without_gain >= self.args.search_patience
         )
@@ -538,13 +487,8 @@ class BiDoRAMixin(_Base):
         tags = kwargs.pop("tags", None) or []
         tags = [*([tags] if isinstance(tags, str) else tags), "bidora", "dora"]
         super().create_model_card(*args, tags=list(tags), **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero():
-            # PEFT, which has the last word on its own cards, leaves only its own tags.
-            card = ModelCard.load(path)
-            own = card.data.to_dict().get("tags") or []
-            card.data["tags"] = sorted({*own, *tags})
-            card.save(path)
+            tag_card(Path(self.args.output_dir) / "README.md", tags)
 
 
 class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -552,10 +496,3 @@ class BiDoRATrainer(BiDoRAMixin, Trainer):  # pyright: ignore[reportIncompatible
 
     See `BiDoRAMixin`; its `args` are `BiDoRATrainingArguments`.
     """
-
-
-def _divides_batches(args: Any, examples: int) -> bool:
-    # The last batch of an epoch may be too small to divide; it is left out then, unless
-    # it is the only one.
-    whole = args.train_batch_size * args.world_size <= examples
-    return whole and getattr(args.make_estimator(), "product_fraction", 1.0) < 1.0

@@ -1,4 +1,4 @@
-"""What is done where the Trainer begins a phase or an epoch."""
+"""What is done where the Trainer begins a phase or an epoch, or writes a card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     TrainerCallback,
@@ -18,7 +19,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from bidora.dora import magnitudes
 from bidora.trainer.checkpoint import SPLIT_FILE, write_json
 
-__all__ = ["AtTheSeams", "freeze_magnitudes", "part_tensorboard"]
+__all__ = ["AtTheSeams", "freeze_magnitudes", "part_tensorboard", "tag_card"]
 
 
 class AtTheSeams(TrainerCallback):
@@ -82,3 +83,16 @@ def part_tensorboard(trainer: Any) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = own
+
+
+def tag_card(path: Path, tags: list[str]) -> None:
+    """Add tags to a model card: PEFT, with the last word on its own, leaves only its own.
+
+    Args:
+        path: the card.
+        tags: the tags.
+    """
+    card = ModelCard.load(path)
+    own = card.data.to_dict().get("tags") or []
+    card.data["tags"] = sorted({*own, *tags})
+    card.save(path)

@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as RunningNorm
 
+from bidora.dora import magnitudes
+
 __all__ = [
     "VALUES_FILE",
     "check_values",
+    "directions",
     "load_values",
     "norm_buffers",
     "save_values",
@@ -48,6 +51,18 @@ def adapter_values(model: nn.Module) -> dict[str, Tensor]:
         if p.requires_grad or "lora_magnitude_vector" in name
     }
     return trained | norm_buffers(model)
+
+
+def directions(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what a fresh retraining starts from, by name."""
+    outer = magnitudes(model)
+    trained = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and name not in outer
+    }
+    both = trained | norm_buffers(model)
+    return {name: t.detach().clone() for name, t in both.items()}
 
 
 def norm_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -570,7 +570,7 @@ def test_outer_examples_of_ones_own_leave_the_training_set_whole(
 def test_tensorboard_gets_a_folder_for_each_phase(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
 ) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    pytest.importorskip("tensorboard", reason="needs tensorboard, of the extra test")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)

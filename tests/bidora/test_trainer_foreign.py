@@ -130,7 +130,7 @@ def test_seq2seq_generates_in_its_evaluation(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sft() -> tuple[type, type]:
     """The trainer and its arguments, of TRL."""
-    trl = pytest.importorskip("trl", reason="needs trl, which is not a dependency")
+    trl = pytest.importorskip("trl", reason="needs trl, of the extra test")
 
     @dataclass
     class SFTArguments(BiDoRAArguments, trl.SFTConfig):

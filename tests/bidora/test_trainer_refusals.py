@@ -138,7 +138,7 @@ def test_a_compute_loss_of_its_own_is_allowed(tmp_path: Path) -> None:
 
 
 def test_the_step_of_trl_is_allowed() -> None:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs trl, of the extra test")
 
     class Sft(BiDoRAMixin, trl.SFTTrainer):
         pass

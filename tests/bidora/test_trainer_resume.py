@@ -397,6 +397,7 @@ HOSTILE: list[Any] = [
     {"inner_indices": [-1]},
     {"inner_indices": [0, 0]},
     {"inner_indices": [0.0]},
+    {"inner_indices": [0, 1], "outer_indices": [2]},
     {"outer_indices": {"0": 1}},
     {"outer_drawn": "3"},
     {"outer_drawn": -1},
