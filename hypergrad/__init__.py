@@ -10,6 +10,7 @@ from hypergrad.errors import (
     HypergradError,
     NonFiniteError,
     NumericalWarning,
+    RankError,
     SecondOrderError,
     SolveError,
 )
@@ -26,12 +27,14 @@ from hypergrad.estimators import (
     register_estimator,
 )
 from hypergrad.modules import swapped
+from hypergrad.optimizer import BilevelOptimizer
 from hypergrad.problem import BilevelProblem
 from hypergrad.steps import InnerStep, take_steps
 
 __all__ = [
     "Accumulated",
     "BatchError",
+    "BilevelOptimizer",
     "BilevelProblem",
     "HypergradError",
     "HypergradEstimator",
@@ -43,6 +46,7 @@ __all__ = [
     "NonFiniteError",
     "NumericalWarning",
     "Point",
+    "RankError",
     "SecondOrderError",
     "SolveError",
     "compare_estimators",

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from hypergrad import tree
-from hypergrad._optimizer_parts import without_graphs
-from hypergrad.errors import HypergradError, NumericalWarning
+from hypergrad._run import without_graphs
+from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import check_reference, choose_reference
+from hypergrad.reporting import silenced
 from hypergrad.steps import InnerStep
+from hypergrad.tree import Params
 
 __all__ = ["Audit", "Auditor"]
 
@@ -136,8 +135,7 @@ class Auditor:
             )
             return Audit(name, why, reason=reason)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NumericalWarning)  # `reason` tells
+            with silenced():  # `reason` tells
                 truth = chosen.estimate(
                     problem,
                     inner_batch=inner_batch,
@@ -147,8 +145,8 @@ class Auditor:
                 )
         except HypergradError as error:
             return Audit(name, why, reason=f"the reference failed: {error}")
-        cosine, off = _compare(estimated.outer_grads, truth.outer_grads)
-        indirect_cosine, indirect_off = _compare(estimated.indirect, truth.indirect)
+        cosine, off = _compared(estimated.outer_grads, truth.outer_grads)
+        indirect_cosine, indirect_off = _compared(estimated.indirect, truth.indirect)
         return Audit(
             name,
             why,
@@ -161,17 +159,7 @@ class Auditor:
         )
 
 
-def _compare(
-    value: Mapping[str, Tensor], truth: Mapping[str, Tensor]
-) -> tuple[float | None, float | None]:
-    """Return the cosine and the relative error of two vectors."""
-    size, other = tree.norm(truth), tree.norm(value)
-    if size == 0.0:
-        return None, 0.0 if other == 0.0 else None
-    wide = {n: tree.wide(t) / size for n, t in truth.items()}
-    scaled = {n: tree.wide(value[n]) / size for n in wide}
-    error = tree.norm(tree.sub(scaled, wide))
-    if other == 0.0:
-        return None, error
-    cosine = tree.dot(scaled, wide) * (size / other)
-    return math.copysign(min(1.0, abs(cosine)), cosine), error
+def _compared(value: Params, truth: Params) -> tuple[float | None, float | None]:
+    """Return cosine and relative error; None for what has no meaning."""
+    error = tree.relative_error(value, truth)
+    return tree.cosine(value, truth), error if math.isfinite(error) else None

@@ -2,28 +2,188 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
+from hypergrad.problem import BilevelProblem
+from hypergrad.products import Product, make_product
+from hypergrad.reporting import report
+from hypergrad.rng import relocated
 from hypergrad.rules import rule_from_config
 from hypergrad.steps import InnerStep
+from hypergrad.tree import Params
 
-__all__ = [
-    "check_saved",
-    "pack_batches",
-    "pack_estimator",
-    "pack_step",
-    "unpack_batches",
-    "unpack_estimator",
-    "unpack_steps",
-]
+__all__ = ["Checkpointer", "pack_estimator", "unpack_estimator"]
 
 
-def check_saved(
+class Checkpointer:
+    """Turn the state of a run into plain containers, and back.
+
+    Args:
+        problem: the problem; tensors are put where its parameters are.
+        asked: the estimator that the optimizer was made with.
+    """
+
+    def __init__(self, problem: BilevelProblem, asked: HypergradEstimator) -> None:
+        self._problem = problem
+        self._asked = asked
+
+    def pack(self, run: Run) -> dict[str, Any]:
+        """Return a run as plain containers."""
+        chosen = run.estimator is not self._asked
+        reducer = self._problem.reducer
+        return {
+            "estimator": type(self._asked).__name__,
+            "chosen": pack_estimator(run.estimator) if chosen else None,
+            "resolved": run.resolved,
+            "n_inner_steps": run.n_inner_steps,
+            "n_outer_steps": run.n_outer_steps,
+            "n_skipped": run.n_skipped,
+            "outer_frozen": run.outer_frozen,
+            "window": [self._pack_step(s) for s in run.window],
+            "last": self._pack_batches(run.last),
+            "estimator_state": dict(run.estimator_state),
+            "rank": (reducer.rank, reducer.ranks),
+        }
+
+    def unpack(self, state_dict: Mapping[str, Any], levels: list[str]) -> Run:
+        """Return the run that `pack` was given, on the problem's devices.
+
+        Args:
+            state_dict: what is to be loaded.
+            levels: level of each of the optimizer's parameter groups.
+
+        Raises:
+            ValueError: it comes from another kind of optimizer, estimator or problem.
+        """
+        saved = _check_saved(state_dict, self._asked, levels)
+        chosen = saved.get("chosen")
+        window = tuple(self._unpack_step(s) for s in saved["window"])
+        last = self._unpack_batches(saved["last"])
+        reducer, own = self._problem.reducer, tuple(saved.get("rank", (0, 1)))
+        foreign = own != (reducer.rank, reducer.ranks)
+        if reducer.any(foreign, self._problem.outer_params):
+            if window:
+                report(
+                    f"a checkpoint was saved by rank {own[0]} of {own[1]} and loaded on "
+                    f"another (here: rank {reducer.rank} of {reducer.ranks}), whose "
+                    "batches are not in it. The recorded inner steps were left out; the "
+                    "first outer steps wait for new ones. Save one file for each rank."
+                )
+            window, last = (), ()
+        return Run(
+            self._asked if chosen is None else unpack_estimator(chosen),
+            1,
+            saved["n_inner_steps"],
+            saved["n_outer_steps"],
+            saved["n_skipped"],
+            saved["outer_frozen"],
+            window,
+            dict(saved["estimator_state"]),
+            last,
+            saved.get("resolved", True),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._problem.tensors[0].device
+
+    def _pack_batches(self, batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+        return [
+            {
+                "batch": _plain(m.batch),
+                "weight": m.weight,
+                "rng_state": m.rng_state,
+                "attention": m.attention,
+                # A loss may move its batch by itself.
+                "on_host": self._device.type != "cpu" and _is_on_host(m.batch),
+            }
+            for m in batches
+        ]
+
+    def _unpack_batches(
+        self, packed: Sequence[Mapping[str, Any]]
+    ) -> tuple[MicroBatch, ...]:
+        found = []
+        for each in packed:
+            values = dict(each)
+            on_host = values.pop("on_host", False)
+            where = torch.device("cpu") if on_host else self._device
+            values["batch"] = _moved(values["batch"], where)
+            values["rng_state"] = relocated(values["rng_state"], self._device)
+            found.append(MicroBatch(**values))
+        return tuple(found)
+
+    def _pack_step(self, step: InnerStep) -> dict[str, Any]:
+        """Return a step as plain containers; a kept graph is left out and built again."""
+        return {
+            "inner_params": step.inner_params,
+            "outer_params": step.outer_params,
+            "state": step.state,
+            "micro_batches": self._pack_batches(step.micro_batches),
+            "grads": step.grads,
+            "rule": step.rule.config(),
+            "outer_grads": step.outer_grads,
+        }
+
+    def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
+        problem, values = self._problem, dict(packed)
+        if set(values["inner_params"]) != set(problem.inner_params):
+            msg = (
+                "the recorded inner steps have other parameter names than this problem. "
+                "Load the state of an optimizer over the same model."
+            )
+            raise ValueError(msg)
+
+        def placed(given: Mapping[str, Tensor] | None, like: Params) -> Params | None:
+            if given is None:
+                return None
+            return {n: t.to(like[n].device) for n, t in given.items()}
+
+        w, lam = problem.inner_params, problem.outer_params
+        values["inner_params"] = placed(values["inner_params"], w)
+        values["outer_params"] = placed(values["outer_params"], lam)
+        values["grads"] = placed(values["grads"], w)
+        values["outer_grads"] = placed(values["outer_grads"], lam)
+        values["state"] = {
+            # torch counts steps on the host.
+            n: {k: t.cpu() if k == "step" else t.to(w[n].device) for k, t in s.items()}
+            for n, s in values["state"].items()
+        }
+        values["micro_batches"] = self._unpack_batches(values["micro_batches"])
+        values["rule"] = rule_from_config(values["rule"])
+        return InnerStep(**values)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _is_on_host(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.device.type == "cpu"
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_on_host, value))
+    return True
+
+
+def _check_saved(
     state_dict: Mapping[str, Any], estimator: HypergradEstimator, levels: list[str]
 ) -> dict[str, Any]:
     """Return the part of a `state_dict` that is not torch's own.
@@ -81,22 +241,23 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def pack_batches(batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-    """Return micro-batches as plain containers."""
-    return [
-        {
-            "batch": _plain(m.batch),
-            "weight": m.weight,
-            "rng_state": m.rng_state,
-            "attention": m.attention,
-        }
-        for m in batches
-    ]
+def _packed_setting(value: Any) -> Any:
+    """Return a setting as plain values; a product as its name and settings."""
+    if not isinstance(value, Product):
+        return value
+    made = make_product(value.name)
+    settings = {
+        f.name: getattr(value, f.name)
+        for f in fields(value)  # pyright: ignore[reportArgumentType]
+        if getattr(value, f.name) != getattr(made, f.name)
+    }
+    return {"product": value.name, "settings": settings}
 
 
-def unpack_batches(packed: Sequence[Mapping[str, Any]]) -> tuple[MicroBatch, ...]:
-    """Return the micro-batches that `pack_batches` was given."""
-    return tuple(MicroBatch(**dict(m)) for m in packed)
+def _unpacked_setting(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.keys() == {"product", "settings"}:
+        return make_product(value["product"], **value["settings"])
+    return value
 
 
 def pack_estimator(estimator: HypergradEstimator) -> dict[str, Any]:
@@ -111,8 +272,9 @@ def pack_estimator(estimator: HypergradEstimator) -> dict[str, Any]:
         for field in fields(estimator):  # pyright: ignore[reportArgumentType]
             value = getattr(estimator, field.name)
             if value != getattr(usual, field.name):
-                settings[field.name] = value
-        same = make_estimator(estimator.name, **settings) == estimator
+                settings[field.name] = _packed_setting(value)
+        made = {key: _unpacked_setting(value) for key, value in settings.items()}
+        same = make_estimator(estimator.name, **made) == estimator
     except (TypeError, ValueError, AttributeError):
         same = False
     same = same and _is_plain(settings)
@@ -128,44 +290,6 @@ def pack_estimator(estimator: HypergradEstimator) -> dict[str, Any]:
 
 def unpack_estimator(packed: Mapping[str, Any]) -> HypergradEstimator:
     """Return the estimator that `pack_estimator` was given."""
-    return make_estimator(packed["name"], **packed["settings"])
-
-
-def pack_step(step: InnerStep) -> dict[str, Any]:
-    """Return a step as plain containers; a kept graph is left out and built again."""
-    return {
-        "inner_params": step.inner_params,
-        "outer_params": step.outer_params,
-        "state": step.state,
-        "micro_batches": pack_batches(step.micro_batches),
-        "grads": step.grads,
-        "rule": step.rule.config(),
-        "outer_grads": step.outer_grads,
-    }
-
-
-def unpack_steps(
-    packed: Sequence[Mapping[str, Any]], names: Collection[str]
-) -> tuple[InnerStep, ...]:
-    """Return the steps that `pack_step` was given.
-
-    Args:
-        packed: what it returned.
-        names: of the inner parameters.
-
-    Raises:
-        ValueError: the steps have other inner parameters.
-    """
-    steps = []
-    for each in packed:
-        values = dict(each)
-        values["micro_batches"] = unpack_batches(values["micro_batches"])
-        values["rule"] = rule_from_config(values["rule"])
-        steps.append(InnerStep(**values))
-        if set(steps[-1].inner_params) != set(names):
-            msg = (
-                "the recorded inner steps have other parameter names than this problem. "
-                "Load the state of an optimizer over the same model."
-            )
-            raise ValueError(msg)
-    return tuple(steps)
+    settings = packed["settings"]
+    made = {key: _unpacked_setting(value) for key, value in settings.items()}
+    return make_estimator(packed["name"], **made)

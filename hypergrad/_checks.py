@@ -7,10 +7,13 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    "check_count",
     "check_disjoint",
+    "check_flag",
+    "check_module",
     "check_names",
     "check_new_name",
     "check_number",
@@ -47,6 +50,61 @@ def check_number(name: str, value: object) -> None:
         msg = (
             f"{name}={value!r} must be a number, got {type(value).__name__}. Pass a "
             "plain float."
+        )
+        raise TypeError(msg)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a count that is not a whole number of at least `least`.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        msg = f"{name}={value!r} must be a whole number, got {type(value).__name__}."
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name}={value} must be at least {least}."
+        raise ValueError(msg)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse a switch that is neither True nor False.
+
+    Raises:
+        TypeError: with the value.
+    """
+    if not isinstance(value, bool):
+        msg = f"{name}={value!r} must be True or False, got {type(value).__name__}."
+        raise TypeError(msg)
+
+
+def check_module(model: object) -> None:
+    """Refuse what is not a module, and one that is wrapped for several ranks.
+
+    Raises:
+        TypeError: naming what to pass.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model must be a torch.nn.Module, got {type(model).__name__}"
+        raise TypeError(msg)
+    kinds = {
+        c.__name__ for c in type(model).__mro__ if c.__module__.startswith("torch.")
+    }
+    if kinds & {"DistributedDataParallel", "DataParallel"}:
+        msg = (
+            f"model is a {type(model).__name__}, whose hooks torch.autograd.grad does "
+            "not run. Pass model.module: averaging over ranks is done here, with one "
+            "message for each gradient."
+        )
+        raise TypeError(msg)
+    if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        msg = (
+            f"model is sharded ({type(model).__name__}): its parameters are parts of "
+            "tensors, and torch.autograd.grad does not gather them. Pass the module "
+            "unsharded on every rank; adapters are small, and averages over ranks are "
+            "taken here."
         )
         raise TypeError(msg)
 
@@ -92,10 +150,18 @@ def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
     """Refuse a tensor that cannot be a parameter of a problem.
 
     Raises:
+        TypeError: a shard of a distributed tensor.
         ValueError: not of real floating point dtype, on the meta device, not a leaf,
             frozen, made in inference mode, or with entries that share memory.
     """
     where = f"{kind}[{name!r}]"
+    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "device_mesh"):
+        msg = (
+            f"{where} is a DTensor, a shard of a tensor that is spread over ranks. Pass "
+            "an ordinary tensor that is whole on every rank: tensor.full_tensor(), or a "
+            "module that is not sharded; averages over ranks are taken here."
+        )
+        raise TypeError(msg)
     if not tensor.is_floating_point():
         msg = (
             f"{where} has dtype {tensor.dtype}: only real floating point tensors are "

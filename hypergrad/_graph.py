@@ -15,6 +15,7 @@ from hypergrad.errors import HypergradError
 __all__ = [
     "REENTRANT",
     "leaf_ids",
+    "nodes",
     "once_only",
     "refuse_reentrant",
     "underived_backwards",
@@ -31,7 +32,8 @@ REENTRANT = (
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes(loss: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph that a tensor was computed by."""
     pending: list[Any] = [loss.grad_fn]
     seen: set[Any] = set()
     while pending:
@@ -49,13 +51,13 @@ def refuse_reentrant(loss: Tensor) -> None:
     Raises:
         HypergradError: with the setting that helps.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss)):
         raise HypergradError(REENTRANT)
 
 
 def leaf_ids(loss: Tensor) -> set[int]:
     """Return the `id` of each leaf tensor that the loss was computed from."""
-    return {id(node.variable) for node in _nodes(loss) if hasattr(node, "variable")}
+    return {id(node.variable) for node in nodes(loss) if hasattr(node, "variable")}
 
 
 def once_only(loss: Tensor) -> list[str]:
@@ -70,7 +72,7 @@ def once_only(loss: Tensor) -> list[str]:
     `torch.autograd.grad(..., allow_unused=True)` takes their second derivative for 0.
     """
     found = []
-    for node in _nodes(loss):
+    for node in nodes(loss):
         forward_class = getattr(node, "_forward_cls", None)
         backward = getattr(forward_class, "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:
@@ -100,7 +102,7 @@ def underived_backwards(loss: Tensor) -> Iterator[list[str]]:
         if ends and starts and any(g is not None and bool(g.any()) for g in inputs):
             found.append(name)
 
-    custom: list[Any] = [n for n in _nodes(loss) if isinstance(n, BackwardCFunction)]
+    custom: list[Any] = [n for n in nodes(loss) if isinstance(n, BackwardCFunction)]
     handles = [node.register_hook(partial(note, node.name())) for node in custom]
     try:
         yield found

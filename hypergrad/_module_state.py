@@ -2,116 +2,193 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hypergrad import tree
 from hypergrad.errors import HypergradError
 
-__all__ = ["LARGEST_COPIED_BUFFER", "copy_of_buffer", "module_untouched", "remember"]
+__all__ = ["LARGEST_COPIED_BUFFER", "BufferCopies", "ModuleState", "copy_of_buffer"]
 
 LARGEST_COPIED_BUFFER = 16 * 2**20
 """Bytes; larger buffers are packed weights, not state."""
 
+_Place = tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]
+
 
 def copy_of_buffer(buffer: Tensor) -> Tensor:
     """Return a copy for one evaluation; large buffers, and any in a graph, themselves."""
+    return buffer.detach().clone() if _is_copied(buffer) else buffer
+
+
+def _is_copied(buffer: Tensor) -> bool:
     large = buffer.numel() * buffer.element_size() > LARGEST_COPIED_BUFFER
-    return buffer if large or buffer.requires_grad else buffer.detach().clone()
+    return not large and not buffer.requires_grad
 
 
-@contextmanager
-def module_untouched(module: nn.Module) -> Iterator[None]:
-    """Run the block on copies of the module's buffers, then put the originals back.
+def _walk(module: nn.Module) -> tuple[list[tuple[nn.Module, bool]], list[_Place]]:
+    """Return the modes of all modules, and those that hold buffers."""
+    modes: list[tuple[nn.Module, bool]] = []
+    places: list[_Place] = []
+    for m in module.modules():
+        modes.append((m, m.training))
+        if m._buffers:
+            places.append((m, dict(m._buffers), _plain(m)))
+    return modes, places
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    kinds = (bool, int, float, str, type(None))
+    return {k: v for k, v in vars(module).items() if isinstance(v, kinds)}
+
+
+class ModuleState:
+    """Copies in the places of a module's buffers, until it is closed.
 
     Copies in their places, not saved values that are copied back: batch_norm changes its
     running statistics without counting a version, so that a change cannot be seen; and
     copying back would void a graph that saved the buffer.
 
     Args:
-        module: the module; buffers and train/eval modes are as before afterwards, also
-            after an exception.
-
-    Raises:
-        HypergradError: the block changed a buffer too large to be copied.
+        module: the module; its modules and buffers are looked up once.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    saved = [(m, dict(m._buffers), _plain(m)) for m in module.modules() if m._buffers]
-    copies: dict[int, Tensor] = {}  # one for each buffer, however many names it has
-    versions: dict[str, tuple[Tensor, int]] = {}
-    with torch.inference_mode(mode=False):
-        for name, buffer in module.named_buffers():
-            copies[id(buffer)] = copy_of_buffer(buffer)
-            if copies[id(buffer)] is buffer and not buffer.is_inference():
-                versions[name] = (buffer, buffer._version)
-    for m, buffers, _ in saved:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                m._buffers[name] = copies[id(buffer)]
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for m, buffers, plain in saved:
-            placed = [None if b is None else copies[id(b)] for b in buffers.values()]
-            replaced = len(placed) != len(m._buffers) or any(
-                a is not b for a, b in zip(placed, m._buffers.values(), strict=True)
-            )
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modes, self._places = _walk(module)
+        own: dict[int, Tensor] = {}  # one for each buffer, however many names it has
+        for _, buffers, _ in self._places:
+            own |= {id(b): b for b in buffers.values() if b is not None}
+        self._copied = [b for b in own.values() if _is_copied(b)]
+        self._versions = [
+            (b, b._version)
+            for b in own.values()
+            if not _is_copied(b) and not b.is_inference()
+        ]
+        self._placed: list[Tensor] = []
+        self._fresh = False
+        self._replace()
+
+    def _replace(self) -> None:
+        """Put new copies into the places of the buffers."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._placed = [b.detach().clone() for b in self._copied]
+        copies = {id(b): c for b, c in zip(self._copied, self._placed, strict=True)}
+        for m, buffers, _ in self._places:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    m._buffers[name] = copies.get(id(buffer), buffer)
+        self._copies = copies
+        self._fresh = True
+
+    def rewind(self, *, keep: bool) -> None:
+        """Make the copies what the buffers were.
+
+        Args:
+            keep: whether these copies must not be changed by a later `rewind`.
+        """
+        if not self._copied:
+            return
+        if not self._fresh:
+            if not self._placed or self._was_replaced():
+                self._put_back()
+                self._replace()
+            else:
+                with torch.inference_mode(mode=False):
+                    tree.copy(self._placed, self._copied)
+        self._fresh = False
+        if keep:
+            self._placed = []
+
+    def _was_replaced(self) -> bool:
+        """Return whether an evaluation assigned a buffer anew."""
+        for m, buffers, _ in self._places:
+            if len(m._buffers) != len(buffers):
+                return True
+            for name, buffer in buffers.items():
+                expected = (
+                    None if buffer is None else self._copies.get(id(buffer), buffer)
+                )
+                if m._buffers.get(name) is not expected:
+                    return True
+        return False
+
+    def _put_back(self) -> None:
+        replaced = self._was_replaced()
+        for m, buffers, plain in self._places:
             m._buffers.clear()
             m._buffers.update(buffers)
             if replaced:
                 # A buffer that was assigned anew goes with the numbers beside it, such
                 # as the length that a table of positions was computed for.
                 vars(m).update(plain)
-    lost = [name for name, (buffer, v) in versions.items() if buffer._version != v]
-    if lost:
-        msg = (
-            f"evaluating the loss changed the buffers {lost}, which were not copied "
-            f"(above {LARGEST_COPIED_BUFFER} bytes, or part of a graph). Put those "
-            "modules in eval mode while hypergradients are estimated."
-        )
-        raise HypergradError(msg)
 
+    def close(self) -> None:
+        """Put buffers and modes back.
 
-def remember(module: nn.Module) -> Callable[[], None]:
-    """Copy buffers and train/eval modes, for what runs on the module itself.
-
-    Args:
-        module: the module.
-
-    Returns:
-        A function that puts them back. Buffers too large to be copied, or part of a
-        graph, stay as they are.
-    """
-    modules = list(module.modules())
-    modes = [(m, m.training) for m in modules]
-    places = [(m, dict(m._buffers), _plain(m)) for m in modules if m._buffers]
-    copies: dict[int, tuple[Tensor, Tensor]] = {}  # one for each, whatever its names
-    with torch.inference_mode(mode=False):
-        for _, buffers, _ in places:
-            for b in buffers.values():
-                if b is not None and id(b) not in copies and not b.is_inference():
-                    copies[id(b)] = (b, copy_of_buffer(b))
-
-    def put_back() -> None:
-        for m, training in modes:
+        Raises:
+            HypergradError: a buffer too large to be copied was changed.
+        """
+        self._put_back()
+        for m, training in self._modes:
             m.training = training
-        for m, buffers, plain in places:
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            vars(m).update(plain)
+        changed = [b for b, version in self._versions if b._version != version]
+        if changed:
+            named = self._module.named_buffers()
+            lost = [name for name, b in named if any(b is c for c in changed)]
+            msg = (
+                f"evaluating the loss changed the buffers {lost}, which were not copied "
+                f"(above {LARGEST_COPIED_BUFFER} bytes, or part of a graph). Put those "
+                "modules in eval mode while hypergradients are estimated."
+            )
+            raise HypergradError(msg)
+
+
+class BufferCopies:
+    """Copies of a module's buffers for what runs on the module itself; reused."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self, module: nn.Module) -> Callable[[], None]:
+        """Copy buffers and train/eval modes.
+
+        Args:
+            module: the module.
+
+        Returns:
+            A function that puts them back. Buffers too large to be copied, or part of a
+            graph, stay as they are.
+        """
+        modes, places = _walk(module)
+        own = {id(b): b for _, bs, _ in places for b in bs.values() if b is not None}
+        kept = {i: b for i, b in own.items() if _is_copied(b) and not b.is_inference()}
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode(mode=False), torch.no_grad():
-            for buffer, copy in copies.values():
-                if copy is not buffer:
-                    buffer.copy_(copy)
+            for i, buffer in kept.items():
+                held = self._copies.get(i)
+                if held is None or not _alike(held[1], buffer) or held[0] is not buffer:
+                    held = buffer, torch.empty_like(buffer)
+                copies[i] = held
+            tree.copy([c for _, c in copies.values()], [b for b, _ in copies.values()])
+        self._copies = copies
 
-    return put_back
+        def put_back() -> None:
+            for m, training in modes:
+                m.training = training
+            for m, buffers, plain in places:
+                m._buffers.clear()
+                m._buffers.update(buffers)
+                vars(m).update(plain)
+            with torch.inference_mode(mode=False):
+                pairs = copies.values()
+                tree.copy([buffer for buffer, _ in pairs], [c for _, c in pairs])
+
+        return put_back
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    kinds = (bool, int, float, str, type(None))
-    return {k: v for k, v in vars(module).items() if isinstance(v, kinds)}
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

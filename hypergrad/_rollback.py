@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from hypergrad import rng, tree
-from hypergrad._module_state import remember
+from hypergrad import rng
+from hypergrad._levels import LevelCopy
+from hypergrad._module_state import BufferCopies
 from hypergrad.problem import BilevelProblem
-from hypergrad.rules import State
 from hypergrad.tree import Params
 
-__all__ = ["LevelCopy", "Rollback"]
+__all__ = ["Rollback", "Workspace"]
 
 
-class LevelCopy:
-    """Parameters, optimizer state and group settings of one level, copied.
+class Workspace:
+    """Memory for copies that a step needs until it has ended, used by one after another."""
 
-    Args:
-        optimizer: the level's optimizer.
-        params: its parameters, by name.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, params: Params) -> None:
-        self._optimizer = optimizer
-        self._tensors = params
-        self.params: Params = tree.clone(params)
-        """Copies of the parameters, by name."""
-        self._slots = {key: _copied(optimizer.state[key]) for key in self._keys()}
-        self._groups = [
-            (group, {k: _copied(v) for k, v in group.items() if k != "params"})
-            for group in optimizer.param_groups
-        ]
-
-    @property
-    def state(self) -> State:
-        """Copies of the optimizer's state, by parameter name."""
-        return {
-            name: {
-                key: value
-                for key, value in self._slots.get(tensor, {}).items()
-                if isinstance(value, Tensor)
-            }
-            for name, tensor in self._tensors.items()
-        }
-
-    def put_back(self) -> None:
-        """Make the level what it was."""
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(self.params[name])
-        state = self._optimizer.state
-        for key in self._keys():
-            if key not in self._slots:
-                del state[key]
-        state.update(self._slots)
-        for group, settings in self._groups:
-            params = group["params"]
-            group.clear()
-            group.update({"params": params, **settings})
-
-    def _keys(self) -> list[Any]:
-        # The state may be shared with the other level.
-        own = {id(t) for t in self._tensors.values()}
-        return [
-            key
-            for key in self._optimizer.state
-            if id(key) in own or not isinstance(key, Tensor)
-        ]
+    def __init__(self) -> None:
+        self.levels: dict[torch.optim.Optimizer, LevelCopy] = {}
+        self.buffers = BufferCopies()
 
 
 class Rollback:
@@ -78,21 +28,40 @@ class Rollback:
 
     Args:
         problem: the problem that is stepped.
+        workspace: memory to copy into.
     """
 
-    def __init__(self, problem: BilevelProblem) -> None:
+    def __init__(self, problem: BilevelProblem, workspace: Workspace) -> None:
         self._problem = problem
+        self._workspace = workspace
         self._rng = rng.capture(problem.tensors)
         self._put_back: list[Callable[[], None]] = []
 
     def module(self) -> None:
         """Copy the module's buffers and modes, before a forward pass changes them."""
         if self._problem.module is not None:
-            self._put_back.append(remember(self._problem.module))
+            take = self._workspace.buffers.take
+            self._put_back.append(take(self._problem.module))
 
-    def level(self, optimizer: torch.optim.Optimizer, params: Params) -> LevelCopy:
-        """Copy one level, before its optimizer steps; the copies must not be changed."""
-        copy = LevelCopy(optimizer, params)
+    def level(
+        self, optimizer: torch.optim.Optimizer, params: Params, *, keep: bool
+    ) -> LevelCopy:
+        """Copy one level, before it may move.
+
+        Args:
+            optimizer: the level's optimizer.
+            params: its parameters, by name.
+            keep: whether the copies are to outlive the step; they must not be changed.
+
+        Returns:
+            The copies.
+        """
+        if keep:
+            copy = LevelCopy(optimizer, params)
+        else:
+            held = self._workspace.levels
+            copy = LevelCopy(optimizer, params, held.get(optimizer))
+            held[optimizer] = copy
         self._put_back.append(copy.put_back)
         return copy
 
@@ -101,13 +70,3 @@ class Rollback:
         for put_back in reversed(self._put_back):
             put_back()
         rng.restore(self._rng)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return value

@@ -7,6 +7,7 @@ __all__ = [
     "HypergradError",
     "NonFiniteError",
     "NumericalWarning",
+    "RankError",
     "SecondOrderError",
     "SolveError",
 ]
@@ -25,6 +26,10 @@ class NonFiniteError(HypergradError, ArithmeticError):
 
     Optimizers catch this error alone, skip the step it came from and count it.
     """
+
+
+class RankError(HypergradError):
+    """Report, on every rank, an error that one of them met."""
 
 
 class SecondOrderError(HypergradError):

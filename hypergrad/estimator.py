@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from hypergrad import rng, tree
+from hypergrad import tree
 from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import (
-    FiniteDifference,
-    Product,
-    ProductName,
+    BoundProduct,
+    Curvature,
+    Hints,
+    ProductLike,
     Tally,
+    as_product,
+    bind_product,
     gradients,
-    second_order,
 )
+from hypergrad.reporting import once_for, report
+from hypergrad.rng import RngState
 from hypergrad.rules import Rule
 from hypergrad.steps import InnerStep, take_steps, with_grads
 from hypergrad.tree import Params
@@ -47,10 +51,14 @@ class Info:
         residual_norm: relative residual of the linear solve, where there was one.
         converged: whether the linear solve reached its goal.
         fd_radius: distance that a finite difference moved w, where there was one.
-        fd_error: its estimated relative error, where two radii were taken.
+        fd_error: its estimated relative error, where two radii were taken; above 0.1 it
+            is warned of.
         damping: δ that the linear solve used in the end.
         curvature: smallest and largest eigenvalue of the inner Hessian seen.
         dropped: number of coordinates left out as degenerate (SAMA).
+        norm: norm of the total derivative.
+        direct_norm: norm of its direct term.
+        indirect_norm: norm of its indirect term.
         unused: `"outer_loss: name"` or `"inner_loss: name"` for each tensor that a loss
             does not depend on, and which contributes exact zeros there.
         reason: empty where all is well, else what happened, why and what to try.
@@ -66,6 +74,9 @@ class Info:
     damping: float | None = None
     curvature: tuple[float, float] | None = None
     dropped: int = 0
+    norm: float | None = None
+    direct_norm: float | None = None
+    indirect_norm: float | None = None
     unused: tuple[str, ...] = ()
     reason: str = ""
 
@@ -101,7 +112,8 @@ class Indirect:
     Attributes:
         grads: the indirect term; same keys and shapes as the outer parameters.
         state: tensors for a warm start of the next call.
-        info: fields of `Info` that the estimator knows.
+        info: fields of `Info` that the estimator knows; a number may still be a tensor of
+            one entry, which is read with all others.
     """
 
     grads: Params
@@ -133,24 +145,27 @@ class Point:
 
     @contextmanager
     def product(
-        self, name: ProductName = "exact", **settings: Any
-    ) -> Iterator[Product]:
+        self, product: ProductLike = "exact", curvature: Curvature = "hessian"
+    ) -> Iterator[BoundProduct]:
         """Yield second-derivative products of the inner loss at the present w.
 
         Args:
-            name: which product.
-            **settings: e.g. `scheme` and `radius` of the finite difference.
+            product: which product, or its name.
+            curvature: what the inner part is of.
+
+        Yields:
+            The product; whether its numbers are finite is told when `estimate` ends.
         """
-        with second_order(
-            name, self.problem, self.inner_batches, self.tally, **settings
-        ) as made:
-            yield made
+        made = bind_product(
+            product, self.problem, self.inner_batches, self.tally, curvature
+        )
+        yield made
         self.unused = set(made.unused)
 
     @contextmanager
     def product_at(
-        self, step: InnerStep, name: ProductName = "exact", **settings: Any
-    ) -> Iterator[Product]:
+        self, step: InnerStep, product: ProductLike = "exact"
+    ) -> Iterator[BoundProduct]:
         """Yield products at the w, λ, data and random state of a past inner step.
 
         Serves from the graph that the step kept, where it kept one and λ has not moved
@@ -158,32 +173,41 @@ class Point:
 
         Args:
             step: the step to go back to.
-            name: which product.
-            **settings: as for `product`.
+            product: which product, or its name.
+
+        Yields:
+            The product; it serves once.
         """
+        product = as_product(product)
         place: Any = self.problem.at(step.inner_params, step.outer_params)
-        if name == "exact":
-            settings.setdefault("single_use", True)
-            if step.graph is not None and self._unmoved(step):
-                settings["kept"] = step.graph
-                # The graph holds its own w; copying λ onto itself would void it.
-                place = nullcontext()
-        with (
-            place,
-            second_order(
-                name, self.problem, step.micro_batches, self.tally, **settings
-            ) as made,
-        ):
+        hints = Hints(base=step.outer_grads, single_use=True)
+        if product.continues_graph and step.graph is not None and self._unmoved(step):
+            hints = replace(hints, kept=step.graph)
+            # The graph holds its own w; copying λ onto itself would void it.
+            place = nullcontext()
+        with place:
+            made = bind_product(
+                product, self.problem, step.micro_batches, self.tally, hints=hints
+            )
             yield made
         self.unused = set(made.unused)
 
     def _unmoved(self, step: InnerStep) -> bool:
-        now = self.problem.outer_params
-        versions = tuple(t._version for t in now.values())
+        if step.outer_versions != versions_of(self.problem):
+            return False
         # A move through `.data` does not raise the version.
-        return versions == step.outer_versions and all(
-            torch.equal(t, step.outer_params[name]) for name, t in now.items()
-        )
+        return not any(self.tally.read(*self.moved([step])))
+
+    def moved(self, steps: Sequence[InnerStep]) -> list[Tensor]:
+        """Return how far λ is from where it was at each step, as tensors of one entry."""
+        now = self.problem.outer_params
+        seen = {id(step.outer_params): step.outer_params for step in steps}
+        return [tree.size(tree.sub(now, then)) for then in seen.values()]
+
+
+def versions_of(problem: BilevelProblem) -> tuple[int, ...]:
+    """Return the version counters of λ, by which a move shows."""
+    return tuple(t._version for t in problem.outer_params.values())
 
 
 class HypergradEstimator(ABC):
@@ -285,57 +309,132 @@ class HypergradEstimator(ABC):
             ValueError: too few `steps`, or none and no rule to take virtual ones by; a
                 loss that is not a scalar.
         """
-        tally = Tally()
-        with problem.untouched():
-            inner_batches = _fixed(inner_batch, problem)
-            outer_batches = _fixed(outer_batch, problem)
-            recorded, end = self._steps(problem, inner_batches, steps, tally)
-            with problem.at(end) if end is not None else nullcontext():
-                inner = self.has_indirect
-                f = gradients(problem, "outer", outer_batches, tally, inner=inner)
-                if not inner and problem.outer_params.keys() <= f.unused:
-                    # Whether it depends on w tells zeros from a mistake.
-                    f = gradients(problem, "outer", outer_batches, tally)
-                v, direct = f.inner or {}, f.outer or {}
-                point = Point(
+        with once_for(problem.reported), problem.untouched() as session:
+            chosen = self._resolved(problem, inner_batch, steps)
+            if chosen is not self:
+                return chosen.estimate(
                     problem,
-                    inner_batches,
-                    recorded,
-                    v,
-                    dict(state or {}),
-                    tally,
+                    inner_batch=inner_batch,
+                    outer_batch=outer_batch,
+                    steps=steps,
+                    state=state,
                 )
-                if len(f.unused) == len(problem.tensors):
-                    msg = (
-                        "the outer loss depends on no parameter of the problem: a "
-                        "detached tensor or torch.no_grad in it is the usual cause. "
-                        "Compute it from inner_params and outer_params."
-                    )
-                    raise HypergradError(msg)
-                if tree.norm(v) == 0.0:
-                    part = Indirect(tree.zeros_like(problem.outer_params))
-                else:
-                    part = self.indirect(point)
-                    _check_acts(problem, f.unused, point.unused)
+            inner_batches = _fixed(inner_batch, session.start)
+            outer_batches = _fixed(outer_batch, session.start)
+            return self._estimate(problem, inner_batches, outer_batches, steps, state)
+
+    def _resolved(
+        self,
+        problem: BilevelProblem,
+        inner_batch: Any,
+        steps: Sequence[InnerStep] | None,
+    ) -> HypergradEstimator:
+        rule = steps[-1].rule if steps else self.virtual_rule()
+        chosen = self.resolve(problem, inner_batch, rule)
+        if chosen is self or chosen.resolve(problem, inner_batch, rule) is chosen:
+            return chosen
+        msg = (
+            f"{type(self).__name__}.resolve returned a {type(chosen).__name__} that "
+            "chooses again: what it returns must resolve to itself. Return an estimator "
+            "whose `resolve` returns self."
+        )
+        raise HypergradError(msg)
+
+    def _estimate(
+        self,
+        problem: BilevelProblem,
+        inner_batches: tuple[MicroBatch, ...],
+        outer_batches: tuple[MicroBatch, ...],
+        steps: Sequence[InnerStep] | None,
+        state: Mapping[str, Tensor] | None,
+    ) -> Hypergradient:
+        tally = Tally()
+        recorded, end = self._steps(problem, inner_batches, steps, tally)
+        with problem.at(end) if end is not None else nullcontext():
+            inner = self.has_indirect
+            f = gradients(problem, "outer", outer_batches, tally, inner=inner)
+            if not inner and problem.outer_params.keys() <= f.unused:
+                # Whether it depends on w tells zeros from a mistake.
+                f = gradients(problem, "outer", outer_batches, tally)
+            v, direct = f.inner or {}, f.outer or {}
+            point = Point(problem, inner_batches, recorded, v, dict(state or {}), tally)
+            if len(f.unused) == len(problem.tensors):
+                msg = (
+                    "the outer loss depends on no parameter of the problem: a detached "
+                    "tensor or torch.no_grad in it is the usual cause. Compute it from "
+                    "inner_params and outer_params."
+                )
+                raise HypergradError(msg)
+            if f.inner_norm == 0.0:
+                part = Indirect(tree.zeros_like(problem.outer_params))
+            else:
+                part = self._indirect(point)
+                _check_acts(problem, f.unused, point.unused)
         total = tree.add(direct, part.grads)
-        if not tree.all_finite(total):
-            msg = (
-                f"the hypergradient of {type(self).__name__} is not finite although "
-                "loss and gradients are: its linear solve or finite difference "
-                "overflowed. Raise damping, or scale the outer loss down."
-            )
-            raise NonFiniteError(msg)
+        info = self._read(tally, total, direct, part)
         unused = [f"outer_loss: {n}" for n in _in_order(problem, f.unused)]
         unused += [f"inner_loss: {n}" for n in _in_order(problem, point.unused)]
-        info = Info(
+        counts = Info(
             n_forward=tally.n_forward,
             n_backward=tally.n_backward,
             n_hvp=tally.n_hvp,
             unused=tuple(unused),
         )
         return Hypergradient(
-            total, direct, part.grads, f.loss, part.state, replace(info, **part.info)
+            total, direct, part.grads, f.loss, part.state, replace(counts, **info)
         )
+
+    def _indirect(self, point: Point) -> Indirect:
+        try:
+            part = self.indirect(point)
+        except NonFiniteError:
+            point.tally.read()  # which says what came first
+            raise
+        if not isinstance(part, Indirect):
+            msg = (
+                f"{type(self).__name__}.indirect returned a {type(part).__name__}, not a "
+                "hypergrad.Indirect. Return Indirect(grads), with grads a dictionary "
+                "like the outer parameters."
+            )
+            raise TypeError(msg)
+        check_like("grads", part.grads, point.problem.outer_params, type(self).__name__)
+        return part
+
+    def _read(
+        self, tally: Tally, total: Params, direct: Params, part: Indirect
+    ) -> dict[str, Any]:
+        """Look at everything at once.
+
+        Returns:
+            The fields of `Info`, as numbers.
+
+        Raises:
+            NonFiniteError: something on the way, or the result, is NaN or infinite.
+        """
+        trees = (total, direct, part.grads)
+        names = [n for n, value in part.info.items() if isinstance(value, Tensor)]
+        numbers = [part.info[n] for n in names]
+        found = tally.read(*(tree.size(t) for t in trees), *numbers)
+        sizes = [tree.settled_norm(n, t) for n, t in zip(found, trees, strict=False)]
+        if not math.isfinite(sizes[0]):
+            msg = (
+                f"the hypergradient of {type(self).__name__} is not finite although "
+                "loss and gradients are: its linear solve or finite difference "
+                "overflowed. Raise damping, or scale the outer loss down."
+            )
+            raise NonFiniteError(msg)
+        info = {**part.info, **dict(zip(names, found[len(trees) :], strict=True))}
+        error = info.get("fd_error")
+        if error is not None and error > _LARGEST_FD_ERROR:
+            report(
+                f"the finite difference is off by about {error:.2g} of the mixed "
+                f"product (w was moved by {info.get('fd_radius', 0.0):.2g}): gradients "
+                "are rounded too coarsely for it, or w is moved beyond the scale on "
+                "which the inner loss changes. Pass product='exact', or compute the "
+                "loss in float32."
+            )
+        names = ("norm", "direct_norm", "indirect_norm")
+        return {**info, **dict(zip(names, sizes, strict=True))}
 
     def _steps(
         self,
@@ -380,16 +479,44 @@ class HypergradEstimator(ABC):
         return tuple(virtual), end
 
 
-def difference_info(product: Product) -> dict[str, Any]:
-    """Return the fields of `Info` that a finite difference knows."""
-    if isinstance(product, FiniteDifference):
-        return {"fd_radius": product.radius, "fd_error": product.error}
-    return {}
+_LARGEST_FD_ERROR = 0.1
+"""Estimated relative error of a finite difference above which it is warned of."""
 
 
-def _fixed(batch: Any, problem: BilevelProblem) -> tuple[MicroBatch, ...]:
+def check_like(what: str, given: Any, like: Params, who: str) -> None:
+    """Refuse a result that is not a dictionary of tensors like the outer parameters.
+
+    Raises:
+        TypeError: another kind, or a value that is not a tensor.
+        ValueError: other names or shapes.
+    """
+    if not isinstance(given, Mapping):
+        msg = (
+            f"{who} returned {what} of type {type(given).__name__}. Return a dictionary "
+            "of tensors with the names of the outer parameters."
+        )
+        raise TypeError(msg)
+    if given.keys() != like.keys():
+        msg = (
+            f"{who} returned {what} for {sorted(given)}; the outer parameters are "
+            f"{sorted(like)}. Return a tensor for each of them, zeros where it has none."
+        )
+        raise ValueError(msg)
+    for name, t in like.items():
+        value = given[name]
+        if not isinstance(value, Tensor):
+            msg = f"{who} returned a {type(value).__name__} for {name!r}, not a tensor."
+            raise TypeError(msg)
+        if value.shape != t.shape:
+            msg = (
+                f"{who} returned shape {tuple(value.shape)} for {name!r}, whose shape "
+                f"is {tuple(t.shape)}."
+            )
+            raise ValueError(msg)
+
+
+def _fixed(batch: Any, state: RngState) -> tuple[MicroBatch, ...]:
     """Give each micro-batch the present random state, so that all see the same."""
-    state = rng.capture(problem.tensors)
     return tuple(
         m if m.rng_state is not None else replace(m, rng_state=state)
         for m in as_micro_batches(batch)

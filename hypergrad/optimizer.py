@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from hypergrad import tree
 from hypergrad._audit import Audit, Auditor
-from hypergrad._optimizer_parts import (
-    OptimizerLike,
-    apply_gradients,
-    check_settings,
-    make_estimator_of,
-    make_level,
-    make_problem,
-    numerical_warnings,
-    without_graphs,
-)
+from hypergrad._checkpoint import Checkpointer, pack_estimator
+from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
-from hypergrad._rollback import LevelCopy, Rollback
-from hypergrad._run import BilevelRun
-from hypergrad.batches import as_micro_batches
-from hypergrad.errors import HypergradError, NonFiniteError, NumericalWarning
-from hypergrad.estimator import HypergradEstimator, Hypergradient
+from hypergrad._rollback import Rollback, Workspace
+from hypergrad._run import Run
+from hypergrad._stepping import Stepper
+from hypergrad.errors import HypergradError
+from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
-from hypergrad.products import Gradients, Tally, gradients
 from hypergrad.reference import choose_reference
-from hypergrad.rules import SUPPORTED, check_supported, rule_of
-from hypergrad.steps import InnerStep, keeps_grads
-from hypergrad.tree import Params
+from hypergrad.rules import check_supported
+from hypergrad.steps import InnerStep
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
 
 
-class BilevelOptimizer(BilevelRun):
+class BilevelOptimizer(torch.optim.Optimizer):
     """Step the inner parameters, and every so often the outer ones.
 
     A `torch.optim.Optimizer`: its `param_groups` are the inner optimizer's, then the
@@ -121,9 +114,9 @@ class BilevelOptimizer(BilevelRun):
         audit_reference: str | HypergradEstimator = "auto",
         audit_window: int | None = None,
     ) -> None:
-        problem = make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
-        chosen = make_estimator_of(estimator)
-        check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
+        problem = _make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
+        chosen = _make_estimator(estimator)
+        _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
         if chosen.lookback or auditor.needs_steps:
@@ -131,10 +124,92 @@ class BilevelOptimizer(BilevelRun):
         if audit_every and audit_reference in ("dense", "cg"):
             choose_reference(problem, None, audit_reference)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
-        super().__init__(problem, chosen, inner, outer_level, auditor, outer_every)
+        self.problem = problem
+        self.inner, self.outer = inner, outer_level
         self.outer_warmup = outer_warmup
-        self.max_grad_norm = max_grad_norm
-        self.reuse_graph: bool | Literal["auto"] = reuse_graph
+        self._asked = chosen
+        self._every_is_open = outer_every is None
+        self._run = Run(chosen, outer_every or max(1, chosen.lookback))
+        self._stepper = Stepper(
+            problem, inner, outer_level, auditor, max_grad_norm, reuse_graph
+        )
+        self._checkpointer = Checkpointer(problem, chosen)
+        self._workspace = Workspace()
+        self._rollback: Rollback | None = None
+        self._constructing = True
+        groups = [*inner.param_groups, *outer_level.param_groups]
+        super().__init__([dict(g) for g in groups], dict(inner.defaults))
+        self._constructing = False
+        self.param_groups = groups
+        self.state.update(inner.state)
+        self.state.update(outer_level.state)
+        self._inner_groups = len(inner.param_groups)
+        for i, group in enumerate(groups):
+            group["level"] = "inner" if i < self._inner_groups else "outer"
+        self._link()
+        problem.reducer.check_same(
+            "how their optimizers are set up", self._description(), problem.outer_params
+        )
+
+    # -- where the run stands -----------------------------------------------------------
+
+    @property
+    def estimator(self) -> HypergradEstimator:
+        """The estimator in use, which the one that was asked for may have chosen."""
+        return self._run.estimator
+
+    @property
+    def outer_every(self) -> int:
+        """Inner steps from one outer step to the next."""
+        return self._run.outer_every
+
+    @property
+    def n_inner_steps(self) -> int:
+        """Inner steps taken."""
+        return self._run.n_inner_steps
+
+    @property
+    def n_outer_steps(self) -> int:
+        """Outer steps taken."""
+        return self._run.n_outer_steps
+
+    @property
+    def n_skipped(self) -> int:
+        """Outer steps that were due and not taken, as a number was not finite."""
+        return self._run.n_skipped
+
+    @property
+    def outer_frozen(self) -> bool:
+        """Whether the search has ended."""
+        return self._run.outer_frozen
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm that inner gradients are clipped to; None for none."""
+        return self._stepper.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._stepper.max_grad_norm = value
+
+    @property
+    def reuse_graph(self) -> bool | Literal["auto"]:
+        """Whether an exact one-step estimator continues the inner step's own graph."""
+        return self._stepper.reuse_graph
+
+    @reuse_graph.setter
+    def reuse_graph(self, value: bool | Literal["auto"]) -> None:
+        self._stepper.reuse_graph = value
+
+    @property
+    def recorded_steps(self) -> tuple[InnerStep, ...]:
+        """The last inner steps, oldest first; as many as the estimator looks back at.
+
+        What an audit needs beyond them is on record too, but not shown here.
+        """
+        return self._run.recorded_steps
+
+    # -- steps --------------------------------------------------------------------------
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, inner_batch: Any, outer_batch: Any = None
@@ -154,8 +229,8 @@ class BilevelOptimizer(BilevelRun):
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)
-            due = self._due(self.n_inner_steps + 1)
-            report = self._inner_step(inner_batch, rollback, outer_follows=due)
+            due = self._run.is_due(self.n_inner_steps + 1, self.outer_warmup)
+            report = self._inner(inner_batch, rollback, outer_follows=due)
             if not due:
                 return report
             if callable(outer_batch):
@@ -174,7 +249,16 @@ class BilevelOptimizer(BilevelRun):
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)
-            return self._inner_step(inner_batch, rollback, outer_follows=False)
+            return self._inner(inner_batch, rollback, outer_follows=False)
+
+    def _inner(
+        self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+    ) -> StepReport:
+        self._run, report = self._stepper.inner_step(
+            self._run, inner_batch, rollback, outer_follows=outer_follows
+        )
+        self._opt_called = True  # what torch's schedulers look for
+        return report
 
     def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:
         """Take an outer step alone, due or not; the inner parameters do not move.
@@ -196,175 +280,216 @@ class BilevelOptimizer(BilevelRun):
             msg = "the outer parameters are frozen: there is no outer step to take."
             raise HypergradError(msg)
         if inner_batch is None:
-            inner_batch = self._last or None
+            inner_batch = self._run.last or None
         with self._whole() as rollback:
             if inner_batch is not None:
                 self._resolve(inner_batch)
-            return self._outer_step(outer_batch, inner_batch, rollback)
-
-    @property
-    def recorded_steps(self) -> tuple[InnerStep, ...]:
-        """The last inner steps, oldest first; as many as the estimator looks back at.
-
-        What an audit needs beyond them is on record too, but not shown here.
-        """
-        lookback = self.estimator.lookback
-        return self._window[-lookback:] if lookback else ()
+            self._run, report = self._stepper.outer_step(
+                self._run, outer_batch, inner_batch, rollback
+            )
+            return report
 
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
-        self.outer_frozen = True
-        self._window = ()
-        self._estimator_state = {}
+        self._run = replace(self._run, outer_frozen=True, window=(), estimator_state={})
         for parameter in self.problem.outer_params.values():
             parameter.requires_grad_(False)
 
-    def _due(self, n_inner_steps: int) -> bool:
-        first = max(self.outer_warmup, self.estimator.lookback, 1)
-        filled = min(len(self._window) + 1, n_inner_steps) >= self.estimator.lookback
-        due = n_inner_steps >= first and n_inner_steps % self.outer_every == 0
-        return due and filled and not self.outer_frozen
-
     def _resolve(self, inner_batch: Any) -> None:
         """Before the first step, let an estimator that chooses another do so."""
-        if self._resolved:
+        if self._run.resolved:
             return
-        has_rule = type(self.inner) in SUPPORTED
-        params = self.problem.inner_params
-        rule = rule_of(self.inner, params, self.max_grad_norm) if has_rule else None
+        rule = self._stepper.rule()
         self._adopt(self.estimator.resolve(self.problem, inner_batch, rule))
-        self._resolved = True
+        self._run = replace(self._run, resolved=True)
 
-    def _inner_step(
-        self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
-    ) -> StepReport:
-        problem, estimator = self.problem, self.estimator
-        looks_back = bool(estimator.lookback) and not self.outer_frozen
-        # Fused attention draws other dropout masks than the plain one that second-order
-        # estimators revisit the step under: then the step itself runs under that.
-        math = looks_back and estimator.order == 2
-        batches = as_micro_batches(inner_batch)
-        if math:
-            batches = tuple(replace(m, attention="math") for m in batches)
-        keep = (
-            looks_back
-            and estimator.reuses_graph
-            and len(batches) == 1
-            and (
-                self.reuse_graph is True
-                or (self.reuse_graph == "auto" and outer_follows)
-            )
-        )
-        rollback.module()
-        g = gradients(
-            problem,
-            "inner",
-            batches,
-            Tally(),
-            outer=looks_back and estimator.needs_byproduct,
-            live=True,
-            keep=keep,
-        )
-        grads = g.inner or {}
-        norm = tree.norm(grads)
-        factor = 1.0
-        if self.max_grad_norm is not None:
-            factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
-        clipped = tree.scale(grads, factor) if factor < 1.0 else grads
-        before = rollback.level(self.inner, problem.inner_params)
-        n = self._n_recorded
-        if n:
-            keeps = keeps_grads(estimator.needs_grads, g.batches)
-            record = self._record(g, grads if keeps else {}, before)
-            self._window = (*self._window, record)[-n:]
-        apply_gradients(self.inner, problem.inner_params, clipped)
-        self._last = g.batches
-        self.n_inner_steps += 1
-        self._opt_called = True  # what torch's schedulers look for
-        return StepReport(inner_loss=g.loss, grad_norm=norm)
+    def _adopt(self, estimator: HypergradEstimator) -> None:
+        every = self._run.outer_every
+        if estimator is not self._asked:
+            pack_estimator(estimator)  # refuses what a checkpoint could not hold
+            if estimator.lookback:
+                check_supported(self.inner)
+        if self._every_is_open:
+            every = max(1, self._asked.lookback, estimator.lookback)
+        self._run = replace(self._run, estimator=estimator, outer_every=every)
 
-    def _record(self, g: Gradients, grads: Params, before: LevelCopy) -> InnerStep:
-        problem = self.problem
-        versions = tuple(t._version for t in problem.outer_params.values())
-        last = self._window[-1] if self._window else None
-        unmoved = last is not None and last.outer_versions == versions
-        return InnerStep(
-            before.params,
-            # Copies of λ are shared between steps that it did not move between.
-            last.outer_params if last and unmoved else tree.clone(problem.outer_params),
-            before.state,
-            g.batches,
-            grads,
-            rule_of(self.inner, problem.inner_params, self.max_grad_norm),
-            outer_grads=g.outer,
-            graph=g.graph,
-            outer_versions=versions,
-        )
-
-    def _outer_step(
-        self, outer_batch: Any, inner_batch: Any, rollback: Rollback
-    ) -> StepReport:
-        lookback = self.estimator.lookback
-        if len(self._window) < lookback:
-            msg = (
-                f"{type(self.estimator).__name__} looks back at {lookback} inner steps "
-                f"but {len(self._window)} were taken. Call inner_step first."
-            )
-            raise HypergradError(msg)
-        if inner_batch is None and not lookback:
-            msg = (
-                "there is no inner batch to estimate with: no inner step was taken yet. "
-                "Pass inner_batch."
-            )
-            raise HypergradError(msg)
-        steps = self.recorded_steps
-        # A graph serves one product, also where the step fails or is skipped after it.
-        self._window = without_graphs(self._window)
+    @contextmanager
+    def _whole(self) -> Iterator[Rollback]:
+        """Run the block; where it raises, make everything what it was before it."""
+        if self._rollback is not None:  # the outer part of `step`
+            yield self._rollback
+            return
+        held = self._run, self.param_groups, self.state
+        self._rollback = rollback = Rollback(self.problem, self._workspace)
         try:
-            # Once for a run; `report.info.reason` tells each time.
-            with numerical_warnings(silent=self._warned) as texts:
-                result = self.estimator.estimate(
-                    self.problem,
-                    inner_batch=inner_batch,
-                    outer_batch=outer_batch,
-                    steps=steps if lookback else None,
-                    state=self._estimator_state,
-                )
-        except NonFiniteError as error:
-            self.n_skipped += 1
-            return StepReport(skipped=str(error))
-        self._warned = self._warned or bool(texts)
-        audit = self._audit(result, inner_batch, outer_batch)
-        rollback.level(self.outer, self.problem.outer_params)
-        apply_gradients(self.outer, self.problem.outer_params, result.outer_grads)
-        self._estimator_state = result.state
-        self.n_outer_steps += 1
-        return StepReport(
-            outer_step=True,
-            outer_loss=result.outer_loss,
-            hypergrad_norm=tree.norm(result.outer_grads),
-            direct_norm=tree.norm(result.direct),
-            indirect_norm=tree.norm(result.indirect),
-            info=result.info,
-            audit=audit,
-        )
+            yield rollback
+        except BaseException:
+            rollback.undo()
+            run, self.param_groups, self.state = held
+            # Values that were copied back void a graph that saved them.
+            self._run = run.without_graphs()
+            self._link()
+            raise
+        finally:
+            self._rollback = None
 
-    def _audit(
-        self, result: Hypergradient, inner_batch: Any, outer_batch: Any
-    ) -> Audit | None:
-        if not self._auditor.is_due(self.n_outer_steps + 1):
-            return None
-        audit = self._auditor.audit(
-            self.problem,
-            result,
-            inner_batch=inner_batch,
-            outer_batch=outer_batch,
-            steps=self._window,
-        )
-        if audit.info is None and not self._warned_of_audit:
-            self._warned_of_audit = True
+    # -- the side of torch --------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: which tensors there are is the problem's to say.
+
+        Args:
+            param_group: the group.
+
+        Raises:
+            ValueError: always, once constructed.
+        """
+        if not self._constructing:
             msg = (
-                f"the audit of outer step {self.n_outer_steps + 1} says: {audit.reason}"
+                "parameters of a BilevelOptimizer come from its problem, which is fixed."
+                " Make the groups in inner_optimizer and outer_optimizer before."
             )
-            warnings.warn(msg, NumericalWarning, stacklevel=5)
-        return audit
+            raise ValueError(msg)
+        super().add_param_group(param_group)
+
+    def _link(self) -> None:
+        self.inner.param_groups = self.param_groups[: self._inner_groups]
+        self.outer.param_groups = self.param_groups[self._inner_groups :]
+        self.inner.state = self.outer.state = self.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact resume needs, in plain containers.
+
+        Returns:
+            torch's own layout, and under `"bilevel"` the counters, the recorded inner
+            steps with their batches and random states, and the estimator's state. On
+            several ranks each has its own batches: save one file for each rank.
+        """
+        out = super().state_dict()
+        out["bilevel"] = self._checkpointer.pack(self._run)
+        return out
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; nothing changes where it does not fit.
+
+        Tensors go where the parameters are, whatever device they were saved from. A file
+        that another rank saved has that rank's data: then the recorded steps are left
+        out, on all ranks, and the first outer steps wait until there are new ones.
+
+        Args:
+            state_dict: from an optimizer over the same problem with the same estimator.
+
+        Raises:
+            ValueError: it comes from another kind of optimizer, estimator or problem.
+        """
+        levels = [g["level"] for g in self.param_groups]
+        loaded = self._checkpointer.unpack(state_dict, levels)
+        with self._whole():
+            super().load_state_dict(dict(state_dict))
+            self._link()
+            self._adopt(loaded.estimator)
+            n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
+            window = loaded.window[-n:] if n else ()
+            self._run = replace(loaded, outer_every=self.outer_every, window=window)
+            for parameter in self.problem.outer_params.values():
+                parameter.requires_grad_(not self.outer_frozen)
+
+    def _description(self) -> str:
+        """Return what has to be the same on every rank, without addresses."""
+        names = {
+            n: (tuple(t.shape), str(t.dtype))
+            for params in (self.problem.inner_params, self.problem.outer_params)
+            for n, t in params.items()
+        }
+        settings = {
+            "outer_every": None if self._every_is_open else self.outer_every,
+            "outer_warmup": self.outer_warmup,
+            "max_grad_norm": self.max_grad_norm,
+            "reuse_graph": self.reuse_graph,
+            "inner_optimizer": type(self.inner).__name__,
+            "parameters": f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})",
+        }
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{self._asked!r}, {shown}")
+
+
+def _make_problem(
+    given: BilevelProblem | nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    outer: Any,
+    outer_loss_fn: Callable[[Any, Any], Tensor] | None,
+) -> BilevelProblem:
+    """Return the problem that was given, or make it of a module.
+
+    Raises:
+        TypeError: neither a problem nor a module, or arguments for the other.
+    """
+    if isinstance(given, BilevelProblem):
+        if loss_fn is not None or outer is not None or outer_loss_fn is not None:
+            msg = (
+                "loss_fn, outer and outer_loss_fn go with a module; this problem has its"
+                " losses and outer parameters already. Leave them out."
+            )
+            raise TypeError(msg)
+        return given
+    if not isinstance(given, nn.Module):
+        msg = (
+            "the first argument must be a BilevelProblem or a torch.nn.Module, got "
+            f"{type(given).__name__}."
+        )
+        raise TypeError(msg)
+    if loss_fn is None or outer is None:
+        msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
+        raise TypeError(msg)
+    return BilevelProblem.from_module(
+        given, loss_fn, outer=outer, outer_loss_fn=outer_loss_fn
+    )
+
+
+def _make_estimator(given: Any) -> HypergradEstimator:
+    """Return the estimator that was given, or make it of its name.
+
+    Raises:
+        TypeError: neither a name nor an estimator.
+    """
+    if isinstance(given, str):
+        return make_estimator(given)
+    if not isinstance(given, HypergradEstimator):
+        msg = (
+            f"estimator must be a name or a HypergradEstimator, got {given!r}. Pass e.g. "
+            "estimator='neumann'."
+        )
+        raise TypeError(msg)
+    return given
+
+
+def _check_settings(
+    outer_every: int | None,
+    outer_warmup: int,
+    max_grad_norm: float | None,
+    reuse_graph: Any,
+) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        TypeError: a count that is not a whole number.
+        ValueError: naming the setting and its value.
+    """
+    counts = [("outer_warmup", outer_warmup, 0)]
+    if outer_every is not None:
+        counts.append(("outer_every", outer_every, 1))
+    for name, value, least in counts:
+        if not isinstance(value, int) or isinstance(value, bool):
+            msg = f"{name}={value!r} must be a whole number of inner steps."
+            raise TypeError(msg)
+        if value < least:
+            msg = f"{name}={value} must be at least {least} inner steps."
+            raise ValueError(msg)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        msg = (
+            f"max_grad_norm={max_grad_norm} must be positive, or None for no clipping."
+        )
+        raise ValueError(msg)
+    if reuse_graph not in (True, False, "auto"):
+        msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
+        raise ValueError(msg)

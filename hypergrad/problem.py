@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hypergrad import rng
-from hypergrad._checks import check_disjoint, check_names, check_tensor, some
-from hypergrad._module_state import module_untouched
+from hypergrad import rng, tree
+from hypergrad._checks import (
+    check_disjoint,
+    check_module,
+    check_names,
+    check_tensor,
+    some,
+)
+from hypergrad._session import Session
 from hypergrad.modules import ModuleLoss, select_parameters
+from hypergrad.reducer import Reducer
 from hypergrad.tree import Params
 
 __all__ = ["BilevelProblem", "Level", "Loss"]
@@ -39,6 +47,8 @@ class BilevelProblem:
             -> outputs`, the predictions that `inner_criterion` scores.
         inner_criterion: `(outputs, batch) -> scalar`, so that
             `inner_loss = inner_criterion(inner_outputs(...), batch)`.
+        group: process group whose ranks each evaluate the losses on their own data, and
+            average; None for all ranks, where torch.distributed is initialised.
 
     A tensor under two names in one set is kept once, under its first name; the other
     name is recorded in `aliases` and the losses still find it in their dictionary.
@@ -47,7 +57,8 @@ class BilevelProblem:
     from `from_module`. What else a loss changes by itself cannot be seen from here.
 
     Raises:
-        TypeError: a loss that is not callable, a value that is not a tensor.
+        TypeError: a loss that is not callable, a value that is not a tensor, or one
+            that is a shard of a distributed tensor.
         ValueError: an empty outer set; a name in both sets; a tensor that is frozen, not
             a leaf, not floating point, expanded, on the meta device, made in inference
             mode, in both sets, or that shares memory with another.
@@ -80,6 +91,8 @@ class BilevelProblem:
         outer_params: Mapping[str, Tensor],
         inner_outputs: Callable[[Params, Params, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, fn in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
             if not callable(fn):
@@ -108,7 +121,14 @@ class BilevelProblem:
         self._losses: dict[Level, Loss] = {"inner": inner_loss, "outer": outer_loss}
         self.inner_outputs = inner_outputs
         self.inner_criterion = inner_criterion
+        self.reducer = Reducer(group)
+        """Averages over the ranks of a data-parallel run."""
         self.module: nn.Module | None = None
+        self._session: Session | None = None
+        self.reported: set[str] = set()
+        """Kinds of warnings that were given: each is given once for a problem."""
+        self.units: dict[str, float] = {}
+        """Rounding unit of what each kind of graph computed in; see `precision`."""
         self.inspected: set[str] = set()
         """Kinds of graph that were searched for what autograd cannot see through."""
 
@@ -122,6 +142,7 @@ class BilevelProblem:
         outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
         inner_outputs: Callable[[Any, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> BilevelProblem:
         """Split the trainable parameters of a module into inner and outer ones.
 
@@ -135,6 +156,7 @@ class BilevelProblem:
             inner_outputs: for Gauss-Newton curvature: `(model, batch) -> outputs`, the
                 predictions that `inner_criterion` scores, such as logits.
             inner_criterion: `(outputs, batch) -> scalar`.
+            group: process group to average over; None for all ranks.
 
         Returns:
             A problem whose losses run the module as it is whenever they are called on
@@ -142,7 +164,8 @@ class BilevelProblem:
             others.
 
         Raises:
-            TypeError: `model` is not a module, or `outer` is of no supported kind.
+            TypeError: `model` is not a module or is wrapped for several ranks, or
+                `outer` is of no supported kind.
             ValueError: `outer` matches no trainable parameter.
 
         Example:
@@ -154,9 +177,7 @@ class BilevelProblem:
             >>> sorted(problem.inner_params), sorted(problem.outer_params)
             (['weight'], ['bias'])
         """
-        if not isinstance(model, nn.Module):
-            msg = f"model must be a torch.nn.Module, got {type(model).__name__}"
-            raise TypeError(msg)
+        check_module(model)
         for name, fn in (("loss_fn", loss_fn), ("outer_loss_fn", outer_loss_fn)):
             if not callable(fn) and (fn is not None or name == "loss_fn"):
                 msg = (
@@ -183,6 +204,7 @@ class BilevelProblem:
             outer_params,
             predict,
             inner_criterion,
+            group=group,
         )
         problem.module = model
         return problem
@@ -304,7 +326,26 @@ class BilevelProblem:
             >>> w.item()
             0.0
         """
-        moves: list[tuple[Tensor, Tensor]] = []
+        targets, values = self._moves(inner_params, outer_params)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            saved = list(torch._foreach_clone(targets)) if targets else []
+            # A value may be a view of what is about to move (two that change places).
+            held = {_storage(t) for t in targets if t.numel()}
+            values = [v.detach().clone() if _storage(v) in held else v for v in values]
+        try:
+            _copy(targets, values)
+            yield
+        finally:
+            _copy(targets, saved)
+
+    def _moves(
+        self,
+        inner_params: Mapping[str, Tensor] | None,
+        outer_params: Mapping[str, Tensor] | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what moves, and where to, after a look at names, kinds and shapes."""
+        targets: list[Tensor] = []
+        moved: list[Tensor] = []
         for kind, own, values in (
             ("inner", self.inner_params, inner_params),
             ("outer", self.outer_params, outer_params),
@@ -329,18 +370,9 @@ class BilevelProblem:
                         f"{tuple(own[name].shape)}. Pass a tensor of its shape."
                     )
                     raise ValueError(msg)
-                moves.append((own[name], value))
-        saved = [(target, target.detach().clone()) for target, _ in moves]
-        # A value may be a view of what is about to move (two tensors that change places).
-        held = {t.untyped_storage().data_ptr() for t, _ in moves if t.numel()}
-        moves = [
-            (t, v.detach().clone() if _storage(v) in held else v) for t, v in moves
-        ]
-        try:
-            _copy(moves)
-            yield
-        finally:
-            _copy(saved)
+                targets.append(own[name])
+                moved.append(value)
+        return targets, moved
 
     @contextmanager
     def swapped(self, clones: Params) -> Iterator[None]:
@@ -360,23 +392,38 @@ class BilevelProblem:
             yield
 
     @contextmanager
-    def untouched(self, state: rng.RngState | None = None) -> Iterator[None]:
+    def untouched(
+        self, state: rng.RngState | None = None, *, keep: bool = False
+    ) -> Iterator[Session]:
         """Leave random state, buffers and train/eval modes as they are.
 
         The block runs on copies of a module's buffers, so that nothing it saves is
-        changed when it ends.
+        changed when it ends. Within another such block of the same problem this starts
+        one more evaluation from where the outer one began: modules are looked up and
+        generators read once, and put back at the end of the outer block.
 
         Args:
-            state: random state that the block starts from; None for the present one.
+            state: random state that the block starts from; None for that of the outer
+                block, or the present one.
+            keep: whether a graph that the block builds is used after it.
+
+        Yields:
+            What the blocks share.
 
         Raises:
             HypergradError: the block changed a buffer too large to be copied.
         """
-        with ExitStack() as stack:
-            if self.module is not None:
-                stack.enter_context(module_untouched(self.module))
-            stack.enter_context(rng.replayed(state, self.tensors))
-            yield
+        if self._session is not None:
+            self._session.rewind(state, keep=keep)
+            yield self._session
+            return
+        self._session = session = Session(self.module, self.tensors, state)
+        try:
+            session.rewind(state, keep=keep)
+            yield session
+        finally:
+            self._session = None
+            session.close()
 
     # -- internals ----------------------------------------------------------------
 
@@ -430,12 +477,11 @@ def _storage(tensor: Tensor) -> int:
     return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
-def _copy(moves: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
     # Never through .data: that hides the move from autograd, and a graph kept across
     # it is then silently wrong.
-    with torch.inference_mode(mode=False), torch.no_grad():
-        for target, value in moves:
-            target.copy_(value)
+    with torch.inference_mode(mode=False):
+        tree.copy(targets, values)
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> Params:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RngState", "capture", "replayed", "restore"]
+__all__ = ["RngState", "capture", "missing", "relocated", "replayed", "restore"]
 
 RngState = dict[str, Any]
 """State of the generators of Python, NumPy, torch's CPU and each accelerator in use.
@@ -33,12 +33,51 @@ def capture(tensors: Iterable[Tensor] = ()) -> RngState:
         ),
         "cpu": torch.get_rng_state(),
     }
-    return state | _capture_devices({str(t.device) for t in tensors})
+    return state | _capture_devices({str(d) for d in {t.device for t in tensors}})
+
+
+def missing(state: RngState, known: RngState) -> RngState:
+    """Return the present state of the generators that `state` names and `known` lacks."""
+    return _capture_devices(set(state) - _HOST - set(known))
+
+
+def relocated(state: RngState | None, device: torch.device) -> RngState | None:
+    """Return a state for a process whose tensors are on another device.
+
+    Args:
+        state: what was captured, or read from a checkpoint.
+        device: where the tensors are now.
+
+    Returns:
+        The state, that of a single accelerator under the name that it has now. Generators
+        of a kind that `device` is not are left out: they cannot be set here.
+    """
+    if state is None:
+        return None
+    kept = {key: _on_host(value) for key, value in state.items() if key in _HOST}
+    others = [key for key in state if key not in _HOST]
+    alike = [key for key in others if torch.device(key).type == device.type]
+    if str(device) in alike:
+        alike = [str(device)]
+    if alike:
+        kept[str(device)] = _on_host(state[alike[0]])
+    return kept
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, (tuple, list)):
+        return tuple(_on_host(part) for part in value)
+    return value
+
+
+_HOST = {"python", "numpy", "cpu"}
 
 
 def _capture_devices(devices: Iterable[str]) -> RngState:
     state: RngState = {}
-    for name in sorted(set(devices) - {"cpu", "meta"}):
+    for name in sorted(set(devices) - {*_HOST, "meta"}):
         device = torch.device(name)
         module = torch.get_device_module(device)
         # MPS has one generator and asks for no index.
@@ -95,8 +134,7 @@ def replayed(
     """
     before = capture(tensors)
     if state is not None:
-        named = set(state) - {"python", "numpy", "cpu"} - set(before)
-        before |= _capture_devices(named)
+        before |= missing(state, before)
     try:
         if state is not None:
             restore(state)

@@ -8,7 +8,6 @@ from typing import Any
 
 from hypergrad import rng, tree
 from hypergrad.batches import MicroBatch, as_micro_batches
-from hypergrad.distributed import world_size
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import InnerGraph, Tally, gradients
 from hypergrad.rules import Rule, State
@@ -101,7 +100,7 @@ def take_steps(
             with problem.at(w):
                 g = gradients(problem, "inner", micro, tally, outer=byproduct)
             found = g.inner or {}
-            kept = found if keeps_grads(grads, micro) else {}
+            kept = found if keeps_grads(problem, grads, micro) else {}
             records.append(
                 InnerStep(w, lam, state, micro, kept, rule, outer_grads=g.outer)
             )
@@ -109,10 +108,13 @@ def take_steps(
     return records, w
 
 
-def keeps_grads(needed: bool, batches: Sequence[MicroBatch]) -> bool:
+def keeps_grads(
+    problem: BilevelProblem, needed: bool, batches: Sequence[MicroBatch]
+) -> bool:
     """Return whether a step's gradient is worth keeping on record.
 
     Args:
+        problem: the problem.
         needed: whether the estimator reads it from there.
         batches: what the step was taken on.
 
@@ -120,7 +122,7 @@ def keeps_grads(needed: bool, batches: Sequence[MicroBatch]) -> bool:
         True also where it would cost to have it again: a forward and a backward pass for
         each of several micro-batches, or a message to the other ranks.
     """
-    return needed or len(batches) > 1 or world_size() > 1
+    return needed or len(batches) > 1 or problem.reducer.ranks > 1
 
 
 def with_grads(problem: BilevelProblem, step: InnerStep, tally: Tally) -> InnerStep:

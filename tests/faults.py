@@ -165,12 +165,11 @@ def content(problem: BilevelProblem, opt: BilevelOptimizer | None = None) -> Any
         ]
         out["progress"] = {
             name: _plain(value)
-            for name, value in vars(opt).items()
-            if name.startswith("n_")
-            or name in ("outer_frozen", "outer_every", "_last", "_estimator_state")
+            for name, value in vars(opt._run).items()
+            if name not in ("estimator", "window")
         }
         out["estimator"] = repr(opt.estimator)
-        out["window"] = _plain(opt._window)
+        out["window"] = _plain(opt._run.window)
     return out
 
 

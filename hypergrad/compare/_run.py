@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hypergrad import tree
+from hypergrad._checks import check_count
 from hypergrad.batches import as_micro_batches
 from hypergrad.compare._candidates import (
     answered_by,
@@ -20,14 +21,12 @@ from hypergrad.compare._candidates import (
     solve_reference,
     with_needed_grads,
 )
-from hypergrad.compare._distance import cosine_of, error_of, indirect_share
 from hypergrad.compare._measure import collected, left_alone, peak_bytes, seconds_of
 from hypergrad.compare._result import Comparison, Reference, Row
-from hypergrad.errors import NumericalWarning
 from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Tally, gradients
-from hypergrad.solvers.base import check_count
+from hypergrad.reporting import silenced
 from hypergrad.steps import InnerStep
 
 __all__ = ["compare_estimators"]
@@ -115,8 +114,7 @@ def compare_estimators(
     data = _Data(problem, inner_batch, outer_batch, records)
     # One for each estimator and pass, one inner gradient for each pass but that of bytes.
     progress = _Progress(on_progress, 2 + repeats + len(candidates) * (2 + repeats))
-    with warnings.catch_warnings(), left_alone(problem):
-        warnings.simplefilter("ignore", NumericalWarning)  # `reason` tells each time
+    with silenced(), left_alone(problem):  # `reason` tells each time
         progress("reference")
         truth, name, why, answers = solve_reference(
             problem, reference, inner_batch, outer_batch, records
@@ -133,7 +131,7 @@ def compare_estimators(
         name,
         why,
         answers,
-        indirect_share(truth),
+        _indirect_share(truth),
         reason=truth.info.reason,
         residual_norm=truth.info.residual_norm,
         converged=truth.info.converged,
@@ -253,10 +251,10 @@ class _Candidate:
             self.label,
             shown,
             answers,
-            error=error_of(result.outer_grads, truth.outer_grads),
-            cosine=cosine_of(result.outer_grads, truth.outer_grads),
-            indirect_error=error_of(result.indirect, truth.indirect),
-            indirect_cosine=cosine_of(result.indirect, truth.indirect),
+            error=tree.relative_error(result.outer_grads, truth.outer_grads),
+            cosine=tree.cosine(result.outer_grads, truth.outer_grads),
+            indirect_error=tree.relative_error(result.indirect, truth.indirect),
+            indirect_cosine=tree.cosine(result.indirect, truth.indirect),
             forwards=forwards_of(info),
             n_forward=info.n_forward,
             n_backward=info.n_backward,
@@ -321,6 +319,14 @@ def _time_in_rotation(
             for turn in (*turns[first:], *turns[:first]):
                 turn()
     return base
+
+
+def _indirect_share(truth: Hypergradient) -> float:
+    """Return the norm of the indirect term over that of the total."""
+    total, indirect = tree.norms(truth.outer_grads, truth.indirect)
+    if total == 0.0:
+        return 0.0 if indirect == 0.0 else float("inf")
+    return indirect / total
 
 
 def _worst_last(row: Row) -> tuple[bool, float, float]:

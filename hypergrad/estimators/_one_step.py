@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-from hypergrad import tree
-from hypergrad.batches import check_fraction, part_of
-from hypergrad.estimator import HypergradEstimator, Indirect, Point, difference_info
-from hypergrad.products import (
-    ProductName,
-    Scheme,
-    check_product,
-    check_scheme,
-    product_order,
-)
-from hypergrad.solvers.base import check_flag
+from hypergrad.batches import as_micro_batches, check_fraction, part_of
+from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad.problem import BilevelProblem
+from hypergrad.products import Product, ProductLike, as_product
+from hypergrad.rules import Rule
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -27,17 +21,12 @@ class OneStepEstimator(HypergradEstimator):
     """Apply the mixed product of the last inner step to some direction."""
 
     _: KW_ONLY
-    product: ProductName = "finite-difference"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
+    product: ProductLike = "auto"
     product_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        check_product(self.product)
+        as_product(self.product)
         check_fraction("product_fraction", self.product_fraction)
-        check_scheme(self.scheme, self.radius)
-        check_flag("error_estimate", self.error_estimate)
 
     @property
     def lookback(self) -> int:
@@ -46,38 +35,66 @@ class OneStepEstimator(HypergradEstimator):
 
     @property
     def order(self) -> int:
-        """First order where products are finite differences."""
-        return product_order(self.product)
+        """That of the product; 1 before `auto` is resolved."""
+        return as_product(self.product).order
 
     @property
     def needs_byproduct(self) -> bool:
         """The forward scheme starts from the inner step's own ∂g/∂λ."""
-        whole = self.product_fraction == 1.0
-        forward = self.product == "finite-difference" and self.scheme == "forward"
-        return whole and forward
+        return self._whole and as_product(self.product).starts_from_gradient
 
     @property
     def reuses_graph(self) -> bool:
         """Double backward continues the inner step's own backward."""
-        return self.product_fraction == 1.0 and self.product == "exact"
+        return self._whole and as_product(self.product).continues_graph
+
+    @property
+    def _whole(self) -> bool:
+        return self.product_fraction == 1.0
+
+    def resolve(
+        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
+    ) -> HypergradEstimator:
+        """Return itself with the product that `auto` takes on this problem.
+
+        Args:
+            problem: the problem; it is left as it was.
+            inner_batch: data of the inner loss.
+            rule: not used.
+        """
+        del rule
+        return with_chosen_product(self, self.product, problem, inner_batch)
 
     def _mixed(
         self, point: Point, step: InnerStep, direction: Params, **info: Any
     ) -> Indirect:
-        if tree.norm(direction) == 0.0:
-            return Indirect(tree.zeros_like(point.problem.outer_params), info=info)
         step = _part_of(step, self.product_fraction)
-        settings: dict[str, Any] = {}
-        if self.product == "finite-difference":
-            settings = {
-                "scheme": self.scheme,
-                "radius": self.radius,
-                "error_estimate": self.error_estimate,
-                "base": step.outer_grads,
-            }
-        with point.product_at(step, self.product, **settings) as product:
+        with point.product_at(step, self.product) as product:
             grads = product.mixed_vjp(direction)
-            return Indirect(grads, info={**difference_info(product), **info})
+        return Indirect(grads, info={**product.info, **info})
+
+
+def with_chosen_product(
+    estimator: Any, product: ProductLike, problem: BilevelProblem, inner_batch: Any
+) -> HypergradEstimator:
+    """Return an estimator with the product that its own stands for on a problem.
+
+    Args:
+        estimator: a dataclass with a field `product`.
+        product: its product.
+        problem: the problem; it is left as it was.
+        inner_batch: data of the inner loss.
+    """
+    given = as_product(product)
+    chosen, _ = given.chosen(problem, as_micro_batches(inner_batch))
+    if chosen is given:
+        return estimator
+    return replace(estimator, product=_plain(chosen))
+
+
+def _plain(product: Product) -> ProductLike:
+    """Return the name of a product at its defaults, so that it shows as such."""
+    return product.name if as_product(product.name) == product else product
 
 
 def _part_of(step: InnerStep, fraction: float) -> InnerStep:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from hypergrad.batches import MicroBatch, as_micro_batches
-from hypergrad.errors import HypergradError, NonFiniteError, SecondOrderError
+from hypergrad.batches import as_micro_batches
+from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, Hypergradient, Indirect, Point
 from hypergrad.problem import BilevelProblem
-from hypergrad.products import Tally, gradients, second_order
+from hypergrad.products.choice import second_order_failure
 from hypergrad.rules import SGD, Grouped, Rule
 from hypergrad.steps import InnerStep
 
@@ -24,9 +20,6 @@ __all__ = ["Auto"]
 
 SMALL = 3000
 """Inner parameters up to which a linear system is solved and not approximated."""
-_ATTENTION_COPIES = 6
-"""Score matrices that attention in math mode keeps for two derivatives: scores, weights,
-dropout mask, and their gradients."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +133,7 @@ class Auto(HypergradEstimator):
         n = sum(t.numel() for t in problem.inner_params.values())
         if not n:
             return Auto("first-order", {}, "there are no inner parameters")
-        failure = _second_order_failure(problem, as_micro_batches(inner_batch))
+        failure = second_order_failure(problem, as_micro_batches(inner_batch))
         product = "finite-difference" if failure else "exact"
         able = failure or "second derivatives work"
         if rule is not None:
@@ -220,75 +213,3 @@ def _is_plain_sgd(rule: Rule) -> bool:
     if isinstance(rule, Grouped):
         return all(_is_plain_sgd(part) for _, part in rule.groups)
     return isinstance(rule, SGD) and not rule.momentum and not rule.weight_decay
-
-
-def _second_order_failure(
-    problem: BilevelProblem, batches: Sequence[MicroBatch]
-) -> str:
-    """Return why second derivatives are out of reach; empty where they work."""
-    with _watched_attention() as scores:
-        # First order, under the model's own attention: it must work in any case.
-        gradients(problem, "inner", batches[:1], Tally())
-    needed, free = _ATTENTION_COPIES * sum(scores), _free_memory(problem)
-    if free is not None and needed > free / 2:
-        return (
-            f"attention in math mode, which second derivatives need, would take about "
-            f"{needed / 2**30:.2g} GiB of the {free / 2**30:.2g} GiB that are free"
-        )
-    quantised = _quantised_layer(problem.module)
-    what = f"a quantised layer ({quantised})" if quantised else "a part of the model"
-    try:
-        with second_order("exact", problem, batches[:1], Tally()) as product:
-            product.vjp({n: torch.ones_like(p) for n, p in _detached(problem)})
-    except SecondOrderError as error:
-        return f"{what} cannot be derived twice ({str(error).splitlines()[0][:160]})"
-    except NonFiniteError:
-        return "a second-derivative product is not finite where the gradient is"
-    except torch.OutOfMemoryError:
-        return "a second-derivative product does not fit into memory"
-    return ""
-
-
-def _detached(problem: BilevelProblem) -> Iterator[tuple[str, Tensor]]:
-    return ((n, p.detach()) for n, p in problem.inner_params.items())
-
-
-def _quantised_layer(module: nn.Module | None) -> str:
-    """Return the type of the first layer whose weight is not of floating point."""
-    for layer in module.modules() if module is not None else ():
-        for weight in (*layer._parameters.values(), *layer._buffers.values()):
-            packed = weight is not None and weight.dtype in (torch.int8, torch.uint8)
-            if packed and weight is not None and weight.dim() > 1:
-                return type(layer).__name__
-    return ""
-
-
-@contextmanager
-def _watched_attention() -> Iterator[list[int]]:
-    """Yield a list of the bytes of each score matrix that math attention would make."""
-    found: list[int] = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func is nn.functional.scaled_dot_product_attention:
-                names = ("query", "key", "value")
-                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                query, key = given["query"], given["key"]
-                rows = query.shape[:-1].numel()
-                found.append(rows * key.shape[-2] * query.element_size())
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        yield found
-
-
-def _free_memory(problem: BilevelProblem) -> int | None:
-    """Return the bytes that are free on the problem's device; None where unknown."""
-    device = problem.tensors[0].device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None

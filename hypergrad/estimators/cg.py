@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+from hypergrad._checks import check_count
 from hypergrad.estimators.implicit import ImplicitEstimator
 from hypergrad.solvers import CGSolver, NystromSketch, OnFailure, Solver
-from hypergrad.solvers.base import check_count
 
 __all__ = ["ConjugateGradient"]
 
@@ -35,11 +35,7 @@ class ConjugateGradient(ImplicitEstimator):
         preconditioner_every: number of estimates that share a model, by their `state`.
         warm_start: whether to start from the solution of the last estimate, by its
             `state`, at one more product: pays where batches stay the same.
-        product: how products with second derivatives are taken.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report the error of a finite mixed difference in
-            `info`.
+        product: how products with second derivatives are taken; see `Implicit`.
         curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
         on_failure: `"warn"`, `"raise"` or `"return"` where it did not converge.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from hypergrad._checks import check_number
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
@@ -23,17 +25,16 @@ class Darts(OneStepEstimator):
 
     Exact, up to the product, where the inner step was plain SGD with rate ξ. With
     momentum or Adam it is an approximation: `Sama` and `Unrolled` are not. Cost: a
-    gradient of f and two of g (central), or one (forward, on the inner step's own
-    ∂g/∂λ).
+    gradient of f and two of g (differences), or a product with the graph of the inner
+    step's own gradient (exact).
 
     Args:
         inner_lr: ξ; None for the learning rate that the inner step had, per parameter
             group. Required where no steps are given.
-        product: how the mixed product is taken.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report its error in `info`, at twice the cost; see
-            `hypergrad.products.FiniteDifference`.
+        product: how the mixed product is taken: a name of
+            `hypergrad.products.product_names()`, or a product such as
+            `FiniteDifference(scheme="forward")`. `"auto"` takes differences where the
+            loss computes in float32 or finer, and the exact product where it does not.
         product_fraction: part of the inner batch that the mixed product is taken on, its
             first examples; below 1 its cost shrinks alike, and neither a kept graph nor a
             by-product can serve.
@@ -88,4 +89,10 @@ class Darts(OneStepEstimator):
             rates = step.rule.learning_rates(step.inner_params)
         else:
             rates = dict.fromkeys(point.v, self.inner_lr)
-        return self._mixed(point, step, {n: -rates[n] * v for n, v in point.v.items()})
+        if not point.v:
+            return self._mixed(point, step, {})
+        with torch.no_grad():
+            moved = torch._foreach_mul(
+                list(point.v.values()), [-rates[n] for n in point.v]
+            )
+        return self._mixed(point, step, dict(zip(point.v, moved, strict=True)))

@@ -7,21 +7,18 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from hypergrad import tree
-from hypergrad.estimator import HypergradEstimator, Indirect, Point, difference_info
+from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad.estimators._one_step import with_chosen_product
+from hypergrad.problem import BilevelProblem
 from hypergrad.products import (
+    BoundProduct,
     Curvature,
-    FiniteDifference,
-    GaussNewton,
-    Product,
-    ProductName,
-    Scheme,
+    ProductLike,
+    as_product,
     check_curvature,
-    check_product,
-    check_scheme,
-    product_order,
 )
+from hypergrad.rules import Rule
 from hypergrad.solvers import Solver, make_solver
-from hypergrad.solvers.base import check_flag
 from hypergrad.tree import Params
 
 __all__ = ["Implicit", "ImplicitEstimator"]
@@ -32,16 +29,11 @@ class ImplicitEstimator(HypergradEstimator):
     """Solve with the inner Hessian, then take the mixed product; see `Implicit`."""
 
     _: KW_ONLY
-    product: ProductName = "exact"
-    scheme: Scheme = "central"
-    radius: float | None = None
-    error_estimate: bool = False
+    product: ProductLike = "exact"
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
-        check_product(self.product)
-        check_scheme(self.scheme, self.radius)
-        check_flag("error_estimate", self.error_estimate)
+        as_product(self.product)
         check_curvature(self.curvature)
         self.make_solver()
 
@@ -51,36 +43,42 @@ class ImplicitEstimator(HypergradEstimator):
 
     @property
     def order(self) -> int:
-        """First order where products are finite differences."""
-        return product_order(self.product)
+        """That of the product; 1 before `auto` is resolved."""
+        return as_product(self.product).order
+
+    def resolve(
+        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
+    ) -> HypergradEstimator:
+        """Return itself with the product that `auto` takes on this problem.
+
+        Args:
+            problem: the problem; it is left as it was.
+            inner_batch: data of the inner loss.
+            rule: not used.
+        """
+        del rule
+        return with_chosen_product(self, self.product, problem, inner_batch)
 
     def indirect(self, point: Point) -> Indirect:
         """Return -∂²g/∂λ∂w (∂²g/∂w² + δI)⁻¹ v."""
-        settings: dict[str, Any] = {"curvature": self.curvature}
-        if self.product == "finite-difference":
-            settings |= {"scheme": self.scheme, "radius": self.radius}
-        with point.product(self.product, **settings) as product:
+        with point.product(self.product, self.curvature) as product:
             solved = self.make_solver().solve(_Curved(product), point.v, point.state)
-            mixed = product.product if isinstance(product, GaussNewton) else product
-            if isinstance(mixed, FiniteDifference):
-                # Not before: the solve's products need no estimate, which costs as much.
-                mixed.error_estimate = self.error_estimate
             grads = tree.scale(product.mixed_vjp(solved.x), -1.0)
-            info = {
-                **difference_info(mixed),
-                "residual_norm": solved.residual_norm,
-                "converged": solved.converged,
-                "damping": solved.damping,
-                "curvature": solved.curvature,
-                "reason": solved.reason,
-            }
+        info = {
+            **product.info,
+            "residual_norm": solved.residual_norm,
+            "converged": solved.converged,
+            "damping": solved.damping,
+            "curvature": solved.curvature,
+            "reason": solved.reason,
+        }
         return Indirect(grads, state=solved.state, info=info)
 
 
 class _Curved:
     """Products with the inner curvature, as solvers call them."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: BoundProduct) -> None:
         self._product = product
 
     def __call__(self, vector: Params) -> Params:
@@ -106,12 +104,9 @@ class Implicit(ImplicitEstimator):
     Args:
         solver: a `Solver`, or a name of `hypergrad.solvers.solver_names()` for one at
             its defaults.
-        product: how products with second derivatives are taken; a name of
-            `hypergrad.products.product_names()`.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report the error of the mixed product in `info`,
-            where it is a finite difference, at twice that product's cost.
+        product: how products with second derivatives are taken: a name of
+            `hypergrad.products.product_names()`, or a product such as
+            `FiniteDifference(radius=0.1)`.
         curvature: `"hessian"`, or `"gauss-newton"` for a problem that has
             `inner_outputs`: never negative where the criterion is convex.
 

@@ -29,11 +29,7 @@ class Neumann(ImplicitEstimator):
         num_terms: k.
         scale: α; `"auto"` learns it from the same products.
         damping: δ; raised where curvature is negative, and `info` says so.
-        product: how products with second derivatives are taken.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report the error of a finite mixed difference in
-            `info`.
+        product: how products with second derivatives are taken; see `Implicit`.
         curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
         on_failure: `"warn"`, `"raise"` or `"return"` where the series would diverge.
 

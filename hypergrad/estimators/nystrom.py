@@ -35,11 +35,7 @@ class Nystrom(ImplicitEstimator):
             columns, as the source does.
         every: number of estimates that share a model, by their `state`.
         seed: of the model; torch's own random numbers are neither read nor moved.
-        product: how products with second derivatives are taken.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report the error of a finite mixed difference in
-            `info`.
+        product: how products with second derivatives are taken; see `Implicit`.
         curvature: `"hessian"` or `"gauss-newton"`; see `Implicit`.
         on_failure: `"warn"`, `"raise"` or `"return"` where damping had to be raised, or
             the residual is above 1.

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
 from hypergrad.rules import Rule
-from hypergrad.rules.base import check_finite, check_rule
+from hypergrad.rules.base import check_rule, watch_finite
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -39,11 +40,10 @@ class Sama(OneStepEstimator):
 
     Args:
         rule: rule of the virtual step where no steps are given.
-        product: how the mixed product is taken.
-        scheme: scheme of the finite difference.
-        radius: its distance in w; None for the default of the dtype.
-        error_estimate: whether to report its error in `info`, at twice the cost; see
-            `hypergrad.products.FiniteDifference`.
+        product: how the mixed product is taken: a name of
+            `hypergrad.products.product_names()`, or a product such as
+            `FiniteDifference(scheme="forward")`. `"auto"` takes differences where the
+            loss computes in float32 or finer, and the exact product where it does not.
         product_fraction: part of the inner batch that the mixed product is taken on, its
             first examples; below 1 its cost shrinks alike, and neither a kept graph nor a
             by-product can serve.
@@ -90,23 +90,36 @@ class Sama(OneStepEstimator):
         pulled = step.rule.pullback(
             step.inner_params, step.state, step.grads, point.v, {}
         )
-        direction, dropped = pulled.grads, 0
-        if self.product == "finite-difference":
-            direction, dropped = _without_dead(direction, step)
-        check_finite(replace(pulled, grads=direction))
-        return self._mixed(point, step, direction, dropped=dropped)
+        direction = pulled.grads
+        info: dict[str, Tensor] = {}
+        if self.order == 1:
+            direction, info["dropped"] = _without_dead(direction, step)
+        watch_finite(point.tally, replace(pulled, grads=direction))
+        return self._mixed(point, step, direction, **info)
 
 
-def _without_dead(direction: Params, step: InnerStep) -> tuple[Params, int]:
-    out = dict(direction)
-    dropped = 0
-    for name in step.rule.adaptive(step.inner_params):
-        dead = step.grads[name] == 0
-        second = step.state.get(name, {}).get("exp_avg_sq")
-        if second is not None:
-            dead = dead & (second == 0)
-        dropped += int(dead.sum())
-        out[name] = torch.where(
-            dead, torch.zeros_like(dead, dtype=out[name].dtype), out[name]
-        )
-    return out, dropped
+def _without_dead(direction: Params, step: InnerStep) -> tuple[Params, Tensor]:
+    """Return the direction without degenerate coordinates, and how many there were.
+
+    One is dead where gradient and second moment are exactly 0.
+    """
+    adaptive = step.rule.adaptive(step.inner_params)
+    names = [n for n in direction if n in adaptive]
+    if not names:
+        return direction, torch.zeros(())
+    given = [direction[n] for n in names]
+    with torch.no_grad():
+        size = torch._foreach_abs([step.grads[n] for n in names])
+        second = [
+            step.state.get(n, {}).get("exp_avg_sq", s)
+            for n, s in zip(names, size, strict=True)
+        ]
+        live = torch._foreach_sign(torch._foreach_add(size, second))
+        # With eps=0 a dead coordinate is infinite, and 0 times that is not 0.
+        largest = min(torch.finfo(t.dtype).max for t in given)
+        bounded = torch._foreach_clamp_max(given, largest)
+        bounded = torch._foreach_clamp_min(bounded, -largest)
+        kept = torch._foreach_mul(bounded, live)
+        count = torch.stack(list(torch._foreach_norm(live, 1))).sum()
+    total = sum(t.numel() for t in given)
+    return {**direction, **dict(zip(names, kept, strict=True))}, total - count

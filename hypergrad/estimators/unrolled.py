@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hypergrad import tree
-from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad._checks import check_count
+from hypergrad.estimator import HypergradEstimator, Indirect, Point, versions_of
+from hypergrad.estimators._one_step import with_chosen_product
+from hypergrad.problem import BilevelProblem
+from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
-from hypergrad.rules.base import check_finite, check_rule
-from hypergrad.solvers.base import check_count
+from hypergrad.rules.base import check_rule, watch_finite
+from hypergrad.tree import Params
 
 __all__ = ["Unrolled"]
 
@@ -38,6 +42,8 @@ class Unrolled(HypergradEstimator):
     Args:
         num_steps: K.
         rule: rule of the virtual steps where no steps are given.
+        product: how products with second derivatives are taken: a name of
+            `hypergrad.products.product_names()`, or a product.
 
     Raises:
         TypeError: `num_steps` is not a whole number, or `rule` not a rule.
@@ -68,8 +74,10 @@ class Unrolled(HypergradEstimator):
     num_steps: int = 5
     _: KW_ONLY
     rule: Rule | None = None
+    product: ProductLike = "exact"
 
     def __post_init__(self) -> None:
+        as_product(self.product)
         check_count("num_steps", self.num_steps)
         if self.rule is not None:
             check_rule("rule", self.rule)
@@ -80,6 +88,11 @@ class Unrolled(HypergradEstimator):
         return self.num_steps
 
     @property
+    def order(self) -> int:
+        """That of the product; 1 before `auto` is resolved."""
+        return as_product(self.product).order
+
+    @property
     def needs_grads(self) -> bool:
         """The graph that each product is taken from has the step's gradient."""
         return False
@@ -87,44 +100,60 @@ class Unrolled(HypergradEstimator):
     @property
     def reuses_graph(self) -> bool:
         """One step back is the inner step's own graph."""
-        return self.num_steps == 1
+        return self.num_steps == 1 and as_product(self.product).continues_graph
 
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""
         return self.rule
 
+    def resolve(
+        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
+    ) -> HypergradEstimator:
+        """Return itself with the product that `auto` takes on this problem.
+
+        Args:
+            problem: the problem; it is left as it was.
+            inner_batch: data of the inner loss.
+            rule: not used.
+        """
+        del rule
+        return with_chosen_product(self, self.product, problem, inner_batch)
+
     def indirect(self, point: Point) -> Indirect:
         """Return the sum of the steps' contributions."""
         w_bar, state_bar = point.v, State()
-        total = tree.zeros_like(point.problem.outer_params)
+        total: Params = {}
         unused = set(point.problem.outer_params)
         for back, step in enumerate(reversed(point.steps), start=1):
             oldest = back == len(point.steps)
-            with point.product_at(step) as product:
+            with point.product_at(step, self.product) as product:
                 grads = step.grads or product.gradient()
-                pulled = check_finite(
-                    step.rule.pullback(
-                        step.inner_params, step.state, grads, w_bar, state_bar
-                    )
+                pulled = step.rule.pullback(
+                    step.inner_params, step.state, grads, w_bar, state_bar
                 )
+                watch_finite(point.tally, pulled)
                 del grads  # the product is what takes most memory
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
             unused &= point.unused
-            total = tree.add(total, mixed)
+            total = tree.add(total, mixed) if total else mixed
             if not oldest:
                 w_bar = tree.add(pulled.params, curved)
                 state_bar = pulled.state
         point.unused = unused
-        moved = any(
-            not bool((step.outer_params[name] == now).all())
-            for step in point.steps
-            for name, now in point.problem.outer_params.items()
-        )
-        reason = (
-            f"the outer parameters moved within the last {len(point.steps)} inner steps:"
-            " this is the derivative for a common shift of all their values. For that "
-            f"of the last alone, take outer steps every {len(point.steps)} inner ones."
-            if moved
-            else ""
-        )
-        return Indirect(total, info={"reason": reason})
+        reason = _MOVED.format(len(point.steps)) if self._moved(point) else ""
+        return Indirect(total, info={**product.info, "reason": reason})
+
+    def _moved(self, point: Point) -> bool:
+        """Return whether λ is not what it was at every step."""
+        now = versions_of(point.problem)
+        if all(step.outer_versions == now for step in point.steps):
+            return False
+        # Counted moves may lead back to the same values, and copies have no count.
+        return any(point.tally.read(*point.moved(point.steps)))
+
+
+_MOVED = (
+    "the outer parameters moved within the last {0} inner steps: this is the derivative "
+    "for a common shift of all their values. For that of the last alone, take outer steps "
+    "every {0} inner ones."
+)

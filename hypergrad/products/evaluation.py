@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import warnings
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from hypergrad._checks import some
 from hypergrad._graph import (
@@ -19,86 +20,38 @@ from hypergrad._graph import (
     refuse_reentrant,
     underived_backwards,
 )
-from hypergrad.attention import REMEDY, attention, explain_second_order
+from hypergrad.attention import REMEDY, attention
 from hypergrad.batches import MicroBatch
-from hypergrad.errors import HypergradError, NonFiniteError, SecondOrderError
+from hypergrad.errors import HypergradError, SecondOrderError
+from hypergrad.precision import autocast_dtypes, graph_unit
 from hypergrad.problem import BilevelProblem, Level
+from hypergrad.products.autograd import differentiate, recording
+from hypergrad.products.tally import Tally
 from hypergrad.tree import Params
 
 __all__ = [
-    "Tally",
     "accumulate",
-    "backward_pass",
-    "check_finite_loss",
     "check_reads_its_arguments",
     "derive",
-    "recording",
+    "inner_unit",
     "replay",
+    "seen_unit",
 ]
 
 
-@dataclass
-class Tally:
-    """Count evaluations of the model.
-
-    Attributes:
-        n_forward: forward passes on one (micro-)batch.
-        n_backward: backward passes, first and second order alike.
-        n_hvp: second-derivative products.
-    """
-
-    n_forward: int = 0
-    n_backward: int = 0
-    n_hvp: int = 0
-
-
 @contextmanager
-def recording() -> Iterator[None]:
-    """Record for autograd in the block, whatever mode the caller is in."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        # Autocast keeps its casts by tensor and does not see that a tensor was moved:
-        # under a caller's autocast, the second evaluation would run on the first's.
-        torch.clear_autocast_cache()
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
+def replay(
+    problem: BilevelProblem, micro: MicroBatch, *, keep: bool = False
+) -> Iterator[None]:
+    """Evaluate in the block from the micro-batch's random state, and leave no trace.
 
-
-@contextmanager
-def backward_pass(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Run a backward pass in the block, out of the caller's autocast.
-
-    Autocast belongs around the forward pass alone: a backward pass within it rounds its
-    own products to the low precision (2e-3 of a DoRA norm's derivative).
+    Args:
+        problem: the problem.
+        micro: the data.
+        keep: whether the graph that the block builds is used after it.
     """
-    with ExitStack() as stack:
-        for kind in {t.device.type for t in tensors}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+    with problem.untouched(micro.rng_state, keep=keep), attention(micro.attention):
         yield
-
-
-@contextmanager
-def replay(problem: BilevelProblem, micro: MicroBatch) -> Iterator[None]:
-    """Evaluate in the block from the micro-batch's random state, and leave no trace."""
-    with problem.untouched(micro.rng_state), attention(micro.attention):
-        yield
-
-
-def check_finite_loss(level: Level, loss: float) -> None:
-    """Refuse a loss that is NaN or infinite.
-
-    Raises:
-        NonFiniteError: with its value.
-    """
-    if not math.isfinite(loss):
-        msg = (
-            f"the {level} loss is {loss}: a NaN or infinity in the batch or the "
-            "parameters, or an overflow, is the usual cause. Check the batch; lower the "
-            "learning rate of the level that diverged."
-        )
-        raise NonFiniteError(msg)
 
 
 def derive(
@@ -110,7 +63,7 @@ def derive(
     tally: Tally,
     *,
     create_graph: bool,
-) -> tuple[float, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """Evaluate a loss and its gradient at given tensors.
 
     Args:
@@ -123,26 +76,24 @@ def derive(
         create_graph: whether the gradient will be differentiated again.
 
     Returns:
-        The loss, and a gradient for each of `wanted`: None where it is not connected.
+        The loss, which nobody has looked at yet, and a gradient for each of `wanted`:
+        None where it is not connected.
 
     Raises:
         HypergradError: the loss depends on none of w, a tensor was frozen since the
             problem was made, or the loss hides a derivative from autograd.
-        NonFiniteError: the loss is NaN or infinite.
         SecondOrderError: `create_graph`, and part of the loss cannot be derived twice.
     """
     _check_not_frozen(wanted)
     # A graph is searched the first time, and wherever something is not connected.
-    kind = f"{level} loss, {'second' if create_graph else 'first'} order"
+    kind = _kind(problem, level, second=create_graph)
     first = kind not in problem.inspected
     tally.n_forward += 1
     with recording():
-        with _heeding_warnings() if first else nullcontext([]) as warned:
-            loss = problem.loss(level, w, problem.outer_params, micro.batch)
-        value = float(loss.detach())
-        check_finite_loss(level, value)
+        loss = problem.loss(level, w, problem.outer_params, micro.batch)
         if first:
             refuse_reentrant(loss)
+            problem.units[kind] = graph_unit(loss)
             if create_graph:
                 _refuse_underived(once_only(loss))
         parts: list[Tensor | None] = [None] * len(wanted)
@@ -150,75 +101,118 @@ def derive(
             tally.n_backward += 1
             watch = first and create_graph
             with underived_backwards(loss) if watch else nullcontext([]) as underived:
-                parts = _grad(loss, list(wanted.values()), create_graph)
+                parts = differentiate(
+                    [loss], list(wanted.values()), create_graph=create_graph
+                )
             _refuse_underived(underived)
         missing = [n for n, p in zip(wanted, parts, strict=True) if p is None]
         if missing:
             refuse_reentrant(loss)
             fresh = {f"{kind}: {name}" for name in missing} - problem.inspected
-            if fresh and not first:  # connected once, and not now
-                tally.n_forward += 1
-                with problem.untouched(micro.rng_state), _heeding_warnings() as warned:
-                    problem.loss(level, w, problem.outer_params, micro.batch)
-            _check_connected(problem, level, missing, warned)
+            if fresh and _may_be_cut(problem, level, missing):
+                _refuse_cut_graph(problem, level, w, micro, tally)
+            _check_connected(problem, level, missing)
             problem.inspected |= fresh
         if (first or missing) and w is not problem.inner_params:
             given = [*w.values(), *problem.outer_params.values()]
             check_reads_its_arguments(problem, loss, given)
     problem.inspected.add(kind)
-    return value, parts
+    return loss.detach(), parts
 
 
-def _grad(
-    loss: Tensor, wanted: list[Tensor], create_graph: bool
-) -> list[Tensor | None]:
-    explained = explain_second_order() if create_graph else nullcontext()
-    try:
-        with backward_pass(wanted), explained:
-            parts = torch.autograd.grad(
-                loss, wanted, create_graph=create_graph, allow_unused=True
-            )
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise HypergradError(REENTRANT) from error
-        raise
-    return list(parts)
+def _kind(problem: BilevelProblem, level: Level, *, second: bool) -> str:
+    cast = autocast_dtypes(problem)
+    return f"{level} loss, {'second' if second else 'first'} order{cast or ''}"
 
 
-@contextmanager
-def _heeding_warnings() -> Iterator[list[str]]:
-    """Yield a list of the block's warnings; they are passed on when it ends."""
-    texts: list[str] = []
-    caught: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield texts
-    finally:
-        texts += [str(w.message) for w in caught]
-        for w in caught:
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+def seen_unit(problem: BilevelProblem) -> float | None:
+    """Return the rounding unit of the inner loss's graph; None where none was built yet."""
+    for second in (False, True):
+        known = problem.units.get(_kind(problem, "inner", second=second))
+        if known is not None:
+            return known
+    return None
+
+
+def inner_unit(problem: BilevelProblem, micro: MicroBatch, tally: Tally) -> float:
+    """Return the rounding unit of the inner loss's graph, running it where it must.
+
+    Args:
+        problem: the problem.
+        micro: what to run it on where none was seen.
+        tally: counts that.
+    """
+    known = seen_unit(problem)
+    if known is None:
+        tally.n_forward += 1
+        with recording(), replay(problem, micro):
+            w, lam = problem.inner_params, problem.outer_params
+            known = graph_unit(problem.loss("inner", w, lam, micro.batch))
+        problem.units[_kind(problem, "inner", second=False)] = known
+    return known
 
 
 def _check_not_frozen(wanted: Params) -> None:
+    if all(t.requires_grad for t in wanted.values()):
+        return
     frozen = {n: t for n, t in wanted.items() if not t.requires_grad}
-    if frozen:
-        msg = (
-            f"{some(frozen)} no longer requires grad: frozen since the problem was made. "
-            "Call .requires_grad_() on it, or make the problem anew."
-        )
-        raise HypergradError(msg)
+    msg = (
+        f"{some(frozen)} no longer requires grad: frozen since the problem was made. "
+        "Call .requires_grad_() on it, or make the problem anew."
+    )
+    raise HypergradError(msg)
+
+
+class _Checkpoints(TorchFunctionMode):
+    """See whether anything is computed within reentrant checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not self.seen and not torch.is_grad_enabled():
+            frame = sys._getframe(1)
+            while frame is not None and not self.seen:
+                self.seen = frame.f_code is CheckpointFunction.forward.__code__
+                frame = frame.f_back
+        return func(*args, **(kwargs or {}))
+
+
+def _may_be_cut(problem: BilevelProblem, level: Level, missing: Sequence[str]) -> bool:
+    """Return whether checkpointing, and not the loss itself, may be why."""
+    if level == "inner" or not problem.outer_params.keys() >= set(missing):
+        return True
+    # Outer losses that λ does not act on directly are common.
+    module = problem.module
+    return module is not None and any(
+        getattr(m, "gradient_checkpointing", False) is True for m in module.modules()
+    )
+
+
+def _refuse_cut_graph(
+    problem: BilevelProblem, level: Level, w: Params, micro: MicroBatch, tally: Tally
+) -> None:
+    """Refuse reentrant checkpointing of what does not require grad: it cuts the graph.
+
+    No node of it is left to be found, so the loss is run once more and watched.
+
+    Raises:
+        HypergradError: with the setting that helps.
+    """
+    tally.n_forward += 1
+    watch = _Checkpoints()
+    with problem.untouched(micro.rng_state), problem.swapped(w), watch:
+        problem.loss(level, w, problem.outer_params, micro.batch)
+    if watch.seen:
+        raise HypergradError(REENTRANT)
 
 
 def _check_connected(
-    problem: BilevelProblem,
-    level: Level,
-    missing: Sequence[str],
-    warned: Sequence[str],
+    problem: BilevelProblem, level: Level, missing: Sequence[str]
 ) -> None:
-    # Where no input requires grad, reentrant checkpointing cuts the graph and warns.
-    if any("None of the inputs have requires_grad" in text for text in warned):
-        raise HypergradError(REENTRANT)
     inner = problem.inner_params
     if level == "inner" and inner and inner.keys() <= set(missing):
         msg = (
@@ -274,13 +268,23 @@ def accumulate(
     weight: float,
 ) -> list[Tensor]:
     """Add weighted parts to sums; None is zeros like `like`, an empty sum is new."""
-
-    def weighted(part: Tensor | None, t: Tensor) -> Tensor:
+    new: list[Tensor] = []
+    taken: set[int] = set()
+    for part, t in zip(parts, like, strict=True):
         if part is None:
-            return torch.zeros_like(t.detach())
-        part = part.detach()
-        # An embedding with sparse=True gives sparse gradients.
-        return (part.to_dense() if part.is_sparse else part) * weight
-
-    new = [weighted(p, t) for p, t in zip(parts, like, strict=True)]
-    return [a + b for a, b in zip(sums, new, strict=True)] if sums else new
+            new.append(torch.zeros_like(t, requires_grad=False))
+            continue
+        part = part.detach() if part.requires_grad else part
+        if part.is_sparse:  # an embedding with sparse=True
+            part = part.to_dense()
+        # torch may hand out one tensor for two leaves, or one number for all entries.
+        if id(part) in taken or (part.numel() > 1 and 0 in part.stride()):
+            part = part.clone(memory_format=torch.contiguous_format)
+        taken.add(id(part))
+        new.append(part)
+    if not new:
+        return new
+    with torch.no_grad():
+        if weight != 1.0:
+            new = list(torch._foreach_mul(new, weight))
+        return list(torch._foreach_add(sums, new)) if sums else new

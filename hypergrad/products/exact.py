@@ -1,224 +1,140 @@
-"""Exact second-derivative products, and the contract that all products share."""
+"""Exact second-derivative products."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hypergrad import tree
-from hypergrad._checks import some
-from hypergrad.attention import explain_second_order
+from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
-from hypergrad.distributed import average
-from hypergrad.errors import HypergradError, NonFiniteError
+from hypergrad.errors import HypergradError
 from hypergrad.modules import refuse_recompute
 from hypergrad.problem import BilevelProblem
+from hypergrad.products.autograd import recording
+from hypergrad.products.base import NO_HINTS, BoundProduct, Hints, Product, total_loss
 from hypergrad.products.evaluation import (
-    Tally,
     accumulate,
-    check_finite_loss,
     check_reads_its_arguments,
     derive,
-    recording,
     replay,
 )
-from hypergrad.products.gradients import InnerGraph, gradients, inner_graph
+from hypergrad.products.gradients import inner_graph
+from hypergrad.products.tally import Tally
+from hypergrad.reducer import Contribution
 from hypergrad.tree import Params
 
-__all__ = ["DoubleBackward", "ForwardOverReverse", "Product"]
+__all__ = ["DoubleBackward", "ForwardOverReverse"]
 
 _VMAPPED = 8
 """Directions of one vmapped pass: it holds that many copies of what a backward holds."""
 
 
-class Product(ABC):
-    """Second-derivative products of the inner loss at the problem's present point.
+@dataclass(frozen=True)
+class DoubleBackward(Product):
+    """Differentiate the inner gradient again: exact to rounding.
 
-    Laws: linear in the direction, exact zeros for a direction of zeros; the problem is
-    left as it was.
+    With a single micro-batch the graph is built once and serves every product; with
+    several it is built again for each product and micro-batch, so that memory stays
+    that of one.
 
-    Args:
-        problem: the problem.
-        batches: data of the inner loss.
-        tally: counts the evaluations.
+    Example:
+        >>> DoubleBackward().order
+        2
     """
 
-    order: ClassVar[int] = 2
-    """1 where first derivatives suffice, so that fused attention works."""
+    name: ClassVar[str] = "exact"
 
-    def __init__(
-        self, problem: BilevelProblem, batches: Sequence[MicroBatch], tally: Tally
-    ) -> None:
-        self.problem = problem
-        self.batches = batches
-        self.tally = tally
-        self.unused: set[str] = set()
-        """Outer parameters that no product so far was connected to."""
+    @property
+    def continues_graph(self) -> bool:
+        """Double backward goes on where the inner step's own backward ended."""
+        return True
 
-    @abstractmethod
-    def vjp(
-        self, direction: Params, *, inner: bool = True, outer: bool = True
-    ) -> tuple[Params, Params]:
-        """Return `(hvp, mixed_vjp)` of `direction`; an empty dict for what is not asked.
+    def bind(
+        self,
+        problem: BilevelProblem,
+        batches: Sequence[MicroBatch],
+        tally: Tally,
+        hints: Hints = NO_HINTS,
+    ) -> BoundProduct:
+        """Return the products at the problem's present point.
 
         Args:
-            direction: u, same keys and shapes as `inner_params`.
-            inner: whether to compute $u^T ∂²g/∂w²$.
-            outer: whether to compute $u^T ∂²g/∂w∂λ$.
-
-        Returns:
-            Both products, averaged over ranks.
-
-        Raises:
-            NonFiniteError: the direction, the loss or a product is NaN or infinite.
-        """
-
-    def gradient(self) -> Params:
-        """Return ∂g/∂w, averaged over ranks; same keys and shapes as `inner_params`."""
-        g = gradients(self.problem, "inner", self.batches, self.tally, outer=False)
-        return g.inner or {}
-
-    def hvp(self, direction: Params) -> Params:
-        """Return (∂²g/∂w²) `direction`."""
-        return self.vjp(direction, outer=False)[0]
-
-    def hvps(self, directions: Params) -> Params:
-        """Return (∂²g/∂w²) u for several u, stacked along a leading axis of each tensor.
-
-        Args:
-            directions: by the names of `inner_params`, shapes `(k, *shape)`.
-        """
-        count = len(next(iter(directions.values())))
-        rows = [
-            self.hvp({n: t[i] for n, t in directions.items()}) for i in range(count)
-        ]
-        return {n: torch.stack([row[n] for row in rows]) for n in directions}
-
-    def mixed_vjp(self, direction: Params) -> Params:
-        """Return `direction`ᵀ ∂²g/∂w∂λ, same keys and shapes as `outer_params`."""
-        return self.vjp(direction, inner=False)[1]
-
-    def _check_direction(self, direction: Params) -> float:
-        """Return the norm of the direction.
+            problem: the problem.
+            batches: data of the inner loss.
+            tally: counts the evaluations.
+            hints: a kept graph is used in place of a new one, once; where a single
+                product is asked for, the graph is freed by it.
 
         Raises:
-            NonFiniteError: it is NaN or infinite.
+            ValueError: a kept graph for several micro-batches.
         """
-        length = tree.norm(direction)
-        if not math.isfinite(length):
+        if hints.kept is not None and len(batches) != 1:
             msg = (
-                f"the direction of a second-derivative product has norm {length}. The "
-                "outer gradient or a solver's iterate overflowed, perhaps: scale the "
-                "outer loss down, or raise damping."
+                f"a kept graph is that of one micro-batch, and there are {len(batches)}. "
+                "Pass kept=None."
             )
-            raise NonFiniteError(msg)
-        return length
-
-    def _wanted(self, inner: bool, outer: bool) -> Params:
-        p = self.problem
-        return {
-            **(p.inner_params if inner else {}),
-            **(p.outer_params if outer else {}),
-        }
-
-    def _split(self, parts: Params, inner: bool, outer: bool) -> tuple[Params, Params]:
-        parts = average(parts)
-        if not tree.all_finite(parts):
-            bad = {n: t for n, t in parts.items() if not bool(torch.isfinite(t).all())}
-            msg = (
-                "a second-derivative product of the inner loss is not finite in "
-                f"{some(bad)}. A norm or square root at 0, or an overflow in low "
-                "precision, is the usual cause. Run the inner loss in float32, or raise "
-                "its epsilons."
-            )
-            raise NonFiniteError(msg)
-        return (
-            {n: parts[n] for n in self.problem.inner_params} if inner else {},
-            {n: parts[n] for n in self.problem.outer_params} if outer else {},
-        )
+            raise ValueError(msg)
+        return _DoubleBackward(problem, batches, tally, hints)
 
 
 class _NotBatched(Exception):
     """A backward pass that failed for several directions at once."""
 
 
-class DoubleBackward(Product):
-    """Differentiate the inner gradient again: exact to rounding; the default.
-
-    With a single micro-batch the graph is built once and serves every product; with
-    several it is built again for each product and micro-batch, so that memory stays
-    that of one.
-
-    Args:
-        problem: the problem.
-        batches: the data.
-        tally: counts the evaluations.
-        kept: a graph kept from the inner step, used in place of a new one, once.
-        single_use: whether one product is all that will be asked for; the graph is
-            then freed by it.
-
-    Raises:
-        ValueError: a kept graph for several micro-batches.
-    """
-
+class _DoubleBackward(BoundProduct):
     def __init__(
         self,
         problem: BilevelProblem,
         batches: Sequence[MicroBatch],
         tally: Tally,
-        kept: InnerGraph | None = None,
-        single_use: bool = False,
+        hints: Hints,
     ) -> None:
         super().__init__(problem, batches, tally)
-        if kept is not None and len(batches) != 1:
-            msg = (
-                f"a kept graph is that of one micro-batch, and there are {len(batches)}. "
-                "Pass kept=None."
-            )
-            raise ValueError(msg)
-        self._graph = kept
-        self._single_use = single_use
+        self._graph = hints.kept
+        self._single_use = hints.single_use
         self._vmaps = True
 
-    def vjp(
-        self, direction: Params, *, inner: bool = True, outer: bool = True
-    ) -> tuple[Params, Params]:
-        """Return `(hvp, mixed_vjp)` by double backward."""
-        self._check_direction(direction)
-        wanted = self._wanted(inner, outer)
-        sums: list[Tensor] = []
-        used: set[str] = set()
-        for micro in self.batches:
-            with recording():
-                parts = self._one(replace(micro, attention="math"), direction, wanted)
-                sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-            used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
-        if outer:
-            self.unused = set(self.problem.outer_params) - used
-        return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
+    def compute(self, direction: Params, wanted: Params) -> Contribution:
+        """Return the products by double backward."""
+        return self._sum(direction, wanted)
 
     def gradient(self) -> Params:
         """Return ∂g/∂w, for nothing where it is that of the next product's graph."""
-        if len(self.batches) != 1:
-            return super().gradient()
-        micro = replace(self.batches[0], attention="math")
         w = self.problem.inner_params
-        with recording(), replay(self.problem, micro):
-            if self._graph is None:
-                self._graph = inner_graph(self.problem, micro, self.tally)
-            parts = [self._graph.grads[name] for name in w]
+
+        def compute() -> Contribution:
+            if len(self.batches) != 1:
+                return self._sum_of_gradients()
+            micro = replace(self.batches[0], attention="math")
+            losses = self._ensure_graph(micro)
+            grads = self._graph.grads if self._graph is not None else {}
+            parts = [grads.get(n) for n in w]
             sums = accumulate([], parts, list(w.values()), micro.weight)
-        return average(dict(zip(w, sums, strict=True)))
+            return Contribution(
+                dict(zip(w, sums, strict=True)), total_loss(losses), set()
+            )
+
+        return self._averaged(w, compute).values
+
+    def _sum_of_gradients(self) -> Contribution:
+        problem, w = self.problem, self.problem.inner_params
+        sums: list[Tensor] = []
+        losses: list[Tensor] = []
+        for micro in self.batches:
+            with replay(problem, micro):
+                loss, parts = derive(
+                    problem, "inner", w, w, micro, self.tally, create_graph=False
+                )
+            losses.append(loss)
+            sums = accumulate(sums, parts, list(w.values()), micro.weight)
+        return Contribution(dict(zip(w, sums, strict=True)), total_loss(losses), set())
 
     def hvps(self, directions: Params) -> Params:
         """Return several products from one vmapped backward pass, a few at a time."""
-        self._check_direction(directions)
         count = len(next(iter(directions.values())))
         parts = []
         for first in range(0, count, _VMAPPED):
@@ -229,85 +145,137 @@ class DoubleBackward(Product):
     def _chunk(self, directions: Params) -> Params:
         if not self._vmaps:
             return super().hvps(directions)
+        wanted = dict(self.problem.inner_params)
         several = len(next(iter(directions.values())))
-        wanted = self._wanted(inner=True, outer=False)
+        before = self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp
+        # A rank that cannot vmap must not send another message than the others.
+        could = True
+
+        def compute() -> Contribution:
+            nonlocal could
+            try:
+                return self._sum(directions, wanted, several)
+            except _NotBatched:
+                could = False
+                self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp = before
+                rows = [
+                    self._sum({n: t[i] for n, t in directions.items()}, wanted)
+                    for i in range(several)
+                ]
+                stacked = {
+                    n: torch.stack([row.values[n] for row in rows]) for n in wanted
+                }
+                return Contribution(stacked, rows[0].loss, set())
+
+        like = {n: directions[n].to(t.dtype) for n, t in wanted.items()}
+        result = self._averaged(like, compute)
+        # Not every operator has a batched backward (nor every custom function).
+        self._vmaps = could
+        return result.values
+
+    def _sum(self, direction: Params, wanted: Params, several: int = 0) -> Contribution:
         sums: list[Tensor] = []
-        before = replace(self.tally)
-        try:
-            for micro in self.batches:
-                with recording():
-                    parts = self._one(
-                        replace(micro, attention="math"), directions, wanted, several
-                    )
-                    like = [directions[n] for n in wanted]
-                    sums = accumulate(sums, parts, like, micro.weight)
-        except _NotBatched:
-            # Not every operator has a batched backward (nor every custom function);
-            # what else went wrong shows in the single products.
-            self._vmaps = False
-            vars(self.tally).update(vars(before))
-            return super().hvps(directions)
-        return self._split(dict(zip(wanted, sums, strict=True)), True, False)[0]
+        used: set[str] = set()
+        losses: list[Tensor] = []
+        like = [direction[n] if several else t for n, t in wanted.items()]
+        for micro in self.batches:
+            plain = replace(micro, attention="math")
+            losses += self._ensure_graph(plain)
+            parts = self._one(direction, wanted, several)
+            sums = accumulate(sums, parts, like, micro.weight)
+            used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
+        return Contribution(
+            dict(zip(wanted, sums, strict=True)), total_loss(losses), set(wanted) - used
+        )
+
+    @property
+    def _reusable(self) -> bool:
+        return len(self.batches) == 1 and not self._single_use
+
+    def _ensure_graph(self, micro: MicroBatch) -> list[Tensor]:
+        """Build the graph where there is none; return the loss that this computed."""
+        if self._graph is not None:
+            return []
+        with replay(self.problem, micro, keep=True):
+            self._graph = inner_graph(self.problem, micro, self.tally)
+        loss = self._graph.loss
+        return [] if loss is None else [loss]
 
     def _one(
-        self,
-        micro: MicroBatch,
-        direction: Params,
-        wanted: Params,
-        several: int = 0,
+        self, direction: Params, wanted: Params, several: int
     ) -> list[Tensor | None]:
-        problem, tally = self.problem, self.tally
-        reusable = len(self.batches) == 1 and not self._single_use
-        with replay(problem, micro):
-            graph = self._graph
-            if graph is None:
-                graph = inner_graph(problem, micro, tally)
-                if reusable:
-                    self._graph = graph
-            targets = {n: graph.inner.get(n, t) for n, t in wanted.items()}
-            with problem.swapped(graph.inner):
-                try:
-                    result = graph.product(
-                        direction, targets, tally, retain=reusable, several=several
-                    )
-                except RuntimeError as error:
-                    if several and not isinstance(error, HypergradError):
-                        raise _NotBatched from error
-                    raise
-            if not reusable:
+        graph, problem = self._graph, self.problem
+        if graph is None:
+            msg = "a product was asked for before the graph of the inner gradient is built"
+            raise HypergradError(msg)
+        targets = {n: graph.inner.get(n, t) for n, t in wanted.items()}
+        retain = self._reusable
+        try:
+            with problem.swapped(graph.inner), attention("math"):
+                return graph.product(
+                    direction, targets, self.tally, retain=retain, several=several
+                )
+        except RuntimeError as error:
+            if several and not isinstance(error, HypergradError):
+                raise _NotBatched from error
+            raise
+        finally:
+            if not retain:
                 self._graph = None
-            return result
 
 
+@dataclass(frozen=True)
 class ForwardOverReverse(Product):
     """Push a tangent through the gradient (`torch.func.jvp` of `grad`): exact.
 
     Keeps no graph between products. Never the other way round: reverse-over-forward is
     silently wrong through layer_norm in torch 2.13 (pytorch #196695).
 
-    Args:
-        problem: the problem.
-        batches: the data.
-        tally: counts the evaluations.
+    Example:
+        >>> ForwardOverReverse().name
+        'forward-over-reverse'
     """
 
-    _asked = False
+    name: ClassVar[str] = "forward-over-reverse"
 
-    def vjp(
-        self, direction: Params, *, inner: bool = True, outer: bool = True
-    ) -> tuple[Params, Params]:
-        """Return `(hvp, mixed_vjp)` by forward-over-reverse."""
-        self._check_direction(direction)
-        wanted = self._wanted(inner, outer)
+    def bind(
+        self,
+        problem: BilevelProblem,
+        batches: Sequence[MicroBatch],
+        tally: Tally,
+        hints: Hints = NO_HINTS,
+    ) -> BoundProduct:
+        """Return the products at the problem's present point.
+
+        Args:
+            problem: the problem.
+            batches: data of the inner loss.
+            tally: counts the evaluations.
+            hints: not used.
+        """
+        del hints
+        return _ForwardOverReverse(problem, batches, tally)
+
+
+class _ForwardOverReverse(BoundProduct):
+    _unconnected: set[str] | None = None
+
+    def compute(self, direction: Params, wanted: Params) -> Contribution:
+        """Return the products by forward-over-reverse."""
         sums: list[Tensor] = []
+        losses: list[Tensor] = []
         for micro in self.batches:
             with recording():
-                both = self._one(replace(micro, attention="math"), direction)
-                parts = [both[name] for name in wanted]
-                sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-        return self._split(dict(zip(wanted, sums, strict=True)), inner, outer)
+                loss, both = self._one(replace(micro, attention="math"), direction)
+            parts = [both[name] for name in wanted]
+            sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
+            losses.append(loss)
+        unused = (self._unconnected or set()) & set(wanted)
+        return Contribution(
+            dict(zip(wanted, sums, strict=True)), total_loss(losses), unused
+        )
 
-    def _one(self, micro: MicroBatch, direction: Params) -> Params:
+    def _one(self, micro: MicroBatch, direction: Params) -> tuple[Tensor, Params]:
         problem = self.problem
         w = {n: p.detach() for n, p in problem.inner_params.items()}
         lam = {n: p.detach() for n, p in problem.outer_params.items()}
@@ -327,21 +295,21 @@ class ForwardOverReverse(Product):
         ):
             pushed: Any = torch.func.jvp(lambda a: gradient(a, lam), (w,), (tangent,))
             (_, loss), ((h, m), _) = pushed
-        check_finite_loss("inner", float(loss.detach()))
         if loss.requires_grad:
             check_reads_its_arguments(problem, loss, ())
         parts = {name: part.detach() for name, part in {**h, **m}.items()}
-        if not self._asked:
-            self._ask_about_zeros(micro, parts)
-        return parts
+        if self._unconnected is None:
+            self._unconnected = self._ask_about_zeros(micro)
+        return loss.detach(), parts
 
-    def _ask_about_zeros(self, micro: MicroBatch, parts: Params) -> None:
+    def _ask_about_zeros(self, micro: MicroBatch) -> set[str]:
         # Forward mode answers with zeros for what is not connected; reverse mode tells
         # those from zeros that are derivatives.
-        self._asked = True
-        if all(bool(part.any()) for part in parts.values()):
-            return
-        problem, wanted = self.problem, self._wanted(True, True)
+        problem = self.problem
+        wanted = {**problem.inner_params, **problem.outer_params}
+        key = "all connected, by reverse mode"
+        if key in problem.inspected:
+            return set()
         with replay(problem, micro):
             _, grads = derive(
                 problem,
@@ -349,8 +317,10 @@ class ForwardOverReverse(Product):
                 problem.inner_params,
                 wanted,
                 micro,
-                self.tally,
+                Tally(),  # a look at the loss, and no part of a product
                 create_graph=False,
             )
-        used = {n for n, g in zip(wanted, grads, strict=True) if g is not None}
-        self.unused = set(problem.outer_params) - used
+        gone = {n for n, g in zip(wanted, grads, strict=True) if g is None}
+        if not gone:
+            problem.inspected.add(key)
+        return gone

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.attention import explain_second_order
+from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError
-from hypergrad.products.difference import FiniteDifference
-from hypergrad.products.evaluation import (
-    accumulate,
-    backward_pass,
-    check_finite_loss,
-    recording,
-    replay,
-)
-from hypergrad.products.exact import Product
+from hypergrad.products.autograd import differentiate, recording
+from hypergrad.products.base import BoundProduct, total_loss
+from hypergrad.products.evaluation import accumulate, replay
+from hypergrad.products.tally import check_finite_loss
+from hypergrad.reducer import Contribution
 from hypergrad.tree import Params
 
 __all__ = ["GaussNewton"]
@@ -45,7 +41,7 @@ class _Predictions:
     slope: list[Tensor | None]
 
 
-class GaussNewton(Product):
+class GaussNewton(BoundProduct):
     r"""Put $J^\top C J$ in the place of the inner Hessian [S02, §3].
 
     With $g(w) = c(z(w))$, J the Jacobian of the predictions z in w and C the Hessian of
@@ -62,13 +58,13 @@ class GaussNewton(Product):
     a finite difference it is one of predictions, and first derivatives suffice.
 
     Args:
-        product: takes the mixed products; its kind decides how Ju is taken.
+        product: takes the mixed products, and Ju where it is of first order.
 
     Raises:
         ValueError: the problem has no `inner_outputs`.
     """
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: BoundProduct) -> None:
         super().__init__(product.problem, product.batches, product.tally)
         if self.problem.inner_outputs is None:
             msg = (
@@ -88,114 +84,45 @@ class GaussNewton(Product):
     ) -> tuple[Params, Params]:
         """Return `(J^T C J direction, mixed_vjp)`."""
         mixed = self.product.mixed_vjp(direction) if outer else {}
-        self.unused = self.product.unused
-        return self._curved(direction) if inner else {}, mixed
+        self.unused, self.info = self.product.unused, self.product.info
+        if not inner:
+            return {}, mixed
+        self.tally.watch_direction(direction)
+        w = self.problem.inner_params
+        return self._averaged(w, lambda: self.compute(direction, w)).values, mixed
 
-    def _curved(self, direction: Params) -> Params:
-        self._check_direction(direction)
+    def compute(self, direction: Params, wanted: Params) -> Contribution:
+        """Return $J^T C J$ `direction`."""
         self.tally.n_hvp += 1
-        wanted = self.problem.inner_params
         sums: list[Tensor] = []
+        losses: list[Tensor] = []
         for micro in self.batches:
             with recording(), explain_second_order():
-                if isinstance(self.product, FiniteDifference):
-                    moved = _Difference(self.product, micro).jvp(direction)
-                    with replay(self.problem, micro):
-                        parts = self._pull(self._predict(micro), moved)
+                if self.product.order == 1:
+                    parts = self._by_differences(micro, direction, losses)
                 else:
-                    parts = self._exact(replace(micro, attention="math"), direction)
+                    plain = replace(micro, attention="math")
+                    parts = self._exact(plain, direction, losses)
                 sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-        return self._split(dict(zip(wanted, sums, strict=True)), True, False)[0]
-
-    def _exact(self, micro: MicroBatch, direction: Params) -> list[Tensor | None]:
-        w = self.problem.inner_params
-        with replay(self.problem, micro):
-            if self._kept is None:
-                z = self._predict(micro)
-                cotangents = [torch.zeros_like(v, requires_grad=True) for v in z.values]
-                self.tally.n_backward += 1
-                pulled = _grad(
-                    z.values, list(w.values()), cotangents, create_graph=True
-                )
-            else:
-                z, cotangents, pulled = self._kept
-            if len(self.batches) == 1:
-                self._kept = z, cotangents, pulled
-            self.tally.n_backward += 1
-            directions = [direction[n] for n in w]
-            return self._pull(z, _grad(pulled, cotangents, directions))
-
-    def _predict(self, micro: MicroBatch) -> _Predictions:
-        problem = self.problem
-        self.tally.n_forward += 1
-        outputs = problem.outputs(
-            problem.inner_params, problem.outer_params, micro.batch
-        )
-        values = _tensors(outputs)
-        leaves = [v.detach().requires_grad_() for v in values]
-        loss = problem.criterion(_refilled(outputs, leaves), micro.batch)
-        check_finite_loss("inner", float(loss.detach()))
-        if not self._checked:
-            self._check_same_loss(micro, float(loss.detach()))
-        one = torch.ones_like(loss)
-        return _Predictions(
-            values, leaves, _grad([loss], leaves, [one], create_graph=True)
+        return Contribution(
+            dict(zip(wanted, sums, strict=True)), total_loss(losses), set()
         )
 
-    def _pull(
-        self, z: _Predictions, moved: Sequence[Tensor | None]
+    def _by_differences(
+        self, micro: MicroBatch, direction: Params, losses: list[Tensor]
     ) -> list[Tensor | None]:
-        """Return Jᵀ C (Ju)."""
-        self.tally.n_backward += 1
-        curved = _grad(z.slope, z.leaves, moved)
-        return _grad(z.values, list(self.problem.inner_params.values()), curved)
-
-    def _check_same_loss(self, micro: MicroBatch, scored: float) -> None:
-        problem = self.problem
-        self.tally.n_forward += 1
-        with replay(problem, micro), torch.no_grad():
-            loss = float(
-                problem.inner_loss(
-                    problem.inner_params, problem.outer_params, micro.batch
-                )
-            )
-        if abs(loss - scored) > _MOST_APART * max(abs(loss), abs(scored)):
+        moved = self.product.outputs_jvp(direction, lambda: self._outputs(micro))
+        if moved is None:
             msg = (
-                f"inner_criterion(inner_outputs) is {scored:.6g} where the inner loss is "
-                f"{loss:.6g}: it scores something else, and so would its curvature. A "
-                "penalty, label smoothing or shifted labels are the usual cause. Put "
-                "them into inner_criterion (outputs may be a tuple that carries "
-                "parameters along), or pass curvature='hessian'."
+                f"{type(self.product).__name__} is of first order and has no outputs_jvp:"
+                " curvature='gauss-newton' needs it. Define it, or take "
+                "product='finite-difference'."
             )
             raise HypergradError(msg)
-        self._checked = True
+        with replay(self.problem, micro):
+            return self._pull(self._predict(micro, losses), list(moved.values()))
 
-
-class _Difference(FiniteDifference):
-    """Differences of predictions in the place of differences of gradients."""
-
-    def __init__(self, like: FiniteDifference, micro: MicroBatch) -> None:
-        super().__init__(like.problem, [micro], like.tally, like.scheme, like._asked)
-
-    def jvp(self, direction: Params) -> list[Tensor | None]:
-        """Return Ju: a tensor for each of the predictions, None where u is 0."""
-        length = self._check_direction(direction)
-        total: Params = {}
-        if length:
-            for part, epsilon in self._groups(direction, self._asked / length):
-                value = self._scheme(part, epsilon, inner=True, outer=False)[0]
-                total = tree.add(total, value) if total else value
-        if not total:
-            return [None] * len(self._start(inner=True, outer=False))
-        return list(total.values())
-
-    def _gradient(self, w: Params, inner: bool, outer: bool) -> Params:
-        with self.problem.at(w):
-            return self._start(inner, outer)
-
-    def _start(self, inner: bool, outer: bool) -> Params:
-        del inner, outer
-        (micro,) = self.batches
+    def _outputs(self, micro: MicroBatch) -> Params:
         problem = self.problem
         self.tally.n_forward += 1
         with replay(problem, micro), torch.no_grad():
@@ -204,33 +131,70 @@ class _Difference(FiniteDifference):
             )
         return {str(i): v.detach() for i, v in enumerate(_tensors(outputs))}
 
+    def _exact(
+        self, micro: MicroBatch, direction: Params, losses: list[Tensor]
+    ) -> list[Tensor | None]:
+        w = self.problem.inner_params
+        if self._kept is None:
+            with replay(self.problem, micro, keep=True):
+                z = self._predict(micro, losses)
+            cotangents = [torch.zeros_like(v, requires_grad=True) for v in z.values]
+            self.tally.n_backward += 1
+            leaves = list(w.values())
+            pulled = differentiate(z.values, leaves, cotangents, create_graph=True)
+        else:
+            z, cotangents, pulled = self._kept
+        if len(self.batches) == 1:
+            self._kept = z, cotangents, pulled
+        self.tally.n_backward += 1
+        directions = [direction[n] for n in w]
+        with attention("math"):
+            moved = differentiate(pulled, cotangents, directions, retain_graph=True)
+            return self._pull(z, moved)
 
-def _grad(
-    outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    *,
-    create_graph: bool = False,
-) -> list[Tensor | None]:
-    """Return a vector-Jacobian product, None for zeros; the graph stays."""
-    pairs = [
-        (o, c.to(o.dtype))
-        for o, c in zip(outputs, cotangents, strict=True)
-        if o is not None and c is not None and o.requires_grad
-    ]
-    if not pairs:
-        return [None] * len(inputs)
-    with backward_pass(inputs):
-        return list(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                list(inputs),
-                [c for _, c in pairs],
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+    def _predict(self, micro: MicroBatch, losses: list[Tensor]) -> _Predictions:
+        problem = self.problem
+        self.tally.n_forward += 1
+        outputs = problem.outputs(
+            problem.inner_params, problem.outer_params, micro.batch
         )
+        values = _tensors(outputs)
+        leaves = [v.detach().requires_grad_() for v in values]
+        loss = problem.criterion(_refilled(outputs, leaves), micro.batch)
+        losses.append(loss.detach())
+        slope = differentiate([loss], leaves, create_graph=True)
+        if not self._checked:
+            self._check_same_loss(micro, loss.detach())
+        return _Predictions(values, leaves, slope)
+
+    def _pull(
+        self, z: _Predictions, moved: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return Jᵀ C (Ju)."""
+        self.tally.n_backward += 1
+        curved = differentiate(z.slope, z.leaves, moved, retain_graph=True)
+        leaves = list(self.problem.inner_params.values())
+        return differentiate(z.values, leaves, curved, retain_graph=True)
+
+    def _check_same_loss(self, micro: MicroBatch, scored: Tensor) -> None:
+        problem = self.problem
+        self.tally.n_forward += 1
+        with replay(problem, micro), torch.no_grad():
+            given = problem.inner_loss(
+                problem.inner_params, problem.outer_params, micro.batch
+            )
+        found, loss = tree.read([scored, given])
+        check_finite_loss("inner", found)
+        if abs(loss - found) > _MOST_APART * max(abs(loss), abs(found)):
+            msg = (
+                f"inner_criterion(inner_outputs) is {found:.6g} where the inner loss is "
+                f"{loss:.6g}: it scores something else, and so would its curvature. A "
+                "penalty, label smoothing or shifted labels are the usual cause. Put "
+                "them into inner_criterion (outputs may be a tuple that carries "
+                "parameters along), or pass curvature='hessian'."
+            )
+            raise HypergradError(msg)
+        self._checked = True
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hypergrad import rng, tree
-from hypergrad._checks import some
-from hypergrad.attention import attention, explain_second_order
+from hypergrad.attention import attention
 from hypergrad.batches import MicroBatch
-from hypergrad.distributed import average
-from hypergrad.errors import HypergradError, NonFiniteError
+from hypergrad.errors import HypergradError
 from hypergrad.problem import BilevelProblem, Level
-from hypergrad.products.evaluation import (
-    Tally,
-    accumulate,
-    backward_pass,
-    derive,
-    recording,
-    replay,
-)
+from hypergrad.products.autograd import differentiate, recording
+from hypergrad.products.evaluation import accumulate, derive, replay
+from hypergrad.products.tally import Tally
+from hypergrad.reducer import Contribution
 from hypergrad.tree import Params
 
-__all__ = ["Gradients", "InnerGraph", "Tally", "gradients", "inner_graph", "vjp_of"]
+__all__ = ["Gradients", "InnerGraph", "gradients", "inner_graph", "local", "vjp_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Gradients:
         outer: gradient in λ, likewise.
         unused: names of the asked-for tensors that the loss does not depend on; their
             gradient is exactly 0.
+        inner_norm: norm of `inner`; 0 where it was not asked for.
         graph: the graph of the gradient in w, where it was kept.
         batches: the data as it was evaluated, each with the random state it started
             from.
@@ -48,6 +43,7 @@ class Gradients:
     inner: Params | None
     outer: Params | None
     unused: frozenset[str]
+    inner_norm: float = 0.0
     graph: InnerGraph | None = None
     batches: tuple[MicroBatch, ...] = ()
 
@@ -64,6 +60,8 @@ def gradients(
     keep: bool = False,
 ) -> Gradients:
     """Compute first derivatives of one loss at the problem's present point.
+
+    The host waits for the device once.
 
     Args:
         problem: the problem.
@@ -93,7 +91,77 @@ def gradients(
             "keep=False: products then build it again for each."
         )
         raise ValueError(msg)
-    total = 0.0
+    like = {
+        **(problem.inner_params if inner else {}),
+        **(problem.outer_params if outer else {}),
+    }
+    got = problem.reducer.together(
+        like,
+        lambda: local(
+            problem,
+            level,
+            batches,
+            tally,
+            inner=inner,
+            outer=outer,
+            live=live,
+            keep=keep,
+        ),
+    )
+    loss = got.loss if got.loss is not None else torch.zeros(())
+    tally.watch_loss(level, loss)
+    values = got.values
+    w = {n: values[n] for n in problem.inner_params} if inner else None
+    tally.watch_finite(
+        list(values),
+        list(values.values()),
+        lambda bad: (
+            f"the gradient of the {level} loss is not finite in {bad}, although the loss "
+            "is. A square root or norm at 0, or an overflow, is the usual cause. Look at "
+            "the named parameters; lower the learning rate."
+        ),
+    )
+    found, length = tally.read(loss, tree.size(w or {}))
+    graph, evaluated = got.extra
+    return Gradients(
+        found,
+        w,
+        {n: values[n] for n in problem.outer_params} if outer else None,
+        frozenset(got.unused),
+        tree.settled_norm(length, w or {}),
+        graph,
+        evaluated,
+    )
+
+
+def local(
+    problem: BilevelProblem,
+    level: Level,
+    batches: Sequence[MicroBatch],
+    tally: Tally,
+    *,
+    inner: bool = True,
+    outer: bool = True,
+    live: bool = False,
+    keep: bool = False,
+) -> Contribution:
+    """Return this rank's loss and gradients, which nobody has looked at yet.
+
+    Args:
+        problem: as for `gradients`.
+        level: likewise.
+        batches: likewise.
+        tally: likewise.
+        inner: likewise.
+        outer: likewise.
+        live: likewise.
+        keep: likewise.
+
+    Returns:
+        The gradients by name; `extra` holds the graph that was kept, and the data as it
+        was evaluated.
+    """
+    total: Tensor | None = None
     sums: list[Tensor] = []
     used: set[str] = set()
     graph: InnerGraph | None = None
@@ -107,36 +175,28 @@ def gradients(
             evaluated.append(micro)
             w = problem.inner_params
             if keep:
-                w = {n: _leaf_like(p) for n, p in w.items()}
+                w = _leaves_like(w)
             wanted = {**(w if inner else {}), **(problem.outer_params if outer else {})}
             names = list(wanted)
-            scope = attention(micro.attention) if live else replay(problem, micro)
+            scope: AbstractContextManager[None] = (
+                attention(micro.attention) if live else replay(problem, micro)
+            )
             with scope, problem.swapped(w):
                 loss, parts = derive(
                     problem, level, w, wanted, micro, tally, create_graph=keep
                 )
             if keep:
                 graph = _graph_of(problem, w, names, parts, micro)
+                _follow_renormalised(problem, w)
             used |= {n for n, p in zip(names, parts, strict=True) if p is not None}
-            total += micro.weight * loss
+            loss = loss if micro.weight == 1.0 else micro.weight * loss
+            total = loss if total is None else total + loss
             sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
-        grads = average(dict(zip(names, sums, strict=True)))
-        mean_loss = average({"loss": torch.tensor(total, dtype=torch.float64)})["loss"]
-    if not tree.all_finite(grads):
-        bad = {n: g for n, g in grads.items() if not bool(torch.isfinite(g).all())}
-        msg = (
-            f"the gradient of the {level} loss is not finite in {some(bad)}, although "
-            f"the loss is {total:.6g}. A square root or norm at 0, or an overflow, is "
-            "the usual cause. Look at the named parameters; lower the learning rate."
-        )
-        raise NonFiniteError(msg)
-    return Gradients(
-        float(mean_loss),
-        {n: grads[n] for n in problem.inner_params} if inner else None,
-        {n: grads[n] for n in problem.outer_params} if outer else None,
-        frozenset(names) - used,
-        graph,
-        tuple(evaluated),
+    return Contribution(
+        dict(zip(names, sums, strict=True)),
+        total,
+        set(names) - used,
+        (graph, tuple(evaluated)),
     )
 
 
@@ -149,12 +209,14 @@ class InnerGraph:
         grads: ∂g/∂w (and more) by name, None where the loss does not depend on it.
         micro: the data it was built on.
         versions: w and λ, each with its version counter when the graph was built.
+        loss: g, which nobody may have looked at yet.
     """
 
     inner: Params
     grads: dict[str, Tensor | None]
     micro: MicroBatch
     versions: tuple[tuple[str, Tensor, int], ...] = ()
+    loss: Tensor | None = None
 
     def product(
         self,
@@ -194,39 +256,25 @@ class InnerGraph:
                 "graph again (reuse_graph=False)."
             )
             raise HypergradError(msg)
-        pairs = [
-            (g, direction[n].to(g.dtype))
-            for n, g in self.grads.items()
-            if n in self.inner and g is not None and g.requires_grad
-        ]
         tally.n_hvp += several or 1
-        if not pairs or not wanted:
-            return [None] * len(wanted)
-        tally.n_backward += several or 1
-        leaves = list(wanted.values())
-        with (
-            recording(),
-            backward_pass(leaves),
-            explain_second_order(),
-            _explain_freed(),
-        ):
-            return list(
-                torch.autograd.grad(
-                    [g for g, _ in pairs],
-                    leaves,
-                    [u for _, u in pairs],
-                    retain_graph=retain,
-                    allow_unused=True,
-                    is_grads_batched=several > 0,
-                )
+        starts = [self.grads[n] for n in self.inner]
+        if wanted and any(g is not None and g.requires_grad for g in starts):
+            tally.n_backward += several or 1
+        with recording():
+            return differentiate(
+                starts,
+                list(wanted.values()),
+                [direction[n] for n in self.inner],
+                retain_graph=retain,
+                batched=several > 0,
             )
 
 
 def inner_graph(problem: BilevelProblem, micro: MicroBatch, tally: Tally) -> InnerGraph:
     """Build the graph of ∂g/∂w on the problem's own tensors at the present point."""
     w = problem.inner_params
-    _, parts = derive(problem, "inner", w, w, micro, tally, create_graph=True)
-    return _graph_of(problem, w, list(w), parts, micro)
+    loss, parts = derive(problem, "inner", w, w, micro, tally, create_graph=True)
+    return replace(_graph_of(problem, w, list(w), parts, micro), loss=loss)
 
 
 def vjp_of(
@@ -243,33 +291,11 @@ def vjp_of(
     """
     with recording():
         leaves = [t.detach().clone().requires_grad_() for t in inputs]
-        outputs = fn(*leaves)
-        pairs = [
-            (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad
-        ]
-        if not pairs:
-            return [torch.zeros_like(t) for t in inputs]
-        parts = torch.autograd.grad(
-            [o for o, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True
-        )
+        parts = differentiate(fn(*leaves), leaves, cotangents)
     return [
         torch.zeros_like(t) if part is None else part.detach()
         for t, part in zip(inputs, parts, strict=True)
     ]
-
-
-@contextmanager
-def _explain_freed() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        msg = (
-            "the graph of the inner gradient was used already and its memory freed. A "
-            "kept graph serves one product; build it again for another."
-        )
-        raise HypergradError(msg) from error
 
 
 def _graph_of(
@@ -285,8 +311,21 @@ def _graph_of(
     return InnerGraph(w, dict(zip(names, parts, strict=True)), micro, tuple(versions))
 
 
-def _leaf_like(parameter: Tensor) -> Tensor:
-    copy = parameter.detach().clone()
-    if isinstance(parameter, torch.nn.Parameter):
-        return torch.nn.Parameter(copy)
-    return copy.requires_grad_()
+def _leaves_like(params: Params) -> Params:
+    copies = tree.clone(params)
+    return {
+        n: torch.nn.Parameter(copies[n])
+        if isinstance(p, torch.nn.Parameter)
+        else copies[n].requires_grad_()
+        for n, p in params.items()
+    }
+
+
+def _follow_renormalised(problem: BilevelProblem, w: Params) -> None:
+    """Give a training step's parameters what the forward pass did to its clones.
+
+    An embedding with `max_norm` renormalises rows of the weight that it is given, which
+    stands in for the parameter here.
+    """
+    changed = [n for n, t in w.items() if t._version]
+    tree.copy([problem.inner_params[n] for n in changed], [w[n] for n in changed])

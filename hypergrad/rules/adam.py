@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from hypergrad.rules.base import ElementwiseRule, Slots, check_settings
-from hypergrad.solvers.base import check_flag
+from hypergrad._checks import check_flag
+from hypergrad.rules._many import Many
+from hypergrad.rules.base import Counts, ElementwiseRule, ManySlots, check_settings
 
 __all__ = ["Adam", "AdamW"]
 
@@ -31,8 +31,7 @@ class Adam(ElementwiseRule):
 
     Args:
         lr: learning rate.
-        beta1: decay of m.
-        beta2: decay of v.
+        betas: decay of m, and of v.
         eps: ε.
         weight_decay: coupled (added to the gradient).
         amsgrad: whether to divide by the largest v so far.
@@ -52,24 +51,33 @@ class Adam(ElementwiseRule):
     """
 
     kind: ClassVar[str] = "adam"
+    counts_steps: ClassVar[bool] = True
     lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
     maximize: bool = False
 
     def __post_init__(self) -> None:
+        # A checkpoint brings a list back.
+        betas = self.betas
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            msg = (
+                f"betas={betas!r} must be two numbers: the decay of the mean gradient, "
+                "and that of its square. Pass e.g. betas=(0.9, 0.999)."
+            )
+            raise TypeError(msg)
+        object.__setattr__(self, "betas", tuple(betas))
         check_settings(
             {
                 "lr": self.lr,
-                "beta1": self.beta1,
-                "beta2": self.beta2,
+                "betas[0]": betas[0],
+                "betas[1]": betas[1],
                 "eps": self.eps,
                 "weight_decay": self.weight_decay,
             },
-            below_one=("beta1", "beta2"),
+            below_one=("betas[0]", "betas[1]"),
         )
         check_flag("amsgrad", self.amsgrad)
         check_flag("maximize", self.maximize)
@@ -86,70 +94,87 @@ class Adam(ElementwiseRule):
     def _decoupled(self) -> float:
         return 0.0
 
-    def _moments(
-        self, w: Tensor, slots: Slots, g: Tensor
-    ) -> tuple[int, Tensor, Tensor, Tensor]:
+    def _moments(self, w: Many, slots: ManySlots, g: Many) -> tuple[Many, Many, Many]:
         # The same operations as torch.optim, so that they round alike.
-        t = int(slots["step"]) + 1 if "step" in slots else 1
         g = -g if self.maximize else g
         if self._coupled:
-            g = torch.add(g, w, alpha=self._coupled)
-        zero = torch.zeros_like(w)
-        m = torch.lerp(slots.get("exp_avg", zero), g, 1 - self.beta1)
-        v = slots.get("exp_avg_sq", zero) * self.beta2
-        return t, g, m, torch.addcmul(v, g, g, value=1 - self.beta2)
+            g = g.plus(w, self._coupled)
+        beta1, beta2 = self.betas
+        m = slots["exp_avg"] if "exp_avg" in slots else w.zeros()
+        v = slots["exp_avg_sq"] if "exp_avg_sq" in slots else w.zeros()
+        return g, m.lerp(g, 1 - beta1), (v * beta2).plus_product(g, g, 1 - beta2)
 
-    def step_one(self, w: Tensor, slots: Slots, g: Tensor) -> tuple[Tensor, Slots]:
-        """Return one tensor and its slots after a step."""
-        t, _, m, v = self._moments(w, slots, g)
-        new: Slots = {
-            "step": torch.tensor(float(t)),
-            "exp_avg": m,
-            "exp_avg_sq": v,
-        }
+    def _corrections(self, counts: Counts) -> tuple[list[float], list[float]]:
+        beta1, beta2 = self.betas
+        return (
+            [1 - beta1 ** (t + 1) for t in counts],
+            [1 - beta2 ** (t + 1) for t in counts],
+        )
+
+    def step_many(
+        self, w: Many, slots: ManySlots, g: Many, counts: Counts
+    ) -> tuple[Many, ManySlots]:
+        """Return tensors and their slots after a step."""
+        _, m, v = self._moments(w, slots, g)
+        new: ManySlots = {"exp_avg": m, "exp_avg_sq": v}
         top = v
         if self.amsgrad:
-            top = torch.maximum(slots.get("max_exp_avg_sq", torch.zeros_like(v)), v)
+            top = v.maximum(slots["max_exp_avg_sq"]) if "max_exp_avg_sq" in slots else v
             new["max_exp_avg_sq"] = top
-        c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
-        d = top.sqrt() / math.sqrt(c2) + self.eps
+        c1, c2 = self._corrections(counts)
+        d = top.sqrt() / [math.sqrt(c) for c in c2] + self.eps
         if self._decoupled:
             w = w * (1 - self.lr * self._decoupled)
-        return torch.addcdiv(w, m, d, value=-self.lr / c1), new
+        return w.plus_quotient(m, d, [-self.lr / c for c in c1]), new
 
-    def pull_one(
-        self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
-    ) -> tuple[Tensor, Slots, Tensor]:
-        """Return the adjoints of one tensor, its slots and its gradient."""
-        t, g, m, v = self._moments(w, slots, g)
-        c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
-        zero = torch.zeros_like(w)
-        top = v
-        if self.amsgrad:
-            top = torch.maximum(slots.get("max_exp_avg_sq", zero), v)
+    def pull_many(
+        self,
+        w: Many,
+        slots: ManySlots,
+        g: Many,
+        counts: Counts,
+        w_bar: Many,
+        slots_bar: ManySlots,
+    ) -> tuple[Many, ManySlots, Many]:
+        """Return the adjoints of tensors, of their slots and of their gradients."""
+        g, m, v = self._moments(w, slots, g)
+        c1, c2 = self._corrections(counts)
+        beta1, beta2 = self.betas
+        known = slots.get("max_exp_avg_sq") if self.amsgrad else None
+        top = v if known is None else v.maximum(known)
         s = (top / c2).sqrt()
         d = s + self.eps
-        m_bar = slots_bar.get("exp_avg", zero) - self.lr / c1 * w_bar / d
+        step = w_bar * [self.lr / c for c in c1]
+        m_bar = -(step / d)
+        if "exp_avg" in slots_bar:
+            m_bar = m_bar + slots_bar["exp_avg"]
         # Where s = 0, m is 0 as well, and so is all that passes through the root.
-        live = s > 0
-        safe = torch.where(live, s, torch.ones_like(s))
-        through = torch.where(
-            live, self.lr / c1 * w_bar * m / (d * d * (2 * c2) * safe), zero
-        )
-        v_bar = slots_bar.get("exp_avg_sq", zero)
-        out: Slots = {}
+        through = step * m / (d * d * s.at_least(_TINY) * [2 * c for c in c2])
+        out: ManySlots = {}
         if self.amsgrad:
-            top_bar = slots_bar.get("max_exp_avg_sq", zero) + through
-            newest = v >= slots.get("max_exp_avg_sq", zero)
-            v_bar = v_bar + torch.where(newest, top_bar, zero)
-            out["max_exp_avg_sq"] = torch.where(newest, zero, top_bar)
-        else:
-            v_bar = v_bar + through
-        g_bar = (1 - self.beta1) * m_bar + 2 * (1 - self.beta2) * g * v_bar
-        out["exp_avg"] = self.beta1 * m_bar
-        out["exp_avg_sq"] = self.beta2 * v_bar
-        w_bar = (1 - self.lr * self._decoupled) * w_bar + self._coupled * g_bar
+            if "max_exp_avg_sq" in slots_bar:
+                through = through + slots_bar["max_exp_avg_sq"]
+            if known is not None:
+                newest = v.is_at_least(known)
+                out["max_exp_avg_sq"] = through - through * newest
+                through = through * newest
+            else:
+                out["max_exp_avg_sq"] = through * 0.0
+        v_bar = through
+        if "exp_avg_sq" in slots_bar:
+            v_bar = v_bar + slots_bar["exp_avg_sq"]
+        g_bar = (1 - beta1) * m_bar + 2 * (1 - beta2) * g * v_bar
+        out["exp_avg"] = beta1 * m_bar
+        out["exp_avg_sq"] = beta2 * v_bar
+        if self._decoupled:
+            w_bar = w_bar * (1 - self.lr * self._decoupled)
+        if self._coupled:
+            w_bar = w_bar.plus(g_bar, self._coupled)
         return w_bar, out, -g_bar if self.maximize else g_bar
+
+
+_TINY = 1e-150
+"""In the place of a root of 0, whose numerator is 0; float32 takes it for 0."""
 
 
 @dataclass(frozen=True)

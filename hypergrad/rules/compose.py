@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_number
+from hypergrad.rules._many import Many
 from hypergrad.rules.base import Pullback, Rule, State, check_rule
 from hypergrad.tree import Params
 
@@ -55,9 +57,10 @@ class Clipped(Rule):
             )
             raise ValueError(msg)
 
-    def _factor(self, grads: Params) -> tuple[float, float]:
-        n = tree.norm(grads)
-        return n, min(1.0, self.max_norm / (n + 1e-6))
+    def _factor(self, grads: Params) -> tuple[Tensor, Tensor]:
+        """Return N and c, on the device."""
+        n = tree.size(grads)
+        return n, (self.max_norm / (n + 1e-6)).clamp(max=1.0)
 
     def apply(
         self, params: Params, state: State, grads: Params
@@ -78,16 +81,20 @@ class Clipped(Rule):
         n, c = self._factor(grads)
         scaled = tree.scale(grads, c)
         pulled = self.rule.pullback(params, state, scaled, params_bar, state_bar)
-        if c == 1.0:
+        if not grads:
             return pulled
+        g, bar = Many(grads.values()), Many(pulled.grads.values())
+        wide = bar.widened()
         # By the unit vector g / N: powers of N itself leave the range of float32.
-        unit = {name: tree.wide(g) / (n or 1.0) for name, g in grads.items()}
-        along = c * n / (n + 1e-6) * tree.dot(unit, pulled.grads)
-        bar = {
-            name: (c * tree.wide(u) - along * unit[name]).to(u.dtype)
-            for name, u in pulled.grads.items()
-        }
-        return Pullback(pulled.params, pulled.state, bar)
+        unit = Many(torch._foreach_div(g.widened().tensors, n + (n == 0)))
+        parts = (unit * wide).tensors
+        along = torch.stack([p.sum().to(n.device) for p in parts]).sum()
+        along = torch.where(c < 1, c * n / (n + 1e-6) * along, torch.zeros_like(along))
+        found = Many(torch._foreach_mul(wide.tensors, c)) - Many(
+            torch._foreach_mul(unit.tensors, along)
+        )
+        grads_bar = dict(zip(pulled.grads, found.like(bar).tensors, strict=True))
+        return Pullback(pulled.params, pulled.state, grads_bar)
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the learning rate of each parameter."""

@@ -36,8 +36,7 @@ def _sgd(group: Mapping[str, Any]) -> Rule:
 def _adam(kind: type[Adam], group: Mapping[str, Any]) -> Rule:
     return kind(
         float(group["lr"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
+        betas=(float(group["betas"][0]), float(group["betas"][1])),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         amsgrad=bool(group["amsgrad"]),

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from hypergrad._checks import check_number
-from hypergrad.rules.base import ElementwiseRule, Slots, check_settings
-from hypergrad.solvers.base import check_flag
+from hypergrad._checks import check_flag, check_number
+from hypergrad.rules._many import Many
+from hypergrad.rules.base import Counts, ElementwiseRule, ManySlots, check_settings
 
 __all__ = ["SGD"]
 
@@ -72,40 +69,51 @@ class SGD(ElementwiseRule):
             )
             raise ValueError(msg)
 
-    def step_one(self, w: Tensor, slots: Slots, g: Tensor) -> tuple[Tensor, Slots]:
-        """Return one tensor and its slots after a step."""
+    def step_many(
+        self, w: Many, slots: ManySlots, g: Many, counts: Counts
+    ) -> tuple[Many, ManySlots]:
+        """Return tensors and their slots after a step."""
+        del counts
         g = -g if self.maximize else g
         if self.weight_decay:
-            g = torch.add(g, w, alpha=self.weight_decay)
+            g = g.plus(w, self.weight_decay)
         if not self.momentum:
-            return torch.add(w, g, alpha=-self.lr), dict(slots)
-        old = slots.get("momentum_buffer")
-        if old is None:
-            new = g.clone()
+            return w.plus(g, -self.lr), dict(slots)
+        if "momentum_buffer" in slots:
+            new = (slots["momentum_buffer"] * self.momentum).plus(g, 1 - self.dampening)
         else:
-            new = torch.add(old * self.momentum, g, alpha=1 - self.dampening)
-        along = torch.add(g, new, alpha=self.momentum) if self.nesterov else new
-        return torch.add(w, along, alpha=-self.lr), {"momentum_buffer": new}
+            new = g.copies()
+        along = g.plus(new, self.momentum) if self.nesterov else new
+        return w.plus(along, -self.lr), {"momentum_buffer": new}
 
-    def pull_one(
-        self, w: Tensor, slots: Slots, g: Tensor, w_bar: Tensor, slots_bar: Slots
-    ) -> tuple[Tensor, Slots, Tensor]:
-        """Return the adjoints of one tensor, its slots and its gradient."""
-        along_bar = -self.lr * w_bar
-        buffer = slots.get("momentum_buffer")
-        buffer_bar = slots_bar.get("momentum_buffer", torch.zeros_like(w_bar))
-        out: Slots = {}
+    def pull_many(
+        self,
+        w: Many,
+        slots: ManySlots,
+        g: Many,
+        counts: Counts,
+        w_bar: Many,
+        slots_bar: ManySlots,
+    ) -> tuple[Many, ManySlots, Many]:
+        """Return the adjoints of tensors, of their slots and of their gradients."""
+        del w, g, counts
+        along_bar = w_bar * -self.lr
+        known = "momentum_buffer" in slots
+        out: ManySlots = {}
         if not self.momentum:
             g_bar = along_bar
+            if known:
+                out = {"momentum_buffer": slots_bar.get("momentum_buffer", w_bar * 0.0)}
         else:
-            g_bar = along_bar if self.nesterov else torch.zeros_like(w_bar)
             # along = g + μ·new with nesterov, else new.
-            buffer_bar = (
-                buffer_bar + (self.momentum if self.nesterov else 1) * along_bar
-            )
-            g_bar = g_bar + (1 if buffer is None else 1 - self.dampening) * buffer_bar
-            buffer_bar = self.momentum * buffer_bar
-        if buffer is not None:
-            out["momentum_buffer"] = buffer_bar
-        w_bar = w_bar + self.weight_decay * g_bar
+            buffer_bar = along_bar * (self.momentum if self.nesterov else 1.0)
+            if "momentum_buffer" in slots_bar:
+                buffer_bar = buffer_bar + slots_bar["momentum_buffer"]
+            g_bar = buffer_bar * (1.0 - self.dampening if known else 1.0)
+            if self.nesterov:
+                g_bar = g_bar + along_bar
+            if known:
+                out = {"momentum_buffer": buffer_bar * self.momentum}
+        if self.weight_decay:
+            w_bar = w_bar.plus(g_bar, self.weight_decay)
         return w_bar, out, -g_bar if self.maximize else g_bar

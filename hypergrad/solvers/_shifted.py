@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad.solvers.base import Matvec, flatten, product, working_dtype
-from hypergrad.solvers.krylov import Krylov
+from hypergrad.solvers.krylov import Array, Krylov
 from hypergrad.solvers.nystrom import LowRank
 from hypergrad.tree import Params
 
@@ -96,23 +96,26 @@ class Start:
         x = x.to(self.x)
         curved = product(matvec, x, b) + damping * x
         along = tree.wide(curved)
-        length = float(torch.dot(along, along))
+        length, overlap = tree.read(
+            [torch.dot(along, along), torch.dot(along, tree.wide(self.left))]
+        )
         if not 0.0 < length < float("inf"):
             return replace(self, n_matvec=1)
-        multiple = float(torch.dot(along, tree.wide(self.left))) / length
+        multiple = overlap / length
         return Start(multiple * x, self.left - multiple * curved, 1)
 
 
-def ritz_values(krylov: Krylov, change: Change) -> tuple[Tensor, Tensor]:
+def ritz_values(krylov: Krylov, change: Change) -> tuple[Array, Tensor]:
     """Return the Ritz values of H on the space of the iterates, and its Gram matrix."""
-    t = krylov.matrix()
+    t = torch.from_numpy(krylov.matrix())
     rows = krylov.basis[: len(t)]
     shrunk = tree.wide(torch.stack([change.shrink(row) for row in rows])).cpu()
     gram = shrunk @ shrunk.T
     root = torch.linalg.cholesky(gram)
     half = torch.linalg.solve_triangular(root, t, upper=False)
     whole = torch.linalg.solve_triangular(root, half.T, upper=False)
-    return torch.linalg.eigvalsh((whole + whole.T) / 2) - change.shift, gram
+    ritz = torch.linalg.eigvalsh((whole + whole.T) / 2) - change.shift
+    return ritz.numpy(), gram
 
 
 def galerkin(
@@ -133,7 +136,7 @@ def galerkin(
         raised: the damping to solve for.
         known: the damping that `start.left` was computed with.
     """
-    t = krylov.matrix()
+    t = torch.from_numpy(krylov.matrix())
     rows = krylov.basis[: len(t)]
     rhs = torch.zeros(len(t), dtype=torch.float64)
     rhs[0] = krylov.norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_number
-from hypergrad.errors import NonFiniteError, NumericalWarning, SolveError
+from hypergrad.errors import NonFiniteError, SolveError
+from hypergrad.reporting import report
 from hypergrad.tree import Params
 
 __all__ = ["BlockMatvec", "Matvec", "OnFailure", "SolveResult", "Solver"]
@@ -109,32 +110,6 @@ def check_damping(damping: float) -> None:
         raise ValueError(msg)
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse a count that is not a whole number of at least `least`.
-
-    Raises:
-        TypeError: not a whole number.
-        ValueError: too small.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        msg = f"{name}={value!r} must be a whole number, got {type(value).__name__}."
-        raise TypeError(msg)
-    if value < least:
-        msg = f"{name}={value} must be at least {least}."
-        raise ValueError(msg)
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Refuse a switch that is neither True nor False.
-
-    Raises:
-        TypeError: with the value.
-    """
-    if not isinstance(value, bool):
-        msg = f"{name}={value!r} must be True or False, got {type(value).__name__}."
-        raise TypeError(msg)
-
-
 def check_on_failure(value: str) -> None:
     """Refuse an unknown policy.
 
@@ -166,7 +141,7 @@ def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
     if result.reason and on_failure == "raise":
         raise SolveError(result.reason)
     if result.reason and on_failure == "warn":
-        warnings.warn(result.reason, NumericalWarning, stacklevel=3)
+        report(result.reason)
     return result
 
 
@@ -190,22 +165,18 @@ def resolution(vector: Mapping[str, Tensor]) -> float:
 
 def flatten(vector: Mapping[str, Tensor]) -> Tensor:
     """Return all entries as one vector, in float32 or finer, on the first device."""
-    device = next(iter(vector.values())).device
-    dtype = working_dtype(vector)
-    return torch.cat(
-        [t.detach().reshape(-1).to(device, dtype) for t in vector.values()]
-    )
+    tensors = [t.detach() if t.requires_grad else t for t in vector.values()]
+    device, dtype = tensors[0].device, working_dtype(vector)
+    return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
     """Return the entries of `vector` in the names, shapes and dtypes of `like`."""
-    out: Params = {}
-    start = 0
-    for name, t in like.items():
-        part = vector[start : start + t.numel()]
-        out[name] = part.reshape(t.shape).to(t.device, t.dtype)
-        start += t.numel()
-    return out
+    parts = vector.split([t.numel() for t in like.values()])
+    return {
+        name: part.view(t.shape).to(t.device, t.dtype)
+        for (name, t), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def product(matvec: Matvec, vector: Tensor, like: Params) -> Tensor:
@@ -217,10 +188,10 @@ def product(matvec: Matvec, vector: Tensor, like: Params) -> Tensor:
         like: names, shapes and dtypes that `matvec` expects, in the order of `vector`.
 
     Returns:
-        Hv, its entries in the order of `like` whatever that of the answer.
+        Hv, its entries in the order of `like` whatever that of the answer. Whether it is
+        finite is the caller's to look at, with what it reads of it anyway.
 
     Raises:
-        NonFiniteError: Hv is NaN or infinite.
         ValueError: Hv lacks a name or has another shape.
     """
     answer = matvec(unflatten(vector, like))
@@ -233,15 +204,22 @@ def product(matvec: Matvec, vector: Tensor, like: Params) -> Tensor:
                 "and shapes. Look at the function passed as matvec."
             )
             raise ValueError(msg)
-    flat = flatten({name: answer[name] for name in like}).to(vector)
-    if not bool(torch.isfinite(flat).all()):
+    return flatten({name: answer[name] for name in like}).to(vector)
+
+
+def check_finite_product(*numbers: float) -> None:
+    """Refuse a product that is NaN or infinite, by numbers that come of its entries.
+
+    Raises:
+        NonFiniteError: one of the numbers is NaN or infinite.
+    """
+    if not all(math.isfinite(number) for number in numbers):
         msg = (
             "a product with the inner Hessian is not finite: a norm or square root at 0 "
             "in the inner loss, or an overflow in low precision, is the usual cause. "
             "Run the inner loss in float32, or raise its epsilons."
         )
         raise NonFiniteError(msg)
-    return flat
 
 
 def products(matvec: Matvec, vectors: Tensor, like: Params) -> Tensor:
@@ -259,7 +237,9 @@ def products(matvec: Matvec, vectors: Tensor, like: Params) -> Tensor:
         NonFiniteError: a product is NaN or infinite.
     """
     if not isinstance(matvec, BlockMatvec):
-        return torch.stack([product(matvec, v, like) for v in vectors])
+        flat = torch.stack([product(matvec, v, like) for v in vectors])
+        check_finite_product(*tree.read([flat.abs().max()]))
+        return flat
     stacked: Params = {}
     start = 0
     for name, t in like.items():
@@ -269,9 +249,7 @@ def products(matvec: Matvec, vectors: Tensor, like: Params) -> Tensor:
     answer = matvec.many(stacked)
     rows = [{n: answer[n][i] for n in like} for i in range(len(vectors))]
     flat = torch.stack([flatten(row) for row in rows])
-    if not bool(torch.isfinite(flat).all()):
-        # The single product says what is wrong.
-        return torch.stack([product(matvec, v, like) for v in vectors])
+    check_finite_product(*tree.read([flat.abs().max()]))
     return flat
 
 

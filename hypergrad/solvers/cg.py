@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad._checks import check_number
+from hypergrad._checks import check_count, check_flag, check_number
 from hypergrad.solvers._shifted import Change, Start, galerkin, ritz_values
 from hypergrad.solvers.base import (
     Matvec,
     OnFailure,
     Solver,
     SolveResult,
-    check_count,
     check_damping,
     check_finite_rhs,
-    check_flag,
     check_on_failure,
     check_symmetric,
     resolution,
@@ -27,7 +26,8 @@ from hypergrad.solvers.base import (
     unflatten,
     usable,
 )
-from hypergrad.solvers.krylov import Krylov, lanczos, positive_damping
+from hypergrad.solvers.damping import positive_damping
+from hypergrad.solvers.krylov import Array, Krylov, lanczos
 from hypergrad.solvers.nystrom import NystromSketch
 from hypergrad.tree import Params
 
@@ -152,20 +152,20 @@ class CGSolver(Solver):
         if krylov is None:
             return SolveResult(tree.zeros_like(b), residual_norm=0.0)
         t = krylov.matrix()
-        ritz = torch.linalg.eigvalsh(t)
+        ritz = np.linalg.eigvalsh(t)
         damping, raised = self._damping(ritz, krylov.eps)
-        identity = torch.eye(len(t), dtype=t.dtype)
-        if float(ritz[0]) + damping > 0:
-            y = torch.linalg.solve(t + damping * identity, identity[0])
+        identity = np.eye(len(t))
+        if ritz[0] + damping > 0:
+            y = np.linalg.solve(t + damping * identity, identity[0])
             residual = abs(float(krylov.off_diagonal[-1] * y[-1]))
         else:  # H = 0: nothing in the Krylov space is nearer to a solution than 0
-            y, residual = torch.zeros_like(identity[0]), 1.0
-        length = float(torch.linalg.vector_norm(y))
+            y, residual = np.zeros_like(identity[0]), 1.0
+        length = float(np.linalg.norm(y))
         result = SolveResult(krylov.combine(y, b), krylov.steps, residual)
         result = _judged(result, krylov, ritz, damping, raised, rtol, length)
         return settle(result, self.on_failure)
 
-    def _damping(self, ritz: Tensor, eps: float) -> tuple[float, str]:
+    def _damping(self, ritz: Array, eps: float) -> tuple[float, str]:
         return positive_damping(float(ritz[0]), float(ritz[-1]), self.damping, eps)
 
     def _shifted(
@@ -207,7 +207,7 @@ class CGSolver(Solver):
         krylov = replace(krylov, eps=eps)
         ritz, gram = ritz_values(krylov, change)
         damping, raised = self._damping(ritz, eps)
-        if float(ritz[0]) + damping > 0:
+        if ritz[0] + damping > 0:
             x, residual = galerkin(krylov, change, start, gram, damping, self.damping)
         else:
             x, residual = torch.zeros_like(start.x), 1.0
@@ -226,7 +226,7 @@ class CGSolver(Solver):
 def _judged(
     result: SolveResult,
     krylov: Krylov,
-    ritz: Tensor,
+    ritz: Array,
     damping: float,
     raised: str,
     rtol: float,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_count
 from hypergrad.errors import SolveError
 from hypergrad.solvers.base import (
     Matvec,
     Solver,
     SolveResult,
-    check_count,
     check_damping,
     check_finite_rhs,
     check_symmetric,
@@ -24,7 +24,7 @@ from hypergrad.solvers.base import (
     settle,
     unflatten,
 )
-from hypergrad.solvers.krylov import is_zero
+from hypergrad.solvers.damping import is_zero
 from hypergrad.tree import Params
 
 __all__ = ["DenseSolver"]

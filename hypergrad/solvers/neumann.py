@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad._checks import check_number
+from hypergrad._checks import check_count, check_number
 from hypergrad.solvers.base import (
     Matvec,
     OnFailure,
     Solver,
     SolveResult,
-    check_count,
     check_damping,
     check_finite_rhs,
     check_on_failure,
     check_symmetric,
     settle,
 )
-from hypergrad.solvers.krylov import is_zero, lanczos, positive_damping
+from hypergrad.solvers.damping import is_zero, positive_damping
+from hypergrad.solvers.krylov import lanczos
 from hypergrad.tree import Params
 
 __all__ = ["NeumannSolver", "check_scale"]
@@ -116,9 +117,9 @@ class NeumannSolver(Solver):
         krylov = lanczos(matvec, b, self.num_terms)
         if krylov is None:
             return SolveResult(tree.zeros_like(b), residual_norm=0.0)
-        ritz, vectors = torch.linalg.eigh(krylov.matrix())
+        ritz, vectors = np.linalg.eigh(krylov.matrix())
         lowest, highest = float(ritz[0]), float(ritz[-1])
-        coupling = (krylov.off_diagonal[-1] * vectors[-1]).abs()
+        coupling = np.abs(krylov.off_diagonal[-1] * vectors[-1])
         bound = float((ritz + coupling).max())
         damping, raised = self.damping, ""
         if self.scale == "auto":
@@ -131,9 +132,9 @@ class NeumannSolver(Solver):
             scale = self.scale
         diverges = self._diverges(lowest, highest, damping, scale, krylov.eps)
         t = krylov.matrix(krylov.basis.shape[0])
-        term = torch.zeros(t.shape[0], dtype=torch.float64)
+        term = np.zeros(len(t))
         term[0] = 1.0
-        total = term.clone()
+        total = term
         for _ in range(self.num_terms):
             term = term - scale * (t @ term + damping * term)
             total = total + term
@@ -141,7 +142,7 @@ class NeumannSolver(Solver):
         result = SolveResult(
             krylov.combine(scale * total, b),
             n_matvec=krylov.steps,
-            residual_norm=float(torch.linalg.vector_norm(term)),
+            residual_norm=float(np.linalg.norm(term)),
             converged=scale > 0 and not diverges and not asymmetric,
             reason=" ".join(filter(None, (raised, diverges, asymmetric))),
             damping=damping,

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._checks import check_count
 from hypergrad.solvers.base import (
     Matvec,
     OnFailure,
     Solver,
     SolveResult,
-    check_count,
     check_damping,
+    check_finite_product,
     check_finite_rhs,
     check_on_failure,
     check_symmetric,
@@ -30,7 +31,7 @@ from hypergrad.solvers.base import (
     usable,
     working_dtype,
 )
-from hypergrad.solvers.krylov import positive_damping
+from hypergrad.solvers.damping import positive_damping
 from hypergrad.tree import Params
 
 __all__ = ["LowRank", "NystromSketch", "NystromSolver", "SketchKind"]
@@ -264,6 +265,7 @@ class NystromSolver(Solver):
             x = torch.zeros_like(scaled)
         image = product(matvec, x.to(working_dtype(b)), b)
         residual = tree.norm([image + damping * x - scaled])
+        check_finite_product(residual)
         solvable = damping + highest > 0
         far = ""
         if residual > 1.0 and solvable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.errors import NumericalWarning
 from hypergrad.estimator import HypergradEstimator
+from hypergrad.reporting import silenced
 from hypergrad.testing.closed_forms import quadratic, ridge
 from hypergrad.testing.known import KnownProblem
 from hypergrad.testing.laws import EDGES, Trial, on_repeat, on_scale, on_truth
@@ -88,9 +87,8 @@ def check_estimator(
         >>> from hypergrad import make_estimator
         >>> check_estimator(make_estimator("cg"), exact_to=1e-5)
     """
-    with warnings.catch_warnings():
-        # A warning is the estimator's to give; here it would be ours about our problem.
-        warnings.simplefilter("ignore", NumericalWarning)
+    # A warning is the estimator's to give; here it would be ours about our problem.
+    with silenced():
         for nth, dtype in enumerate(dtypes):
             for number, (name, make) in enumerate(problems.items()):
                 goal = _Goal.of(make(dtype=dtype), estimator, exact_to, inverse, dtype)

@@ -20,8 +20,9 @@ import torchopt
 from hypergrad import estimator_names, make_estimator
 from hypergrad.estimators import registry as estimators
 from hypergrad.products import (
+    FiniteDifference,
+    as_product,
     check_curvature,
-    check_product,
     product_names,
 )
 from hypergrad.rules import SGD, Adam, AdamW, Clipped, Grouped, TorchOptRule
@@ -137,8 +138,8 @@ def test_the_table_has_every_estimator_solver_and_setting() -> None:
     [
         (lambda: SGD(-0.1), r"lr=-0\.1 must be finite and at least 0\. Pass the value"),
         (
-            lambda: Adam(0.1, beta1=1.0),
-            r"beta1=1\.0 must be below 1: .* Pass e\.g\. 0\.9",
+            lambda: Adam(0.1, betas=(1.0, 0.999)),
+            r"betas\[0\]=1\.0 must be below 1: .* Pass e\.g\. 0\.9",
         ),
         (lambda: SGD(0.1, dampening=math.inf), "dampening=inf must be finite. Pass"),
         (lambda: sgd("0.1"), r"lr='0\.1' must be a number, got str\. Pass a plain"),
@@ -166,7 +167,7 @@ def test_the_table_has_every_estimator_solver_and_setting() -> None:
             r"inner_lr=0\.0 must be .* Pass",
         ),
         (
-            lambda: make_estimator("darts", radius=0.0),
+            lambda: FiniteDifference(radius=0.0),
             r"radius=0\.0 must be .* Pass None",
         ),
         (
@@ -190,11 +191,11 @@ def test_texts(make: Callable[[], Any], text: str) -> None:
     [
         lambda: SGD(0.0, dampening=-0.5, nesterov=True),
         lambda: sgd(np.float32(0.1)),
-        lambda: Adam(1, eps=0.0, beta1=0.0, beta2=0.0),
+        lambda: Adam(1, eps=0.0, betas=(0.0, 0.0)),
         lambda: Clipped(SGD(0.1), math.inf),
         lambda: make_estimator("cg", rtol=0.0, damping=0),
         lambda: make_estimator("neumann", num_terms=0, scale=1),
-        lambda: make_estimator("sama", rule=None, radius=1),
+        lambda: make_estimator("sama", rule=None, product=FiniteDifference(radius=1)),
         lambda: make_estimator("darts", inner_lr=1e300),
     ],
 )
@@ -212,7 +213,7 @@ def test_unknown_names_list_the_known() -> None:
     for make, known in (
         (make_estimator, estimator_names()),
         (make_solver, solver_names()),
-        (check_product, product_names()),
+        (as_product, product_names()),
         (check_curvature, ["hessian", "gauss-newton"]),
     ):
         with pytest.raises(ValueError, match="'nope' is unknown; choose one") as caught:

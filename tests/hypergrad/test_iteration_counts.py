@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hypergrad import BilevelProblem, Info, make_estimator
 from hypergrad.batches import Accumulated
 from hypergrad.optimizer import BilevelOptimizer
+from hypergrad.products import FiniteDifference
 
 Params = dict[str, Tensor]
 F64 = torch.float64
@@ -139,13 +140,13 @@ def check_info(outer: str, info: Info) -> None:
 # Differences of the first order; the numbers are those of DESIGN's table, in gradients.
 ONE_STEP = {
     "forward: the inner backward's by-product, and one more gradient": (
-        {"scheme": "forward"},
+        {"product": FiniteDifference("forward")},
         "g(w), d wλ",
         "g(.), d λ",
     ),
     "central: two gradients": ({}, "g(w), d w", "g(.), d λ, g(.), d λ"),
     "richardson: four": (
-        {"scheme": "richardson"},
+        {"product": FiniteDifference("richardson")},
         "g(w), d w",
         "g(.), d λ, g(.), d λ, g(.), d λ, g(.), d λ",
     ),
@@ -266,8 +267,8 @@ def test_nystrom_takes_its_columns_eight_at_a_time(ledger: Ledger) -> None:
 
 @pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 @pytest.mark.parametrize("scheme", ["central", "forward"])
-def test_implicit_by_differences(ledger: Ledger, scheme: str) -> None:
-    how = {"product": "finite-difference", "scheme": scheme}
+def test_implicit_by_differences(ledger: Ledger, scheme: Any) -> None:
+    how = {"product": FiniteDifference(scheme)}
     opt = make(ledger, "neumann", num_terms=2, **how)
     inner, outer, info = iteration(ledger, opt)
     assert inner == "g(w), d w"
@@ -294,8 +295,8 @@ def test_between_outer_steps_an_iteration_is_plain_training(
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_frozen_outer_parameters_cost_nothing(ledger: Ledger, scheme: str) -> None:
-    opt = make(ledger, "darts", scheme=scheme)
+def test_frozen_outer_parameters_cost_nothing(ledger: Ledger, scheme: Any) -> None:
+    opt = make(ledger, "darts", product=FiniteDifference(scheme))
     opt.step(1.0, 1.0)
     opt.freeze_outer()
     ledger.log.clear()

@@ -186,8 +186,8 @@ def test_a_parametrised_weight() -> None:
     assert list(problem.outer_params) == ["parametrizations.weight.original"]
     x = torch.randn(4, 3, dtype=F64)
     u = {n: torch.ones_like(t) for n, t in problem.inner_params.items()}
-    a = DoubleBackward(problem, as_micro_batches(x), Tally()).vjp(u)
-    b = ForwardOverReverse(problem, as_micro_batches(x), Tally()).vjp(u)
+    a = DoubleBackward().bind(problem, as_micro_batches(x), Tally()).vjp(u)
+    b = ForwardOverReverse().bind(problem, as_micro_batches(x), Tally()).vjp(u)
     for one, two in zip(a, b, strict=True):
         assert error(two, one) < tol(F64, cond=10)
 
@@ -256,7 +256,7 @@ def test_checkpointing_on_the_functional_path_is_refused(model: nn.Module) -> No
     with pytest.raises(
         (HypergradError, RuntimeError), match=r"checkpointing|setup_context"
     ):
-        ForwardOverReverse(problem, as_micro_batches(x), Tally()).hvp(u)
+        ForwardOverReverse().bind(problem, as_micro_batches(x), Tally()).hvp(u)
     # Nothing stays behind.
     assert all(not m._forward_pre_hooks for m in model.modules())
     with torch.autograd.graph.save_on_cpu():

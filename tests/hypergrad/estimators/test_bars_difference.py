@@ -127,7 +127,7 @@ def test_other_schemes(
 ) -> None:
     for network in NETWORKS:
         case, start = begin(network, 0, name, dtype)
-        made = make_estimator(estimator, scheme=scheme)
+        made = make_estimator(estimator, product=FiniteDifference(scheme))
         assert one_step(made, case, start, name)[1] <= BARS[scheme, dtype]
 
 
@@ -169,9 +169,7 @@ def test_error_estimates_of_one_step(
 ) -> None:
     pairs = []
     for radius in RADII[dtype]:
-        made = make_estimator(
-            estimator, scheme=scheme, radius=radius, error_estimate=True
-        )
+        made = make_estimator(estimator, product=FiniteDifference(scheme, radius, True))
         for network in NETWORKS:
             for seed in range(3):
                 case, start = begin(network, seed, name, dtype)
@@ -188,9 +186,7 @@ def test_error_estimates_of_implicit_estimators(dtype: torch.dtype) -> None:
     for radius in RADII[dtype]:
         made = Implicit(
             IdentitySolver(),
-            product="finite-difference",
-            radius=radius,
-            error_estimate=True,
+            product=FiniteDifference(radius=radius, error_estimate=True),
         )
         for network in NETWORKS:
             for seed in range(4):
@@ -224,9 +220,8 @@ def test_the_solve_takes_no_error_estimates(name: str) -> None:
     infos = [
         make_estimator(
             name,
-            product="finite-difference",
             damping=3.0,
-            error_estimate=on,
+            product=FiniteDifference(error_estimate=on),
         )
         .estimate(
             replace(case, inner=start.w).problem(),
@@ -276,9 +271,7 @@ def test_both_sides_see_the_same(name: str, scheme: Any) -> None:
     torch.manual_seed(3)
     model = Watched().double()
     settings: dict[str, Any] = {
-        "product": "finite-difference",
-        "scheme": scheme,
-        "error_estimate": True,
+        "product": FiniteDifference(scheme, error_estimate=True),
     }
     if name not in ("darts", "sama"):
         settings["on_failure"] = "return"
@@ -323,15 +316,18 @@ def test_divided_by_the_realised_displacement(
         return (i["w"] * o["l"]).sum()
 
     problem = BilevelProblem(loss, loss, {"w": w}, {"l": lam})
-    product = FiniteDifference(problem, as_micro_batches(None), Tally(), radius=radius)
+    settings = FiniteDifference(radius=radius)
+    product: Any = settings.bind(problem, as_micro_batches(None), Tally())
     value = product.mixed_vjp({"w": torch.ones(1)})["l"].item()
     assert value == 1.0
     realised = abs(seen[0] - seen[1])
     assert realised > 0
-    asked = 2 * product.radius
+    asked = 2 * product.info["fd_radius"]
     if radius is None:
         usual = torch.finfo(F32).eps ** (1 / 3)
-        assert product.radius == pytest.approx(usual * max(1, w.item()), rel=0.25)
+        assert product.info["fd_radius"] == pytest.approx(
+            usual * max(1, w.item()), rel=0.25
+        )
         assert realised == pytest.approx(asked, rel=1e-4)
     else:
         assert abs(realised / asked - 1) > 1e-3  # 1e-4 would pass without the division
@@ -400,7 +396,9 @@ def test_the_first_step_from_zero_is_never_amplified_rounding(
     seed: int, dtype: torch.dtype
 ) -> None:
     rule = AdamW(1e-3, weight_decay=0.0)
-    made = make_estimator("sama", rule=rule, error_estimate=True)
+    made = make_estimator(
+        "sama", rule=rule, product=FiniteDifference(error_estimate=True)
+    )
     result = made.estimate(low_rank(seed, dtype), inner_batch=0, outer_batch=1)
     assert result.info.dropped == 18  # every entry of A
     truth, direct = first_step_truth(seed)
@@ -428,7 +426,10 @@ def test_a_difference_lost_to_rounding_is_not_called_exact() -> None:
         make_estimator("sama", rule=rule, **settings).estimate(
             problem, inner_batch=0, outer_batch=1
         )
-        for settings in ({"error_estimate": True}, {"product": "exact"})
+        for settings in (
+            {"product": FiniteDifference(error_estimate=True)},
+            {"product": "exact"},
+        )
     ]
     assert error(results[0].indirect, results[1].indirect) > 0.5
     assert results[0].info.fd_error is not None

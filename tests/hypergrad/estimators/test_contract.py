@@ -21,6 +21,7 @@ from hypergrad import (
     register_estimator,
 )
 from hypergrad.estimators import registry
+from hypergrad.products import FiniteDifference
 from hypergrad.rules import SGD, AdamW, Clipped
 from hypergrad.testing import PROBLEMS, check_estimator, quadratic
 
@@ -69,21 +70,24 @@ TABLE = [
     Row("darts", {"inner_lr": 0.1, "product": "exact"}, 1e-12, step(0.1)),
     Row(
         "darts",
-        {"inner_lr": 0.1, "scheme": "richardson", "error_estimate": True},
+        {
+            "inner_lr": 0.1,
+            "product": FiniteDifference("richardson", error_estimate=True),
+        },
         1e-7,
         step(0.1),
     ),
     # A one-sided difference is right to ε^(1/2): 1.5e-8 and 3e-4, times what it sees.
     Row(
         "darts",
-        {"inner_lr": 0.1, "scheme": "forward"},
+        {"inner_lr": 0.1, "product": FiniteDifference("forward")},
         1e-6,
         step(0.1),
         {"dtypes": (F64,)},
     ),
     Row(
         "darts",
-        {"inner_lr": 0.1, "scheme": "forward"},
+        {"inner_lr": 0.1, "product": FiniteDifference("forward")},
         3e-3,
         step(0.1),
         {"dtypes": (F32,), "problems": FEW},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hypergrad import make_estimator
+from hypergrad.products import FiniteDifference
 from hypergrad.testing import relative_error
 from tests.hypergrad.estimators.truths import (
     HANDS,
@@ -26,7 +27,12 @@ def test_darts_is_not_the_step_of_adamw() -> None:
 
 def test_forward_scheme_starts_from_the_steps_own_byproduct() -> None:
     case = network_case()
-    opt = real_run(case, HANDS["sgd"], make_estimator("darts", scheme="forward"), 5)
+    opt = real_run(
+        case,
+        HANDS["sgd"],
+        make_estimator("darts", product=FiniteDifference("forward")),
+        5,
+    )
     assert opt.recorded_steps[-1].outer_grads is not None
     info = estimate(opt, case).info
     assert (info.n_forward, info.n_backward) == (2, 2)  # f, and g on one side

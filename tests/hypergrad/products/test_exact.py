@@ -24,8 +24,10 @@ from hypergrad import (
 )
 from hypergrad.batches import as_micro_batches
 from hypergrad.products import (
+    BoundProduct,
     DoubleBackward,
     ForwardOverReverse,
+    Hints,
     Product,
     Tally,
     gradients,
@@ -57,8 +59,27 @@ EXACT = {dtype: tol(dtype, cond=5) for dtype in (F64, F32, torch.bfloat16)}
 KINDS = [DoubleBackward, ForwardOverReverse]
 
 
-def made(kind: Callable[..., Product], problem: BilevelProblem, batch: Any) -> Product:
-    return kind(problem, as_micro_batches(batch), Tally())
+class Settled:
+    """A product that is looked at after each call."""
+
+    def __init__(self, product: BoundProduct) -> None:
+        self.product = product
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.product, name)
+        if name not in ("vjp", "hvp", "hvps", "mixed_vjp", "gradient"):
+            return found
+
+        def call(*args: Any, **settings: Any) -> Any:
+            value = found(*args, **settings)
+            self.product.tally.read()
+            return value
+
+        return call
+
+
+def made(kind: Callable[..., Product], problem: BilevelProblem, batch: Any) -> Any:
+    return Settled(kind().bind(problem, as_micro_batches(batch), Tally()))
 
 
 def check(value: tuple[Params, Params], known: Truth, u: Params, bound: float) -> None:
@@ -223,7 +244,7 @@ def test_under_autocast(kind: Any) -> None:
 def test_one_micro_batch_is_evaluated_once_for_many_products() -> None:
     case, known = CASES["batch_norm"](F64), truth("batch_norm", F64)
     tally = Tally()
-    product = DoubleBackward(case.problem, as_micro_batches(case.batch), tally)
+    product = DoubleBackward().bind(case.problem, as_micro_batches(case.batch), tally)
     for _ in range(3):
         check(product.vjp(known.v), known, known.v, EXACT[F64])
     assert (tally.n_forward, tally.n_backward, tally.n_hvp) == (1, 4, 3)
@@ -233,7 +254,7 @@ def test_several_micro_batches_hold_one_graph_at_a_time() -> None:
     case = CASES["layer_norm"](F64)
     tally = Tally()
     batches = as_micro_batches(Accumulated([case.batch] * 2))
-    product = DoubleBackward(case.problem, batches, tally)
+    product = DoubleBackward().bind(case.problem, batches, tally)
     product.hvp(truth("layer_norm", F64).v)
     product.hvp(truth("layer_norm", F64).v)
     assert tally.n_forward == 4
@@ -494,7 +515,7 @@ def test_an_lstm_is_differentiated_twice_by_double_backward() -> None:
     check(made(DoubleBackward, problem, batch).vjp(known.v), known, known.v, EXACT[F64])
     # On clones of w too, which recurrent layers keep a list of their own of.
     g = gradients(problem, "inner", as_micro_batches(batch), Tally(), keep=True)
-    kept = DoubleBackward(problem, g.batches, Tally(), kept=g.graph)
+    kept = DoubleBackward().bind(problem, g.batches, Tally(), Hints(kept=g.graph))
     check(kept.vjp(known.v), known, known.v, EXACT[F64])
 
 
@@ -608,4 +629,4 @@ def test_a_kept_graph_goes_with_one_micro_batch() -> None:
     )
     two = as_micro_batches(Accumulated([case.batch] * 2))
     with pytest.raises(ValueError, match="one micro-batch, and there are 2"):
-        DoubleBackward(case.problem, two, Tally(), kept=g.graph)
+        DoubleBackward().bind(case.problem, two, Tally(), Hints(kept=g.graph))

@@ -21,7 +21,14 @@ from hypergrad import (
     tree,
 )
 from hypergrad.batches import as_micro_batches
-from hypergrad.products import DoubleBackward, Gradients, Tally, gradients, vjp_of
+from hypergrad.products import (
+    DoubleBackward,
+    Gradients,
+    Hints,
+    Tally,
+    gradients,
+    vjp_of,
+)
 from hypergrad.tree import Params
 from tests.hypergrad.products.cases import (
     CASES,
@@ -288,11 +295,13 @@ def test_kept_graph_equals_recomputed_after_the_step(
         p.grad = (g.inner or {})[name]
     optimizer.step()
     torch.rand(3)
-    kept = DoubleBackward(problem, g.batches, Tally(), kept=g.graph, single_use=True)
+    kept = DoubleBackward().bind(
+        problem, g.batches, Tally(), Hints(kept=g.graph, single_use=True)
+    )
     value = kept.vjp(u)
-    here = DoubleBackward(problem, g.batches, Tally()).vjp(u)
+    here = DoubleBackward().bind(problem, g.batches, Tally()).vjp(u)
     with problem.at(before):
-        recomputed = DoubleBackward(problem, g.batches, Tally()).vjp(u)
+        recomputed = DoubleBackward().bind(problem, g.batches, Tally()).vjp(u)
     for a, b, c in zip(value, recomputed, here, strict=True):
         assert error(a, b) < EXACT
         assert error(a, c) > 0.05  # the step moved the point
@@ -304,7 +313,9 @@ def test_kept_graph_of_a_functional_problem() -> None:
     with torch.no_grad():
         for p in case.problem.inner_params.values():
             p.add_(1.0)
-    product = DoubleBackward(case.problem, g.batches, Tally(), kept=g.graph)
+    product = DoubleBackward().bind(
+        case.problem, g.batches, Tally(), Hints(kept=g.graph)
+    )
     hvp, mixed = product.vjp(known.v)
     assert error(hvp, known.product(known.v, hvp)) < EXACT
     assert error(mixed, known.product(known.v, mixed)) < EXACT
@@ -315,7 +326,9 @@ def test_kept_graph_survives_evaluations_with_batch_norm() -> None:
     case, known = CASES["batch_norm"](F64), truth("batch_norm", F64)
     g = run(case.problem, case.batch, live=True, keep=True)
     run(case.problem, case.batch, "outer")
-    product = DoubleBackward(case.problem, g.batches, Tally(), kept=g.graph)
+    product = DoubleBackward().bind(
+        case.problem, g.batches, Tally(), Hints(kept=g.graph)
+    )
     mixed = product.mixed_vjp(known.v)
     assert error(mixed, known.product(known.v, mixed)) < EXACT
 
@@ -326,7 +339,7 @@ def test_kept_graph_raises_where_lambda_moved(checkpointing: bool) -> None:
     g = run(problem, batch, keep=True)
     with torch.no_grad():
         problem.outer_params["norm.weight"].add_(1.0)
-    product = DoubleBackward(problem, g.batches, Tally(), kept=g.graph)
+    product = DoubleBackward().bind(problem, g.batches, Tally(), Hints(kept=g.graph))
     with pytest.raises(HypergradError, match=r"norm\.weight.*moved after the graph"):
         product.vjp(random_direction(problem))
 
@@ -336,8 +349,10 @@ def test_kept_graph_serves_once_where_it_is_single() -> None:
     u = random_direction(problem)
     g = run(problem, batch, keep=True)
     assert g.graph is not None
-    DoubleBackward(problem, g.batches, Tally(), kept=g.graph, single_use=True).vjp(u)
-    product = DoubleBackward(problem, g.batches, Tally(), kept=g.graph)
+    DoubleBackward().bind(
+        problem, g.batches, Tally(), Hints(kept=g.graph, single_use=True)
+    ).vjp(u)
+    product = DoubleBackward().bind(problem, g.batches, Tally(), Hints(kept=g.graph))
     with pytest.raises(HypergradError, match="used already"):
         product.vjp(u)
 
@@ -346,7 +361,9 @@ def test_kept_graph_is_a_first_order_cost() -> None:
     problem, batch = block_case(False, 0.0)
     tally = Tally()
     g = gradients(problem, "inner", as_micro_batches(batch), tally, keep=True)
-    product = DoubleBackward(problem, g.batches, tally, kept=g.graph, single_use=True)
+    product = DoubleBackward().bind(
+        problem, g.batches, tally, Hints(kept=g.graph, single_use=True)
+    )
     product.mixed_vjp(random_direction(problem))
     assert (tally.n_forward, tally.n_backward, tally.n_hvp) == (1, 2, 1)
 
@@ -513,9 +530,11 @@ def test_the_callers_mode_does_not_matter(mode: Any, keep: bool) -> None:
     if keep:
         assert g.graph is not None
         u = truth("batch_norm", F64).v
-        mixed = DoubleBackward(
-            case.problem, g.batches, Tally(), kept=g.graph
-        ).mixed_vjp(u)
+        mixed = (
+            DoubleBackward()
+            .bind(case.problem, g.batches, Tally(), Hints(kept=g.graph))
+            .mixed_vjp(u)
+        )
         assert error(mixed, truth("batch_norm", F64).product(u, mixed)) < EXACT
 
 

@@ -74,7 +74,7 @@ def test_steps_equal_torch(
     kind: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     ours, theirs = KINDS[kind]
-    rule = ours(0.05, beta1=0.8, beta2=0.95, eps=1e-6, **options)
+    rule = ours(0.05, betas=(0.8, 0.95), eps=1e-6, **options)
     optimizer = partial(theirs, lr=0.05, betas=(0.8, 0.95), eps=1e-6, **options)
     assert optimizer_errors(optimizer, rule, dtype) <= 4
 
@@ -290,9 +290,12 @@ def test_low_precision_steps_are_finite_at_zero() -> None:
     ("wrong", "words"),
     [
         ({"lr": -1.0}, "lr=-1.0 must be finite"),
-        ({"lr": 0.1, "beta1": 1.0}, "beta1=1.0 must be below 1"),
-        ({"lr": 0.1, "beta2": 1.5}, "beta2=1.5 must be below 1"),
-        ({"lr": 0.1, "beta1": -0.1}, "beta1=-0.1 must be finite and at least 0"),
+        ({"lr": 0.1, "betas": (1.0, 0.9)}, r"betas\[0\]=1.0 must be below 1"),
+        ({"lr": 0.1, "betas": (0.9, 1.5)}, r"betas\[1\]=1.5 must be below 1"),
+        (
+            {"lr": 0.1, "betas": (-0.1, 0.9)},
+            r"betas\[0\]=-0.1 must be finite",
+        ),
         ({"lr": 0.1, "eps": -1e-8}, "eps=-1e-08 must be finite"),
         ({"lr": 0.1, "weight_decay": float("nan")}, "weight_decay=nan must be finite"),
     ],

@@ -172,7 +172,7 @@ def test_a_buffer_that_is_none_is_no_slot() -> None:
 RULES: dict[str, Rule] = {
     "sgd": SGD(0.1, momentum=0.9, dampening=-0.5, weight_decay=0.2, maximize=True),
     "nesterov": SGD(0.1, momentum=0.9, nesterov=True),
-    "adam": Adam(0.1, beta1=0.5, amsgrad=True, weight_decay=0.3),
+    "adam": Adam(0.1, betas=(0.5, 0.999), amsgrad=True, weight_decay=0.3),
     "adamw": AdamW(0.1, eps=1e-3),
     "nested": Clipped(
         Grouped(((("a", "b"), SGD(0.1)), (("c",), Clipped(AdamW(0.2), 0.5)))), 3.0

@@ -1,0 +1,59 @@
+"""What surrounds the evaluations of one estimate: set up once, and put back at its end."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hypergrad import rng
+from hypergrad._module_state import ModuleState
+from hypergrad.rng import RngState
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Random state, buffers and train/eval modes while a problem is looked at.
+
+    Args:
+        module: the problem's module; None for a functional problem.
+        tensors: the problem's tensors; their devices' generators are looked after.
+        state: random state that the first evaluation starts from; None for the present.
+    """
+
+    def __init__(
+        self, module: nn.Module | None, tensors: list[Tensor], state: RngState | None
+    ) -> None:
+        self._before = rng.capture(tensors)
+        if state is not None:
+            self._before |= rng.missing(state, self._before)
+        self.start: RngState = self._before if state is None else state
+        """The random state that evaluations start from which have none of their own."""
+        self._module = None if module is None else ModuleState(module)
+        self._drawn = state is not None
+
+    def rewind(self, state: RngState | None, *, keep: bool = False) -> None:
+        """Make everything what an evaluation has to start from.
+
+        Args:
+            state: its random state; None for that of the session.
+            keep: whether the evaluation's graph is kept, so that nothing which it saved
+                may be changed by a later one.
+        """
+        state = self.start if state is None else state
+        if self._drawn or state is not self._before:
+            rng.restore(state)
+        self._drawn = True
+        if self._module is not None:
+            self._module.rewind(keep=keep)
+
+    def close(self) -> None:
+        """Put everything back.
+
+        Raises:
+            HypergradError: an evaluation changed a buffer too large to be copied.
+        """
+        try:
+            if self._module is not None:
+                self._module.close()
+        finally:
+            rng.restore(self._before)

@@ -1,0 +1,255 @@
+"""The steps of a `BilevelOptimizer`: from one state of a run to the next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from hypergrad import tree
+from hypergrad._audit import Audit, Auditor
+from hypergrad._levels import LevelCopy, apply_gradients
+from hypergrad._report import StepReport
+from hypergrad._rollback import Rollback
+from hypergrad._run import Run
+from hypergrad.batches import as_micro_batches
+from hypergrad.errors import HypergradError, NonFiniteError
+from hypergrad.estimator import Hypergradient, versions_of
+from hypergrad.problem import BilevelProblem
+from hypergrad.products import Gradients, Tally, gradients
+from hypergrad.reporting import once_for, report
+from hypergrad.rules import SUPPORTED, Rule, rule_of
+from hypergrad.steps import InnerStep, keeps_grads
+from hypergrad.tree import Params
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """Take inner and outer steps.
+
+    Args:
+        problem: the problem.
+        inner: optimizer of the inner parameters.
+        outer: optimizer of the outer parameters.
+        auditor: compares hypergradients with a reference's.
+        max_grad_norm: norm that inner gradients are clipped to; None for none.
+        reuse_graph: whether an exact one-step estimator continues the inner step's graph.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        inner: torch.optim.Optimizer,
+        outer: torch.optim.Optimizer,
+        auditor: Auditor,
+        max_grad_norm: float | None,
+        reuse_graph: bool | Literal["auto"],
+    ) -> None:
+        self.problem = problem
+        self.inner, self.outer = inner, outer
+        self.auditor = auditor
+        self.max_grad_norm = max_grad_norm
+        self.reuse_graph: bool | Literal["auto"] = reuse_graph
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether the inner optimizer's steps can be looked back at."""
+        return type(self.inner) in SUPPORTED
+
+    def rule(self) -> Rule | None:
+        """Return the rule of the inner optimizer's next step; None where it has none."""
+        if not self.has_rule:
+            return None
+        return rule_of(self.inner, self.problem.inner_params, self.max_grad_norm)
+
+    def n_recorded(self, run: Run) -> int:
+        """Return how many inner steps to keep, for the estimator and for audits."""
+        if run.outer_frozen or not self.has_rule:
+            return 0
+        lookback = run.estimator.lookback
+        return max(lookback, self.auditor.lookback(max(run.outer_every, lookback)))
+
+    # -- inner steps ----------------------------------------------------------------------
+
+    def inner_step(
+        self, run: Run, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+    ) -> tuple[Run, StepReport]:
+        """Take an inner step.
+
+        Args:
+            run: where the run stands.
+            inner_batch: data of the inner loss.
+            rollback: copies what the step may change.
+            outer_follows: whether an outer step follows in the same call.
+
+        Returns:
+            Where it then stands, and what was done.
+
+        Raises:
+            HypergradError: the parameters are on another device than the records.
+            NonFiniteError: the loss or its gradient is not finite; nothing moved.
+        """
+        problem, estimator = self.problem, run.estimator
+        self._check_devices(run)
+        looks_back = bool(estimator.lookback) and not run.outer_frozen
+        batches = as_micro_batches(inner_batch)
+        if looks_back and estimator.order == 2:
+            # Fused attention draws other dropout masks than the plain one that
+            # second-order estimators revisit the step under.
+            batches = tuple(replace(m, attention="math") for m in batches)
+        reuses = self.reuse_graph is True or (
+            self.reuse_graph == "auto" and outer_follows
+        )
+        keep = looks_back and reuses and estimator.reuses_graph and len(batches) == 1
+        n = self.n_recorded(run)
+        rollback.module()
+        # Before the forward pass: an embedding with max_norm moves its weight in it.
+        before = rollback.level(self.inner, problem.inner_params, keep=n > 0)
+        g = gradients(
+            problem,
+            "inner",
+            batches,
+            Tally(),
+            outer=looks_back and estimator.needs_byproduct,
+            live=True,
+            keep=keep,
+        )
+        grads = g.inner or {}
+        factor = 1.0
+        if self.max_grad_norm is not None:
+            factor = min(1.0, self.max_grad_norm / (g.inner_norm + 1e-6))
+        clipped = tree.scale(grads, factor) if factor < 1.0 else grads
+        window = run.window
+        if n:
+            kept = grads if keeps_grads(problem, estimator.needs_grads, batches) else {}
+            window = (*window, self._record(run, g, kept, before))[-n:]
+        apply_gradients(self.inner, problem.inner_params, clipped)
+        run = replace(
+            run, window=window, last=g.batches, n_inner_steps=run.n_inner_steps + 1
+        )
+        return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm)
+
+    def _record(
+        self, run: Run, g: Gradients, grads: Params, before: LevelCopy
+    ) -> InnerStep:
+        problem = self.problem
+        versions = versions_of(problem)
+        last = run.window[-1] if run.window else None
+        unmoved = last is not None and last.outer_versions == versions
+        return InnerStep(
+            before.params,
+            # Copies of λ are shared between steps that it did not move between.
+            last.outer_params if last and unmoved else tree.clone(problem.outer_params),
+            before.state,
+            g.batches,
+            grads,
+            rule_of(self.inner, problem.inner_params, self.max_grad_norm),
+            outer_grads=g.outer,
+            graph=g.graph,
+            outer_versions=versions,
+        )
+
+    def _check_devices(self, run: Run) -> None:
+        if not run.window:
+            return
+        now = self.problem.inner_params
+        for name, then in run.window[-1].inner_params.items():
+            if then.device != now[name].device:
+                msg = (
+                    f"{name!r} is on {now[name].device}, and the recorded inner steps "
+                    f"have it on {then.device}: the module was moved between two steps. "
+                    "Move it back, or save state_dict(), make the optimizer anew on the "
+                    "new device and load it there."
+                )
+                raise HypergradError(msg)
+
+    # -- outer steps ----------------------------------------------------------------------
+
+    def outer_step(
+        self, run: Run, outer_batch: Any, inner_batch: Any, rollback: Rollback
+    ) -> tuple[Run, StepReport]:
+        """Take an outer step.
+
+        Args:
+            run: where the run stands.
+            outer_batch: data of the outer loss.
+            inner_batch: data of the inner loss; None for none.
+            rollback: copies what the step may change.
+
+        Returns:
+            Where it then stands, and what was done; where a loss or the hypergradient is
+            not finite, why nothing was.
+
+        Raises:
+            HypergradError: fewer inner steps were taken than the estimator looks back at.
+        """
+        estimator = run.estimator
+        lookback = estimator.lookback
+        if len(run.window) < lookback:
+            msg = (
+                f"{type(estimator).__name__} looks back at {lookback} inner steps "
+                f"but {len(run.window)} were taken. Call inner_step first."
+            )
+            raise HypergradError(msg)
+        if inner_batch is None and not lookback:
+            msg = (
+                "there is no inner batch to estimate with: no inner step was taken yet. "
+                "Pass inner_batch."
+            )
+            raise HypergradError(msg)
+        self._check_devices(run)
+        steps = run.recorded_steps
+        # A graph serves one product, also where the step fails or is skipped after it.
+        run = run.without_graphs()
+        try:
+            result = estimator.estimate(
+                self.problem,
+                inner_batch=inner_batch,
+                outer_batch=outer_batch,
+                steps=steps if lookback else None,
+                state=run.estimator_state,
+            )
+        except NonFiniteError as error:
+            run = replace(run, n_skipped=run.n_skipped + 1)
+            return run, StepReport(skipped=str(error))
+        audit = self._audit(run, result, inner_batch, outer_batch)
+        rollback.level(self.outer, self.problem.outer_params, keep=False)
+        apply_gradients(self.outer, self.problem.outer_params, result.outer_grads)
+        run = replace(
+            run,
+            estimator_state=result.state,
+            n_outer_steps=run.n_outer_steps + 1,
+        )
+        info = result.info
+        return run, StepReport(
+            outer_step=True,
+            outer_loss=result.outer_loss,
+            hypergrad_norm=info.norm,
+            direct_norm=info.direct_norm,
+            indirect_norm=info.indirect_norm,
+            info=info,
+            audit=audit,
+        )
+
+    def _audit(
+        self, run: Run, result: Hypergradient, inner_batch: Any, outer_batch: Any
+    ) -> Audit | None:
+        if not self.auditor.is_due(run.n_outer_steps + 1):
+            return None
+        audit = self.auditor.audit(
+            self.problem,
+            result,
+            inner_batch=inner_batch,
+            outer_batch=outer_batch,
+            steps=run.window,
+        )
+        if audit.info is None and "audit" not in self.problem.reported:
+            self.problem.reported.add("audit")
+            with once_for(set()):
+                report(
+                    f"the audit of outer step {run.n_outer_steps + 1} says: "
+                    f"{audit.reason}"
+                )
+        return audit
