@@ -83,9 +83,15 @@ def _gain_gradient(grad: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
     count = z.shape[0]
     if not torch.is_grad_enabled():  # else every block would be a node of the graph
         count = max(1, min(count, BLOCK_ELEMENTS // max(1, z.shape[1])))
+    if count >= z.shape[0]:
+        return _summed(grad, z, bias)
     total: Tensor | None = None
     for g, block in zip(grad.split(count), z.split(count), strict=True):
-        block = block.to(g.dtype)  # before the difference, which may cancel
-        part = (g * (block if bias is None else block - bias)).sum(0)
+        part = _summed(g, block, bias)
         total = part if total is None else total + part
     return cast(Tensor, total)
+
+
+def _summed(grad: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+    z = z.to(grad.dtype)  # before the difference, which may cancel
+    return (grad * (z if bias is None else z - bias)).sum(0)

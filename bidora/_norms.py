@@ -264,9 +264,7 @@ def squared_norms(
     dtype = base.squared.dtype
     with autocast_off(lora_a.device):
         a, b = lora_a.to(dtype), lora_b.to(dtype)
-        cross = times_rows(a, weight).T
-        inner = torch.addmm(cross, b, a @ a.T, beta=2, alpha=scaling)
-        expanded = torch.add(base.squared, (b * inner).sum(1), alpha=scaling)
+        expanded = expanded_norms(weight, a, b, scaling, base)
         if rows is None:
             rows = cancelled_rows(expanded, base, wait=wait)
         expanded = expanded.clamp(min=base.floor)
@@ -275,6 +273,33 @@ def squared_norms(
         entries = weight.fetch()[rows].to(dtype) + scaling * (b[rows] @ a)
         tiny = torch.finfo(dtype).tiny
         return expanded.index_copy(0, rows, entries.square().sum(1).clamp(min=tiny))
+
+
+def expanded_norms(
+    weight: BaseWeight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    base: BaseNorms,
+) -> Tensor:
+    """Return the expansion of the squared norms alone, as `squared_norms` starts from.
+
+    Args:
+        weight: The frozen weight, `(out, in)`.
+        lora_a: `A`, `(r, in)`.
+        lora_b: `B`, `(out, r)`.
+        scaling: s.
+        base: `base_norms(weight, dtype)` in the dtype to compute in.
+
+    Returns:
+        Squared norms, `(out,)`.
+    """
+    dtype = base.squared.dtype
+    with autocast_off(lora_a.device):
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        cross = times_rows(a, weight).T
+        inner = torch.addmm(cross, b, a @ a.T, beta=2, alpha=scaling)
+        return torch.add(base.squared, (b * inner).sum(1), alpha=scaling)
 
 
 def cancelled_rows(
@@ -309,16 +334,29 @@ def cancelled_rows(
     return low.nonzero().squeeze(1)
 
 
-def rows_without_direction(squared: Tensor, base: BaseNorms) -> Tensor:
-    """Return the rows whose norm is zero up to rounding, or not finite.
+def without_direction(squared: Tensor, base: BaseNorms) -> Tensor:
+    """Return which rows have a norm of zero up to rounding, or one that is not finite.
 
     Args:
         squared: The squared norms, `(out,)`.
         base: The base's.
 
     Returns:
-        Indices, `(k,)`.
+        True or False for each row, `(out,)`.
     """
     info = torch.finfo(squared.dtype)
     zero = (8 * info.eps) ** 2 * base.squared + info.tiny
-    return (~((squared > zero) & squared.isfinite())).nonzero().squeeze(1)
+    return ~((squared > zero) & squared.isfinite())
+
+
+def near_cancellation(squared: Tensor, base: BaseNorms) -> Tensor:
+    """Return which rows the adapter has nearly cancelled, or is about to.
+
+    Args:
+        squared: The squared norms, `(out,)`.
+        base: The base's.
+
+    Returns:
+        True or False for each row, `(out,)`.
+    """
+    return squared < 2.0 * base.guard

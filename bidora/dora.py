@@ -288,7 +288,8 @@ def check_norms(model: nn.Module) -> None:
 
 
 def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
-    """Do `check_norms` for these layers."""
+    """Do `check_norms` for these layers; the host waits for the device once."""
+    norms: list[tuple[Tensor, Tensor]] = []
     for name, layer in layers:
         weight = layer.weight
         if weight.stored.device.type == "meta":
@@ -300,21 +301,48 @@ def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
         layer.cache.put(weight.key(), _rows_name(layer), None)
         base = _base_norms(layer)
         with torch.no_grad():
-            squared = squared_norms(layer, wait=True)
-        broken = _norms.rows_without_direction(squared, base)
-        if broken.numel():
-            row = int(broken[0])
-            raise NoDirectionError(
-                f"{broken.numel()} of {squared.numel()} rows of W0 + s·B·A in layer "
-                f"{name} (adapter {layer.adapter!r}) have no direction, the first is "
-                f"row {row} with norm {float(squared[row].sqrt()):.3g}, and DoRA "
-                "divides by it. Usual causes: output features that were pruned or "
-                "padded with zeros, or training that diverged. Leave the layer out of "
-                "target_modules, or repair the row before adding the adapter."
+            squared = _norms.expanded_norms(
+                weight, layer.lora_a, layer.lora_b, layer.scaling, base
             )
-        if squared.device.type != "cpu":  # there, each forward pass looks for itself
-            near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
-            layer.cache.put(weight.key(), _rows_name(layer), near)
+            # Rows near cancellation are looked at from their entries, below.
+            near = _norms.near_cancellation(squared, base)
+            near |= _norms.without_direction(squared, base)
+        norms.append((squared, near))
+    flagged = _any([near for _, near in norms])
+    for (name, layer), (squared, _), suspect in zip(
+        layers, norms, flagged, strict=True
+    ):
+        if suspect:
+            _check_rows(name, layer, squared.device)
+
+
+def _any(flags: list[Tensor]) -> list[bool]:
+    """Return whether some entry of each is True, read at once."""
+    if not flags:
+        return []
+    device = flags[0].device
+    return torch.stack([f.any().to(device) for f in flags]).tolist()
+
+
+def _check_rows(name: str, layer: DoraAdapter, device: torch.device) -> None:
+    """Look at the rows of one layer that are near cancellation, or have no norm."""
+    base = _base_norms(layer)
+    with torch.no_grad():
+        squared = squared_norms(layer, wait=True)
+    broken = _norms.without_direction(squared, base).nonzero().squeeze(1)
+    if broken.numel():
+        row = int(broken[0])
+        raise NoDirectionError(
+            f"{broken.numel()} of {squared.numel()} rows of W0 + s·B·A in layer "
+            f"{name} (adapter {layer.adapter!r}) have no direction, the first is "
+            f"row {row} with norm {float(squared[row].sqrt()):.3g}, and DoRA "
+            "divides by it. Usual causes: output features that were pruned or "
+            "padded with zeros, or training that diverged. Leave the layer out of "
+            "target_modules, or repair the row before adding the adapter."
+        )
+    if device.type != "cpu":  # there, each forward pass looks for itself
+        near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
+        layer.cache.put(layer.weight.key(), _rows_name(layer), near)
 
 
 def _base_norms(layer: DoraAdapter) -> _norms.BaseNorms:

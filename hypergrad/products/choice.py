@@ -18,7 +18,7 @@ from hypergrad.precision import FLOAT32, settings_unit
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.base import NO_HINTS, BoundProduct, Hints, Product
 from hypergrad.products.difference import FiniteDifference
-from hypergrad.products.evaluation import inner_unit
+from hypergrad.products.evaluation import inner_unit, seen_unit
 from hypergrad.products.exact import DoubleBackward
 from hypergrad.products.gradients import gradients
 from hypergrad.products.tally import Tally
@@ -59,8 +59,8 @@ class AutoProduct(Product):
         """
         if not problem.inner_params:
             return FiniteDifference(), "there are no inner parameters"
-        unit = settings_unit(problem)
-        if unit <= FLOAT32:
+        unit = max(settings_unit(problem), seen_unit(problem) or 0.0)
+        if unit <= FLOAT32 and not _shows_itself(problem.module):
             unit = max(unit, inner_unit(problem, batches[0], Tally()))
         if not problem.reducer.any(unit > FLOAT32, problem.inner_params):
             return FiniteDifference(), "the inner loss computes in float32 or finer"
@@ -121,6 +121,15 @@ def second_order_failure(problem: BilevelProblem, batches: Sequence[MicroBatch])
     except torch.OutOfMemoryError:
         return "a second-derivative product does not fit into memory"
     return ""
+
+
+def _shows_itself(module: nn.Module | None) -> bool:
+    """Return whether the weights of a module tell what it computes in.
+
+    Tensors in a functional loss, and packed weights, do not: one graph has to be looked
+    at.
+    """
+    return module is not None and not _quantised_layer(module)
 
 
 def _inner(problem: BilevelProblem) -> Iterator[tuple[str, torch.Tensor]]:

@@ -368,14 +368,15 @@ class _Difference:
         w = {n: self._problem.inner_params[n].detach() for n in u}
         plus = plus or _moved(w, u, step)
         minus = _moved(w, u, -step) if two_sided else w
-        # The realised step along u; rounding makes it differ from the one asked for. For
-        # s = (plus - minus) / step, ⟨s, u⟩ = (|s|² + |u|² - |s - u|²) / 2.
-        apart = 2 * step if two_sided else step
-        s = tree.scale(tree.sub(_single(plus), _single(minus)), 1 / apart)
+        # The realised step d along u; rounding makes it differ from the one asked for, s.
+        # ⟨d, u⟩ = (|d|²/s + s|u|² - |d - su|²/s) / 2, which loses no digits where d ≈ su.
+        asked = 2 * step if two_sided else step
         direction = _single(u)
-        own = tree.size(direction)
-        along = tree.size(s) ** 2 + own**2 - tree.size(tree.sub(s, direction)) ** 2
-        along = along * (apart / 2) / own**2
+        realised = tree.sub(_single(plus), _single(minus))
+        off = tree.size(tree.add(realised, direction, alpha=-asked))
+        own = tree.size(direction) ** 2
+        along = (tree.size(realised) ** 2 - off**2) / asked + asked * own
+        along = along / (2 * own)
         with self._problem.at(plus):
             high = self._evaluate()
         if two_sided:

@@ -135,6 +135,7 @@ class _DoubleBackward(BoundProduct):
 
     def hvps(self, directions: Params) -> Params:
         """Return several products from one vmapped backward pass, a few at a time."""
+        self.tally.watch_direction(directions)
         count = len(next(iter(directions.values())))
         parts = []
         for first in range(0, count, _VMAPPED):

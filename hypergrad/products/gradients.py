@@ -117,8 +117,8 @@ def gradients(
         list(values.values()),
         lambda bad: (
             f"the gradient of the {level} loss is not finite in {bad}, although the loss "
-            "is. A square root or norm at 0, or an overflow, is the usual cause. Look at "
-            "the named parameters; lower the learning rate."
+            f"is {tree.read([loss])[0]:.6g}. A square root or norm at 0, or an overflow, "
+            "is the usual cause. Look at the named parameters; lower the learning rate."
         ),
     )
     found, length = tally.read(loss, tree.size(w or {}))

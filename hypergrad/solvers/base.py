@@ -121,14 +121,27 @@ def check_on_failure(value: str) -> None:
         raise ValueError(msg)
 
 
-def settle(result: SolveResult, on_failure: OnFailure) -> SolveResult:
+def settle(
+    result: SolveResult, on_failure: OnFailure, size: float | None = None
+) -> SolveResult:
     """Return the result, after a warning or instead of an error where it has a reason.
+
+    Args:
+        result: what was found.
+        on_failure: what to do where it has a reason.
+        size: norm of the solution, where the host knows it already.
+
+    Returns:
+        The result.
 
     Raises:
         NonFiniteError: the solution overflowed.
         SolveError: the result has a reason and `on_failure` is `"raise"`.
     """
-    if not tree.all_finite(result.x):
+    largest = min((torch.finfo(t.dtype).max for t in result.x.values()), default=1.0)
+    if size is None or not size < largest:
+        size = tree.norm(result.x)
+    if not math.isfinite(size):
         why = result.reason or (
             "the smallest eigenvalues of the inner Hessian are too small for the dtype. "
             "Raise damping, or scale the losses."

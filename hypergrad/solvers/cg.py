@@ -163,7 +163,7 @@ class CGSolver(Solver):
         length = float(np.linalg.norm(y))
         result = SolveResult(krylov.combine(y, b), krylov.steps, residual)
         result = _judged(result, krylov, ritz, damping, raised, rtol, length)
-        return settle(result, self.on_failure)
+        return settle(result, self.on_failure, length * krylov.norm)
 
     def _damping(self, ritz: Array, eps: float) -> tuple[float, str]:
         return positive_damping(float(ritz[0]), float(ritz[-1]), self.damping, eps)

@@ -149,7 +149,8 @@ class NeumannSolver(Solver):
             curvature=(lowest, highest),
             state={"lambda_max": torch.tensor(bound, dtype=torch.float64)},
         )
-        return settle(result, self.on_failure)
+        size = scale * float(np.linalg.norm(total)) * krylov.norm
+        return settle(result, self.on_failure, size)
 
     def _diverges(
         self, lowest: float, highest: float, damping: float, scale: float, eps: float

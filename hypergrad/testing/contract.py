@@ -13,7 +13,14 @@ from hypergrad.estimator import HypergradEstimator
 from hypergrad.reporting import silenced
 from hypergrad.testing.closed_forms import quadratic, ridge
 from hypergrad.testing.known import KnownProblem
-from hypergrad.testing.laws import EDGES, Trial, on_repeat, on_scale, on_truth
+from hypergrad.testing.laws import (
+    EDGES,
+    Trial,
+    on_repeat,
+    on_resolving,
+    on_scale,
+    on_truth,
+)
 from hypergrad.testing.learned import (
     dora_block,
     reweighting,
@@ -89,6 +96,7 @@ def check_estimator(
     """
     # A warning is the estimator's to give; here it would be ours about our problem.
     with silenced():
+        on_resolving(Trial(estimator, "the quadratic problem, float64"))
         for nth, dtype in enumerate(dtypes):
             for number, (name, make) in enumerate(problems.items()):
                 goal = _Goal.of(make(dtype=dtype), estimator, exact_to, inverse, dtype)

@@ -351,7 +351,6 @@ EDGES = (
     on_failing_losses,
     on_module,
     on_no_outer_gradient,
-    on_resolving,
     on_unused,
 )
 """Laws on problems made for them, in float64."""

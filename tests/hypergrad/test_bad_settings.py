@@ -172,7 +172,7 @@ def test_the_table_has_every_estimator_solver_and_setting() -> None:
         ),
         (
             lambda: make_estimator("cg", product="fd"),
-            "'fd' is unknown; choose one of 'e",
+            "'fd' is unknown; choose one of 'auto', 'e",
         ),
         (
             lambda: make_solver("cg", on_failure="no"),

@@ -151,8 +151,8 @@ def test_a_wrapped_module() -> None:
     u = {n: torch.ones_like(t) for n, t in plain.inner_params.items()}
     v = {f"module.{n}": t for n, t in u.items()}
     for kind in (DoubleBackward, ForwardOverReverse):
-        a = kind(plain, as_micro_batches(x), Tally()).vjp(u)
-        b = kind(wrapped, as_micro_batches(x), Tally()).vjp(v)
+        a = kind().bind(plain, as_micro_batches(x), Tally()).vjp(u)
+        b = kind().bind(wrapped, as_micro_batches(x), Tally()).vjp(v)
         for one, two in zip(a, b, strict=True):
             named = {n.removeprefix("module."): t for n, t in two.items()}
             assert error(named, one) < tol(F64)

@@ -17,7 +17,7 @@ from hypergrad import BilevelProblem, HypergradError, SecondOrderError, make_est
 from hypergrad.batches import as_micro_batches
 from hypergrad.estimators import Auto, auto
 from hypergrad.optimizer import BilevelOptimizer
-from hypergrad.products import Tally, second_order
+from hypergrad.products import Tally, choice, second_order
 from hypergrad.rules import SGD, Adam, AdamW, Clipped, Grouped, Rule
 from hypergrad.testing import ridge
 from tests.tolerances import error
@@ -185,13 +185,13 @@ def test_attention_that_would_not_fit_in_math_mode_stays_fused(
     made = problem("attention")
     # Six copies of 6 × 6 scores in float32.
     needed = 6 * 6 * 6 * 4
-    monkeypatch.setattr(auto, "_free_memory", lambda problem: 2 * needed)
+    monkeypatch.setattr(choice, "_free_memory", lambda problem: 2 * needed)
     assert chosen(made, AdamW(0.1)).choice == "unrolled"
-    monkeypatch.setattr(auto, "_free_memory", lambda problem: 2 * needed - 1)
+    monkeypatch.setattr(choice, "_free_memory", lambda problem: 2 * needed - 1)
     picked = chosen(made, AdamW(0.1))
     assert picked.choice == "sama"
     assert "attention in math mode" in picked.why
-    monkeypatch.setattr(auto, "_free_memory", lambda problem: None)
+    monkeypatch.setattr(choice, "_free_memory", lambda problem: None)
     assert chosen(made, AdamW(0.1)).choice == "unrolled"
 
 
@@ -199,7 +199,7 @@ def test_out_of_memory_means_first_order(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("on purpose")
 
-    monkeypatch.setattr(auto, "second_order", fail)
+    monkeypatch.setattr(choice.DoubleBackward, "bind", fail)
     picked = chosen(problem(), AdamW(0.1))
     assert picked.choice == "sama"
     assert "does not fit into memory" in picked.why

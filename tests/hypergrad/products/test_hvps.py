@@ -148,8 +148,8 @@ def test_errors_come_through() -> None:
     several = directions(made, 3)
     several["head.bias"][1, 0] = float("nan")
     with (
-        second_order("exact", made, as_micro_batches(batch()), Tally()) as product,
         pytest.raises(NonFiniteError, match="direction of a second-derivative product"),
+        second_order("exact", made, as_micro_batches(batch()), Tally()) as product,
     ):
         product.hvps(several)
     with second_order("exact", made, as_micro_batches(batch()), Tally()) as product:
@@ -161,9 +161,10 @@ def test_errors_come_through() -> None:
 
 
 def test_registering_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypergrad import make_estimator, products
+    from hypergrad import make_estimator
+    from hypergrad.products import registry
 
-    monkeypatch.setattr(products, "_KINDS", dict(products._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
 
     class Mine(exact.DoubleBackward):
         order = 1

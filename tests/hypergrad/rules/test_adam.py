@@ -309,7 +309,7 @@ def test_settings_out_of_range(
 
 def test_learning_rates_and_config() -> None:
     for kind in (Adam, AdamW):
-        rule = kind(0.5, beta1=0.8, amsgrad=True)
+        rule = kind(0.5, betas=(0.8, 0.999), amsgrad=True)
         assert rule.learning_rates(random_named(0)) == {"a": 0.5, "b": 0.5, "c": 0.5}
         config = rule.config()
         assert config.pop("kind") == kind.kind

@@ -23,6 +23,7 @@ from hypergrad import (
     make_estimator,
     tree,
 )
+from hypergrad.products import FiniteDifference
 from hypergrad.rules import SGD
 from hypergrad.testing import check_estimator, quadratic, two_layer_network
 from hypergrad.tree import Params
@@ -168,8 +169,8 @@ class Absolute(Good):
     """Moves w by v itself, however long it is."""
 
     def indirect(self, point: Point) -> Indirect:
-        settings = {"radius": 1e-2 * tree.norm(point.v)}
-        with point.product("finite-difference", **settings) as product:
+        absolute = FiniteDifference(radius=1e-2 * tree.norm(point.v))
+        with point.product(absolute) as product:
             return Indirect(tree.scale(product.mixed_vjp(point.v), -RATE))
 
 
