@@ -51,8 +51,12 @@ def bert_on(
     dtype: torch.dtype = F64,
     dropout: float = 0.0,
     attention: str = "sdpa",
+    head: bool = True,
 ) -> Any:
-    """Return a DoRA model whose base has the dtype, and its adapters at least float32."""
+    """Return a DoRA model of a dtype, its adapters at least in float32, as PEFT has them.
+
+    A head that is trained has the dtype of the base.
+    """
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 50,
@@ -68,17 +72,20 @@ def bert_on(
     }
     base = BertForSequenceClassification(BertConfig(**settings)).double()
     lora = LoraConfig(
-        r=4, use_dora=True, target_modules=["query", "value"], task_type="SEQ_CLS"
+        r=4,
+        use_dora=True,
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS" if head else None,
     )
-    model = get_peft_model(base, lora).double()
+    model = get_peft_model(cast(Any, base), lora).double()
     make = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:  # as after some training
                 p.copy_(0.2 * torch.randn(p.shape, generator=make, dtype=F64))
     coarse = dtype if dtype.itemsize >= 4 else torch.float32
-    for p in model.parameters():
-        p.data = p.data.to(coarse if p.requires_grad else dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(coarse if "lora_" in name else dtype)
     return model.to(device).train()
 
 
@@ -110,7 +117,11 @@ def run(opt: BiDoRAOptimizer, start: int, end: int, device: torch.device) -> Non
 
 def values(opt: BiDoRAOptimizer) -> Params:
     both = {**opt.problem.inner_params, **opt.problem.outer_params}
-    return {n: t.detach().cpu().double() for n, t in both.items()}
+    return {n: t.detach().cpu().double().clone() for n, t in both.items()}
+
+
+def moved(opt: BiDoRAOptimizer, start: Params) -> Params:
+    return {n: t - start[n] for n, t in values(opt).items()}
 
 
 def indirect(model: Any, device: torch.device, **settings: Any) -> Params:
@@ -139,8 +150,7 @@ def test_every_estimator_equals_the_cpu(name: str, device: torch.device) -> None
     assert here.n_outer_steps == there.n_outer_steps > 0
     # A difference over a radius of 6e-6 magnifies rounding by as much.
     within = 1e-6 if here.estimator.order == 1 else 1e-9
-    assert relative_error(values(there), values(here)) < within
-    assert relative_error(values(here), start) > 1e-4
+    assert relative_error(moved(there, start), moved(here, start)) < within
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -157,15 +167,24 @@ def test_exact_products_are_those_of_eager_attention(
 # -- a bfloat16 base ---------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the task head is newly initialised:UserWarning")
+@pytest.mark.parametrize("head", [True, False], ids=["head", "adapters alone"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_products_over_a_bfloat16_base(attention: str, device: torch.device) -> None:
-    truth = indirect(bert_on(CPU), CPU, product="exact")
-    low = bert_on(device, torch.bfloat16, attention=attention)
-    exact = indirect(low, device, product="exact")
-    assert relative_error(exact, truth) < 0.15
-    low = bert_on(device, torch.bfloat16, attention=attention)
-    by_difference = indirect(low, device)
-    assert cosine(by_difference, truth) > 0.9
+def test_products_over_a_bfloat16_base(
+    attention: str, head: bool, device: torch.device
+) -> None:
+    """Adapters in float32 do not make a loss of that precision."""
+    truth = indirect(bert_on(CPU, head=head), CPU, product="exact")
+    found = {
+        product: indirect(
+            bert_on(device, torch.bfloat16, attention=attention, head=head),
+            device,
+            product=product,
+        )
+        for product in ("exact", "finite-difference")
+    }
+    assert relative_error(found["exact"], truth) < 0.15
+    assert relative_error(found["finite-difference"], truth) < 0.3
 
 
 @pytest.mark.parametrize("name", estimator_names())
@@ -181,12 +200,6 @@ def test_every_estimator_trains_over_a_bfloat16_base(
     for n, value in values(opt).items():
         assert bool(value.isfinite().all()), n
         assert not torch.equal(value, before[n]), n
-
-
-def cosine(a: Params, b: Params) -> float:
-    one = torch.cat([a[n].reshape(-1) for n in b])
-    other = torch.cat([t.reshape(-1) for t in b.values()])
-    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
 
 # -- torch.compile -----------------------------------------------------------------------

@@ -87,7 +87,11 @@ def batch(seed: int) -> dict[str, Tensor]:
 # One string for an iteration: the inner step, the outer gradient, the product.
 ITERATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "first-order": ("first-order", {}, "F w · F m"),
-    "one-sided": ("darts", {"product": FiniteDifference("forward")}, "F wm · F wm · F m"),
+    "one-sided": (
+        "darts",
+        {"product": FiniteDifference("forward")},
+        "F wm · F wm · F m",
+    ),
     "central": ("darts", {}, "F w · F wm · F m F m"),
     "exact": ("darts", {"product": "exact"}, "F w · F wm · m'"),
     "sama exact": ("sama", {"product": "exact"}, "F w · F wm · m'"),
