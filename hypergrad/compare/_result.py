@@ -89,6 +89,7 @@ class Reference:
         residual_norm: as in `Info`.
         converged: as in `Info`.
         reason: as in `Info`: how far to trust it.
+        damping: as in `Info`.
     """
 
     estimator: str
@@ -100,6 +101,12 @@ class Reference:
     residual_norm: float | None = None
     converged: bool | None = None
     reason: str = ""
+    damping: float | None = None
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it solved what it was asked for: converged, damping not raised."""
+        return self.converged is not False and "Damping was raised" not in self.reason
 
 
 @dataclass(frozen=True)
@@ -188,18 +195,22 @@ class Comparison:
 
         Judged by direction, because the length of a hypergradient is a learning rate.
         It holds for this problem, at this point, on these batches, and only where the
-        reference answers the question that you have.
+        reference answers the question that you have. There is no recommendation where the
+        reference is not to be trusted: where it raised its damping, or did not converge,
+        it solved another problem, and `reference.reason` says so.
 
         Args:
             cosine: least cosine to the reference's indirect term.
             cost: which cost.
 
         Returns:
-            A label; None where none comes that near.
+            A label; None where none comes that near, or the reference did not converge.
 
         Raises:
             ValueError: an unknown cost.
         """
+        if not self.reference.is_trusted:
+            return None
         near = []
         for label, x, _ in self.points(cost):
             got = self[label].indirect_cosine

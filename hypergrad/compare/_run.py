@@ -135,6 +135,7 @@ def compare_estimators(
         reason=truth.info.reason,
         residual_norm=truth.info.residual_norm,
         converged=truth.info.converged,
+        damping=truth.info.damping,
         forwards=None if answers == "given" else forwards_of(truth.info),
         n_hvp=None if answers == "given" else truth.info.n_hvp,
     )

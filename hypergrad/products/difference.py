@@ -353,7 +353,8 @@ class _Difference:
         # Of the difference to the result at twice the distance, 1/15 is truncation where
         # that dominates, and most is rounding where that does: something between.
         second = tree.add(far, _combine(far, self._quotient(u, 4 * step), 1 / 3))
-        return best, self._error(second, best, 1 / 5)
+        share = 1 / 2 if self._product.coarse else 1 / 5
+        return best, self._error(second, best, share)
 
     def _error(self, a: Params, b: Params, share: float) -> Params:
         def judged(p: Params) -> Params:

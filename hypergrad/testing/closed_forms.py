@@ -20,6 +20,7 @@ def ridge(
     n_examples: int = 40,
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make a ridge regression with one penalty for each feature.
@@ -34,6 +35,7 @@ def ridge(
         n_features: size of w and λ.
         n_examples: n.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
         seed: of the data.
 
     Returns:
@@ -61,7 +63,9 @@ def ridge(
     w = torch.linalg.solve(hessian, x.T @ y / n_examples)
     v = x_val.T @ (x_val @ w - y_val) / n_examples
     grads = -w * torch.linalg.solve(hessian, v)
-    data = [(a.to(dtype), b.to(dtype)) for a, b in ((x, y), (x_val, y_val))]
+    data = [
+        (a.to(device, dtype), b.to(device, dtype)) for a, b in ((x, y), (x_val, y_val))
+    ]
 
     def inner_loss(inner: Params, outer: Params, batch: Any) -> Tensor:
         del batch
@@ -77,8 +81,8 @@ def ridge(
     problem = BilevelProblem(
         inner_loss,
         outer_loss,
-        {"w": leaf(w.to(dtype))},
-        {"penalty": leaf(penalty.to(dtype))},
+        {"w": leaf(w.to(device, dtype))},
+        {"penalty": leaf(penalty.to(device, dtype))},
     )
     direct = {"penalty": torch.zeros_like(grads)}
     return KnownProblem(problem, direct, {"penalty": grads}, hessian, w.diag(), v)
@@ -88,6 +92,8 @@ def quadratic(
     eigenvalues: Sequence[float] = (1.0, 2.0, 5.0),
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    compute: torch.dtype | None = None,
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make a quadratic whose Hessian has the given eigenvalues.
@@ -101,6 +107,8 @@ def quadratic(
     Args:
         eigenvalues: of H; its size is that of w.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
+        compute: what the losses compute in, with parameters in `dtype`; None for that.
         seed: of the rest.
 
     Returns:
@@ -123,22 +131,25 @@ def quadratic(
     w = torch.linalg.solve(hessian, mix @ shift)
     v = w - centre
     through = mix.T @ torch.linalg.solve(hessian, v)
-    h, b, c = hessian.to(dtype), mix.to(dtype), centre.to(dtype)
+    kind = compute or dtype
+    h, b, c = (t.to(device, kind) for t in (hessian, mix, centre))
 
     def inner_loss(inner: Params, outer: Params, batch: Any) -> Tensor:
         del batch
-        x = inner["w"]
-        return x @ (h @ x) / 2 - x @ (b @ outer["shift"])
+        x, shift = inner["w"].to(kind), outer["shift"].to(kind)
+        return (x @ (h @ x) / 2 - x @ (b @ shift)).to(dtype)
 
     def outer_loss(inner: Params, outer: Params, batch: Any) -> Tensor:
         del batch
-        return ((inner["w"] - c).square().sum() + outer["shift"].square().sum()) / 2
+        x, shift = inner["w"].to(kind), outer["shift"].to(kind)
+        return (((x - c).square().sum() + shift.square().sum()) / 2).to(dtype)
 
     problem = BilevelProblem(
         inner_loss,
         outer_loss,
-        {"w": leaf(w.to(dtype))},
-        {"shift": leaf(shift.to(dtype))},
+        {"w": leaf(w.to(device, dtype))},
+        {"shift": leaf(shift.to(device, dtype))},
     )
     direct, indirect = {"shift": shift}, {"shift": through}
-    return KnownProblem(problem, direct, indirect, hessian, -mix.T, v)
+    unit = 0.0 if compute is None else torch.finfo(compute).eps
+    return KnownProblem(problem, direct, indirect, hessian, -mix.T, v, unit)

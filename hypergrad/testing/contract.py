@@ -16,6 +16,7 @@ from hypergrad.testing.known import KnownProblem
 from hypergrad.testing.laws import (
     EDGES,
     Trial,
+    on_direction,
     on_repeat,
     on_resolving,
     on_scale,
@@ -39,7 +40,14 @@ PROBLEMS: Mapping[str, Callable[..., KnownProblem]] = {
     "two-layer network": two_layer_network,
     "DoRA block": dora_block,
 }
-"""What `check_estimator` tries an estimator on; each takes `dtype` and `seed`."""
+"""What `check_estimator` tries an estimator on; each takes `dtype`, `device`, `seed`."""
+
+_LOW_PRECISION: Mapping[str, Callable[..., KnownProblem]] = {
+    "low-precision base": lambda **settings: quadratic(
+        (1.0, 1.5, 2.0), **{"compute": torch.bfloat16, **settings}
+    ),
+}
+"""Tried beside all of `PROBLEMS`; its losses do not reach their truth."""
 
 
 def check_estimator(
@@ -50,6 +58,7 @@ def check_estimator(
     problems: Mapping[str, Callable[..., KnownProblem]] = PROBLEMS,
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16),
     structures: Sequence[Structure] = STRUCTURES,
+    device: torch.device | str | None = None,
 ) -> None:
     r"""Check the laws of `HypergradEstimator`, and the answer where it is known.
 
@@ -64,6 +73,9 @@ def check_estimator(
     - *Edges*: ∂f/∂w = 0 gives an indirect term of exact zeros, as does no w at all; a λ
       that the inner loss does not use gives the direct term; a level that no loss uses
       raises `HypergradError`; a loss that is NaN or infinite raises `NonFiniteError`.
+    - *Direction*: where H is a multiple of the identity, every approximation of its
+      inverse is one too, so the indirect term points where the truth does; zeros are
+      for an estimator that says so by `has_indirect`.
     - *Truth*, with `exact_to`: both terms, and again from a warm start.
 
     Each problem is tried in each dtype: in the first one in every structure, in the
@@ -71,7 +83,8 @@ def check_estimator(
     one rounding of H, ∂²g/∂λ∂w and ∂f/∂w does to the answer. One rounding is the ε of the
     dtype, or ε^(2/3) for an estimator of order 1, whose differences lose that much. Where
     this comes to more than 1/2 (bfloat16, unless H is well conditioned), laws are all that
-    is checked.
+    is checked. One problem computes in bfloat16 under parameters in any dtype; there 1/2
+    is what is allowed for.
 
     Args:
         estimator: the estimator; one that looks back needs settings to take virtual
@@ -85,6 +98,8 @@ def check_estimator(
             The first one is also tried at all scales of the outer loss.
         dtypes: dtypes of the problems.
         structures: forms of their tensors; see `restructured`.
+        device: where the problems' tensors are; None for the host. Dtypes that it does
+            not have are for the caller to leave out.
 
     Raises:
         AssertionError: naming the law that does not hold, and problem, dtype and
@@ -96,10 +111,14 @@ def check_estimator(
     """
     # A warning is the estimator's to give; here it would be ours about our problem.
     with silenced():
+        every = {**problems, **_LOW_PRECISION} if problems is PROBLEMS else problems
+        place = {} if device is None else {"device": device}
         on_resolving(Trial(estimator, "the quadratic problem, float64"))
+        on_direction(Trial(estimator, f"an isotropic problem, {dtypes[0]}"), dtypes[0])
         for nth, dtype in enumerate(dtypes):
-            for number, (name, make) in enumerate(problems.items()):
-                goal = _Goal.of(make(dtype=dtype), estimator, exact_to, inverse, dtype)
+            for number, (name, make) in enumerate(every.items()):
+                known = make(dtype=dtype, **place)
+                goal = _Goal.of(known, estimator, exact_to, inverse, dtype)
                 chosen = _two(structures, number) if nth else structures
                 for structure in chosen:
                     trial = Trial(estimator, f"{name}, {dtype}, {structure}")
@@ -135,9 +154,12 @@ class _Goal:
         if exact_to is None:
             return cls(known, None)
         order = estimator.resolve(known.problem, None, estimator.virtual_rule()).order
-        unit = torch.finfo(dtype).eps ** (2 / 3 if order == 1 else 1)
-        rounding = unit * _roundings(known, inverse or torch.linalg.inv)
-        tolerance = exact_to + 10 * rounding if 10 * rounding <= 0.5 else None
+        unit = max(torch.finfo(dtype).eps, known.unit)
+        unit **= 2 / 3 if order == 1 else 1
+        rounding = 10 * unit * _roundings(known, inverse or torch.linalg.inv)
+        if known.unit > torch.finfo(dtype).eps:
+            rounding = min(rounding, 0.5)
+        tolerance = exact_to + rounding if rounding <= 0.5 else None
         if inverse is not None:
             indirect = known.indirect_by(inverse(known.hessian))
             known = replace(known, indirect=indirect)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class KnownProblem:
         hessian: $H = ∂^2g/∂w^2$, `(n, n)`.
         mixed: $M = ∂^2g/∂λ∂w$, `(p, n)`.
         v: ∂f/∂w, `(n,)`.
+        unit: rounding unit of what the losses compute in, where that is coarser than
+            their parameters; else 0.
     """
 
     problem: BilevelProblem
@@ -42,6 +45,7 @@ class KnownProblem:
     hessian: Tensor
     mixed: Tensor
     v: Tensor
+    unit: float = 0.0
 
     @property
     def outer_grads(self) -> Params:
@@ -88,6 +92,8 @@ def at_minimum(
     inner_data: Sequence[Tensor] = (),
     outer_data: Sequence[Tensor] = (),
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    compute: torch.dtype | None = None,
 ) -> KnownProblem:
     r"""Minimise the inner loss and compute the hypergradient there, by dense algebra.
 
@@ -104,6 +110,9 @@ def at_minimum(
         inner_data: tensors; those of floating point are rounded to `dtype`.
         outer_data: likewise.
         dtype: dtype of the problem.
+        device: where its tensors are; the truth stays on the host.
+        compute: what the problem's losses compute in, with parameters that stay in
+            `dtype`; None for `dtype`. The truth knows nothing of it.
 
     Returns:
         The problem at w*(λ), and its truth.
@@ -148,15 +157,32 @@ def at_minimum(
     mixed = torch.func.jacrev(torch.func.grad(g), argnums=1)(w, lam).T
     v, direct = torch.func.grad(f, argnums=(0, 1))(w, lam)
     indirect = -mixed @ torch.linalg.solve(hessian, v)
+
+    def computed(loss: DataLoss, data: Sequence[Tensor]) -> Callable[..., Tensor]:
+        kind = compute or dtype
+        placed = [
+            t.to(device, kind) if t.is_floating_point() else t.to(device) for t in data
+        ]
+
+        def evaluate(inner: Params, outer: Params, batch: Any) -> Tensor:
+            del batch
+            if compute is not None:
+                inner = {n: t.to(kind) for n, t in inner.items()}
+                outer = {n: t.to(kind) for n, t in outer.items()}
+            return loss(inner, outer, placed).to(dtype)
+
+        return evaluate
+
     problem = BilevelProblem(
-        lambda inner, outer, batch: inner_loss(inner, outer, here),
-        lambda inner, outer, batch: outer_loss(inner, outer, held),
-        {n: leaf(t.to(dtype)) for n, t in cut(w, inner_params).items()},
-        {n: leaf(t) for n, t in outer.items()},
+        computed(inner_loss, here),
+        computed(outer_loss, held),
+        {n: leaf(t.to(device, dtype)) for n, t in cut(w, inner_params).items()},
+        {n: leaf(t.to(device)) for n, t in outer.items()},
     )
-    like = problem.outer_params
+    unit = 0.0 if compute is None else torch.finfo(compute).eps
+    like = {n: t.detach().cpu() for n, t in problem.outer_params.items()}
     return KnownProblem(
-        problem, cut(direct, like), cut(indirect, like), hessian, mixed, v
+        problem, cut(direct, like), cut(indirect, like), hessian, mixed, v, unit
     )
 
 
@@ -171,10 +197,10 @@ def relative_error(value: Params, truth: Params) -> float:
         >>> relative_error(one, two)
         0.5
     """
-    wide = {n: t.detach().double() for n, t in truth.items()}
-    off = {n: value[n].detach().double() - wide[n] for n in wide}
-    size = tree.norm(wide)
-    return tree.norm(off) / size if size else tree.norm(off)
+    found = {n: value[n].detach().cpu() for n in truth}
+    known = {n: t.detach().cpu() for n, t in truth.items()}
+    size, own = tree.norms(known, found)
+    return tree.relative_error(found, known) if size else own
 
 
 def cut(vector: Tensor, like: Mapping[str, Tensor]) -> Params:

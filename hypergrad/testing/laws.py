@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergrad import tree
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import HypergradEstimator, Hypergradient
 from hypergrad.problem import BilevelProblem, Level
@@ -18,7 +19,15 @@ from hypergrad.testing.known import KnownProblem, relative_error
 from hypergrad.testing.snapshot import differences, snapshot, snapshot_of
 from hypergrad.tree import Params
 
-__all__ = ["EDGES", "Trial", "on_repeat", "on_scale", "on_truth"]
+__all__ = [
+    "EDGES",
+    "Trial",
+    "on_direction",
+    "on_repeat",
+    "on_resolving",
+    "on_scale",
+    "on_truth",
+]
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,22 @@ def on_scale(trial: Trial, known: KnownProblem) -> None:
 def _output(result: Hypergradient) -> Any:
     parts = (result.outer_grads, result.direct, result.indirect, result.outer_loss)
     return snapshot_of((parts, result.state))
+
+
+def on_direction(trial: Trial, dtype: torch.dtype) -> None:
+    """Check that the indirect term does not point away from the truth."""
+    known = quadratic([1.0], dtype=dtype)
+    result = trial.estimate(known.problem)
+    # Adam's first step from a minimum has degenerate coordinates alone (see `Sama`).
+    if not trial.estimator.has_indirect or result.info.dropped:
+        return
+    along = tree.cosine(result.indirect, known.indirect)
+    says = "is zeros" if along is None else f"has cosine {along:.2g} with the truth"
+    trial.law(
+        along is not None and along > 0.9,
+        f"where H = 1 any approximation of its inverse is positive, and the indirect term "
+        f"{says}",
+    )
 
 
 # -- losses that fail -------------------------------------------------------------------

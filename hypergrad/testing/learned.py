@@ -22,6 +22,7 @@ def softmax_regression(
     n_examples: int = 30,
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make a softmax regression with one log-penalty for each feature.
@@ -37,6 +38,7 @@ def softmax_regression(
         n_classes: columns of W.
         n_examples: n, in each of both data sets.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
         seed: of the data.
 
     Returns:
@@ -68,6 +70,7 @@ def softmax_regression(
         inner_data=_labelled(draw, teacher, n_examples),
         outer_data=_labelled(draw, teacher, n_examples),
         dtype=dtype,
+        device=device,
     )
 
 
@@ -76,6 +79,7 @@ def reweighting(
     n_examples: int = 20,
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make a regression on noisy labels, with one weight for each example.
@@ -90,6 +94,7 @@ def reweighting(
         n_features: size of w.
         n_examples: n, in each of both data sets, and size of λ.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
         seed: of the data.
 
     Returns:
@@ -128,6 +133,7 @@ def reweighting(
         inner_data=(x, sign),
         outer_data=(x_clean, clean),
         dtype=dtype,
+        device=device,
     )
 
 
@@ -137,6 +143,7 @@ def two_layer_network(
     n_examples: int = 20,
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make a tanh network with a weight decay for each layer and a scale of each input.
@@ -152,6 +159,7 @@ def two_layer_network(
         n_hidden: rows of W, and size of u.
         n_examples: n, in each of both data sets.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
         seed: of the data.
 
     Returns:
@@ -195,6 +203,7 @@ def two_layer_network(
         inner_data=data(),
         outer_data=data(),
         dtype=dtype,
+        device=device,
     )
 
 
@@ -205,6 +214,8 @@ def dora_block(
     n_examples: int = 20,
     *,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    compute: torch.dtype | None = None,
     seed: int = 0,
 ) -> KnownProblem:
     r"""Make one linear layer with an exact DoRA adapter, and a head on top of it.
@@ -222,6 +233,8 @@ def dora_block(
         rank: of BA.
         n_examples: in each of both data sets.
         dtype: dtype of the problem; the truth is float64.
+        device: where its tensors are; the truth stays on the host.
+        compute: what the losses compute in, with parameters in `dtype`; None for that.
         seed: of the data.
 
     Returns:
@@ -274,6 +287,8 @@ def dora_block(
         inner_data=(*data(), base, *start.values()),
         outer_data=(*data(), base),
         dtype=dtype,
+        device=device,
+        compute=compute,
     )
 
 

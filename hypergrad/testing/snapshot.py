@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypergrad import rng
 from hypergrad.problem import BilevelProblem
 
 __all__ = ["bits", "differences", "snapshot", "snapshot_of"]
@@ -39,7 +40,13 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 
 def snapshot(problem: BilevelProblem) -> dict[str, Any]:
     """Return the state of a problem and of the process, each part under its name."""
+    devices = {
+        f"the random state of {name}": snapshot_of(state)
+        for name, state in rng.capture(problem.tensors).items()
+        if name not in ("python", "numpy", "cpu")
+    }
     taken: dict[str, Any] = {
+        **devices,
         "torch's random state": bits(torch.get_rng_state()),
         "NumPy's random state": snapshot_of(np.random.get_state(legacy=True)),
         "Python's random state": random.getstate(),
