@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import _foreach as foreach
 from hypergrad import tree
 from hypergrad.rules import State
 from hypergrad.tree import Params
@@ -160,7 +161,7 @@ def _copies(tensors: list[Tensor], memory: list[Tensor] | None) -> list[Tensor]:
     found = list(tensors)
     with torch.inference_mode(mode=False), torch.no_grad():
         for where in _by_device(tensors):
-            new = torch._foreach_clone([tensors[i] for i in where])
+            new = foreach.clone([tensors[i] for i in where])
             for i, copy in zip(where, new, strict=True):
                 found[i] = copy
     return found

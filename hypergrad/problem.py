@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hypergrad import _foreach as foreach
 from hypergrad import rng, tree
 from hypergrad._checks import (
     check_disjoint,
@@ -328,7 +329,7 @@ class BilevelProblem:
         """
         targets, values = self._moves(inner_params, outer_params)
         with torch.inference_mode(mode=False), torch.no_grad():
-            saved = list(torch._foreach_clone(targets)) if targets else []
+            saved = list(foreach.clone(targets)) if targets else []
             # A value may be a view of what is about to move (two that change places).
             held = {_storage(t) for t in targets if t.numel()}
             values = [v.detach().clone() if _storage(v) in held else v for v in values]

@@ -9,10 +9,12 @@ for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from hypergrad import _foreach as foreach
 
 __all__ = [
     "Params",
@@ -58,14 +60,14 @@ def zeros_like(tree: Mapping[str, Tensor]) -> Params:
 @torch.no_grad()
 def clone(tree: Mapping[str, Tensor]) -> Params:
     """Return detached copies that share no memory with `tree`."""
-    return _named(tree, torch._foreach_clone, list(tree.values()))
+    return _named(tree, foreach.clone, list(tree.values()))
 
 
 @torch.no_grad()
 def copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into tensors in place, bit for bit where their dtypes agree."""
     if targets:
-        torch._foreach_copy_(list(targets), list(values))
+        foreach.copy_(list(targets), list(values))
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) ->
     """Return `a + alpha * b`."""
 
     def added(x: list[Tensor], y: list[Tensor]) -> Sequence[Tensor]:
-        return torch._foreach_add(x, y, alpha=alpha)
+        return foreach.add(x, y, alpha=alpha)
 
     return _named(a, added, list(a.values()), [b[name] for name in a])
 
@@ -81,13 +83,13 @@ def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) ->
 @torch.no_grad()
 def sub(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Params:
     """Return `a - b`."""
-    return _named(a, torch._foreach_sub, list(a.values()), [b[name] for name in a])
+    return _named(a, foreach.sub, list(a.values()), [b[name] for name in a])
 
 
 @torch.no_grad()
 def scale(tree: Mapping[str, Tensor], factor: float | Tensor) -> Params:
     """Return `factor * tree`, in the dtypes of `tree`; a tensor factor has one entry."""
-    scaled = _named(tree, torch._foreach_mul, list(tree.values()), factor)
+    scaled = _named(tree, foreach.mul, list(tree.values()), factor)
     if isinstance(factor, Tensor):  # which decides the dtype of tensors without axes
         return {n: t.to(tree[n].dtype) for n, t in scaled.items()}
     return scaled
@@ -124,7 +126,7 @@ def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
         t.device: torch.ones(1, dtype=f, device=t.device)
         for t, f in zip(tensors, finest, strict=True)
     }
-    found = torch._foreach_mul(list(tensors), [ones[t.device] for t in tensors])
+    found = foreach.mul(list(tensors), [ones[t.device] for t in tensors])
     return [
         w if w.shape == t.shape else w.reshape(t.shape)
         for w, t in zip(found, tensors, strict=True)
@@ -164,7 +166,7 @@ def sizes(tensors: Sequence[Tensor]) -> list[Tensor]:
     kinds = {t.device for t in tensors}
     if len(kinds) == 1 and not any(t.is_sparse for t in tensors):
         kind = wide_dtype(next(iter(kinds)))
-        return list(torch._foreach_norm(list(tensors), 2, dtype=kind))
+        return list(foreach.norm(list(tensors), 2, dtype=kind))
     return [
         torch.linalg.vector_norm(
             t.to_dense() if t.is_sparse else t, dtype=wide_dtype(t.device)
@@ -212,7 +214,7 @@ def norms(*trees: Mapping[str, Tensor] | Sequence[Tensor]) -> list[float]:
     return [settled_norm(n, tree) for n, tree in zip(found, trees, strict=True)]
 
 
-def norm(tree: Mapping[str, Tensor] | Iterable[Tensor]) -> float:
+def norm(tree: Mapping[str, Tensor] | Sequence[Tensor]) -> float:
     """Return the Euclidean norm; it neither overflows nor vanishes on its way.
 
     Norms between 1e-300 and 1e300 are right to rounding. NaN and infinity come through.
@@ -222,7 +224,7 @@ def norm(tree: Mapping[str, Tensor] | Iterable[Tensor]) -> float:
         >>> f"{norm({'w': torch.tensor([3e30, 4e30])}):.6g}"
         '5e+30'
     """
-    return norms(tree if isinstance(tree, Mapping) else list(tree))[0]
+    return norms(tree)[0]
 
 
 def _scaled_norm(tensors: Sequence[Tensor]) -> float:
@@ -249,9 +251,7 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """
     if not a:
         return 0.0
-    parts = torch._foreach_mul(
-        widened(list(a.values())), widened([b[name] for name in a])
-    )
+    parts = foreach.mul(widened(list(a.values())), widened([b[name] for name in a]))
     device = parts[0].device
     return read([torch.stack([p.sum().to(device) for p in parts]).sum()])[0]
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from hypergrad import _foreach as foreach
 from hypergrad._checks import check_number
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
@@ -92,7 +93,5 @@ class Darts(OneStepEstimator):
         if not point.v:
             return self._mixed(point, step, {})
         with torch.no_grad():
-            moved = torch._foreach_mul(
-                list(point.v.values()), [-rates[n] for n in point.v]
-            )
+            moved = foreach.mul(list(point.v.values()), [-rates[n] for n in point.v])
         return self._mixed(point, step, dict(zip(point.v, moved, strict=True)))

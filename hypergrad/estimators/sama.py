@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad import _foreach as foreach
 from hypergrad.estimator import Indirect, Point
 from hypergrad.estimators._one_step import OneStepEstimator
 from hypergrad.rules import Rule
@@ -109,17 +110,17 @@ def _without_dead(direction: Params, step: InnerStep) -> tuple[Params, Tensor]:
         return direction, torch.zeros(())
     given = [direction[n] for n in names]
     with torch.no_grad():
-        size = torch._foreach_abs([step.grads[n] for n in names])
+        size = foreach.absolute([step.grads[n] for n in names])
         second = [
             step.state.get(n, {}).get("exp_avg_sq", s)
             for n, s in zip(names, size, strict=True)
         ]
-        live = torch._foreach_sign(torch._foreach_add(size, second))
+        live = foreach.sign(foreach.add(size, second))
         # With eps=0 a dead coordinate is infinite, and 0 times that is not 0.
         largest = min(torch.finfo(t.dtype).max for t in given)
-        bounded = torch._foreach_clamp_max(given, largest)
-        bounded = torch._foreach_clamp_min(bounded, -largest)
-        kept = torch._foreach_mul(bounded, live)
-        count = torch.stack(list(torch._foreach_norm(live, 1))).sum()
+        bounded = foreach.clamp_max(given, largest)
+        bounded = foreach.clamp_min(bounded, -largest)
+        kept = foreach.mul(bounded, live)
+        count = torch.stack(list(foreach.norm(live, 1))).sum()
     total = sum(t.numel() for t in given)
     return {**direction, **dict(zip(names, kept, strict=True))}, total - count

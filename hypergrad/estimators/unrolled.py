@@ -123,6 +123,7 @@ class Unrolled(HypergradEstimator):
         """Return the sum of the steps' contributions."""
         w_bar, state_bar = point.v, State()
         total: Params = {}
+        info: dict[str, Any] = {}
         unused = set(point.problem.outer_params)
         for back, step in enumerate(reversed(point.steps), start=1):
             oldest = back == len(point.steps)
@@ -135,13 +136,14 @@ class Unrolled(HypergradEstimator):
                 del grads  # the product is what takes most memory
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
             unused &= point.unused
+            info = product.info
             total = tree.add(total, mixed) if total else mixed
             if not oldest:
                 w_bar = tree.add(pulled.params, curved)
                 state_bar = pulled.state
         point.unused = unused
         reason = _MOVED.format(len(point.steps)) if self._moved(point) else ""
-        return Indirect(total, info={**product.info, "reason": reason})
+        return Indirect(total, info={**info, "reason": reason})
 
     def _moved(self, point: Point) -> bool:
         """Return whether λ is not what it was at every step."""

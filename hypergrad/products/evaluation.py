@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from hypergrad import _foreach as foreach
 from hypergrad._checks import some
 from hypergrad._graph import (
     REENTRANT,
@@ -286,5 +287,5 @@ def accumulate(
         return new
     with torch.no_grad():
         if weight != 1.0:
-            new = list(torch._foreach_mul(new, weight))
-        return list(torch._foreach_add(sums, new)) if sums else new
+            new = list(foreach.mul(new, weight))
+        return list(foreach.add(sums, new)) if sums else new

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hypergrad import _foreach as foreach
 from hypergrad import tree
 from hypergrad.errors import NonFiniteError
 
@@ -115,7 +116,7 @@ class Tally:
 def _peaks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the largest size of an entry of each tensor; NaN where there is a NaN."""
     with torch.no_grad():
-        peaks = list(torch._foreach_norm(list(tensors), math.inf))
+        peaks = list(foreach.norm(list(tensors), math.inf))
         first = peaks[0]
         if any(p.dtype != first.dtype or p.device != first.device for p in peaks):
             kind = tree.wide_dtype(first.device)

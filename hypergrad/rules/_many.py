@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import _foreach as foreach
 from hypergrad import tree
 
 __all__ = ["Many"]
@@ -38,63 +39,61 @@ class Many:
         return iter(self.tensors)
 
     def __add__(self, other: Many | float) -> Many:
-        return self._with(torch._foreach_add, other)
+        return self._with(foreach.add, other)
 
     def __sub__(self, other: Many | float) -> Many:
-        return self._with(torch._foreach_sub, other)
+        return self._with(foreach.sub, other)
 
     def __mul__(self, other: Many | float | Sequence[float]) -> Many:
-        return self._with(torch._foreach_mul, other)
+        return self._with(foreach.mul, other)
 
     def __truediv__(self, other: Many | float | Sequence[float]) -> Many:
-        return self._with(torch._foreach_div, other)
+        return self._with(foreach.div, other)
 
     def __neg__(self) -> Many:
-        return Many(torch._foreach_neg(self.tensors))
+        return Many(foreach.neg(self.tensors))
 
     __radd__ = __add__
     __rmul__ = __mul__
 
     def plus(self, other: Many, factor: float) -> Many:
         """Return `self + factor * other`, rounded as torch's optimizers do."""
-        return Many(torch._foreach_add(self.tensors, other.tensors, alpha=factor))
+        return Many(foreach.add(self.tensors, other.tensors, alpha=factor))
 
     def plus_product(self, a: Many, b: Many, factor: float) -> Many:
         """Return `self + factor * a * b`, likewise."""
-        found = torch._foreach_addcmul(self.tensors, a.tensors, b.tensors, factor)
+        found = foreach.addcmul(self.tensors, a.tensors, b.tensors, factor)
         return Many(found)
 
     def plus_quotient(self, a: Many, b: Many, factors: Sequence[float]) -> Many:
         """Return `self + factors * a / b`, likewise."""
-        found = torch._foreach_addcdiv(
-            self.tensors, a.tensors, b.tensors, list(factors)
-        )
+        found = foreach.addcdiv(self.tensors, a.tensors, b.tensors, list(factors))
         return Many(found)
 
     def lerp(self, end: Many, weight: float) -> Many:
         """Return `self + weight * (end - self)`, likewise."""
-        return Many(torch._foreach_lerp(self.tensors, end.tensors, weight))
+        return Many(foreach.lerp(self.tensors, end.tensors, weight))
 
     def sqrt(self) -> Many:
         """Return square roots."""
-        return Many(torch._foreach_sqrt(self.tensors))
+        return Many(foreach.sqrt(self.tensors))
 
     def maximum(self, other: Many) -> Many:
         """Return the larger entries."""
-        return self._with(torch._foreach_maximum, other)
+        return self._with(foreach.maximum, other)
 
     def at_least(self, least: float) -> Many:
         """Return entries of at least a number."""
-        return Many(torch._foreach_clamp_min(self.tensors, least))
+        return Many(foreach.clamp_min(self.tensors, least))
 
     def is_at_least(self, other: Many) -> Many:
         """Return 1 where an entry is at least the other's, else 0."""
-        sign = torch._foreach_sign((self - other).tensors)
-        return Many(torch._foreach_clamp_min(torch._foreach_add(sign, 1), 0)).at_most(1)
+        sign = foreach.sign((self - other).tensors)
+        return Many(foreach.clamp_min(foreach.add(sign, 1), 0)).at_most(1)
 
     def at_most(self, most: float) -> Many:
         """Return entries of at most a number."""
-        return Many(torch._foreach_clamp_max(self.tensors, most))
+        return Many(foreach.clamp_max(self.tensors, most))
 
     def zeros(self) -> Many:
         """Return zeros of the same shapes."""
@@ -102,7 +101,7 @@ class Many:
 
     def copies(self) -> Many:
         """Return copies."""
-        return Many(torch._foreach_clone(self.tensors))
+        return Many(foreach.clone(self.tensors))
 
     def widened(self) -> Many:
         """Return the tensors in the finest dtype of their device."""
@@ -114,7 +113,7 @@ class Many:
         if all(a.dtype == b.dtype for a, b in pairs):
             return self
         found = other.copies()
-        torch._foreach_copy_(found.tensors, self.tensors)
+        foreach.copy_(found.tensors, self.tensors)
         return found
 
     def _with(self, fn: Callable[..., Any], other: Any) -> Many:

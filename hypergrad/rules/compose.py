@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import _foreach as foreach
 from hypergrad import tree
 from hypergrad._checks import check_number
 from hypergrad.rules._many import Many
@@ -86,12 +87,12 @@ class Clipped(Rule):
         g, bar = Many(grads.values()), Many(pulled.grads.values())
         wide = bar.widened()
         # By the unit vector g / N: powers of N itself leave the range of float32.
-        unit = Many(torch._foreach_div(g.widened().tensors, n + (n == 0)))
+        unit = Many(foreach.div(g.widened().tensors, n + (n == 0)))
         parts = (unit * wide).tensors
         along = torch.stack([p.sum().to(n.device) for p in parts]).sum()
         along = torch.where(c < 1, c * n / (n + 1e-6) * along, torch.zeros_like(along))
-        found = Many(torch._foreach_mul(wide.tensors, c)) - Many(
-            torch._foreach_mul(unit.tensors, along)
+        found = Many(foreach.mul(wide.tensors, c)) - Many(
+            foreach.mul(unit.tensors, along)
         )
         grads_bar = dict(zip(pulled.grads, found.like(bar).tensors, strict=True))
         return Pullback(pulled.params, pulled.state, grads_bar)

@@ -41,19 +41,19 @@ _DECODER: dict[str, Any] = {
 
 
 def _bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=3,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.1,
-    )
-    return BertForSequenceClassification(config)
+    shape: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": 3,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.1,
+    }
+    return BertForSequenceClassification(BertConfig(**shape))
 
 
 def _gpt2() -> nn.Module:
@@ -104,7 +104,7 @@ def make(name: str) -> Any:
         # A head in float32 would hide what the base rounds.
         modules_to_save=None,
     )
-    model: Any = get_peft_model(base().to(torch.bfloat16), config).eval()  # pyright: ignore[reportArgumentType]
+    model: Any = get_peft_model(base().to(torch.bfloat16), config).eval()
     for n, p in model.named_parameters():
         p.requires_grad_("lora" in n)
     return model

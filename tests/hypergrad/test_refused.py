@@ -42,6 +42,10 @@ def square(model: Any, batch: Any) -> Tensor:
     return model(batch).square().mean()
 
 
+def three(inner: Any, outer: Any, batch: Any) -> Tensor:
+    return (inner["w"] * outer["m"]).sum()
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_module_wrapped_for_ranks() -> None:
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
@@ -57,14 +61,14 @@ def test_a_sharded_module_and_a_shard() -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    sharded = fully_shard(nn.Linear(2, 1), mesh=mesh)
+    sharded: Any = fully_shard(nn.Linear(2, 1), mesh=mesh)
     with pytest.raises(TypeError, match=r"sharded.*Pass the module unsharded"):
         BilevelProblem.from_module(sharded, square, outer="bias")
     shard = distribute_tensor(torch.ones(2, requires_grad=True), mesh)
     assert isinstance(shard, DTensor)
     given: Any = {"w": shard}
     with pytest.raises(TypeError, match=r"inner_params\['w'\] is a DTensor.*full_ten"):
-        BilevelProblem(square, square, given, {"m": torch.ones(1, requires_grad=True)})
+        BilevelProblem(three, three, given, {"m": torch.ones(1, requires_grad=True)})
 
 
 def test_a_group_that_is_none() -> None:
