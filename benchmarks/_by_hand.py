@@ -1,8 +1,8 @@
 """Hypergradients as one would write them for one problem, without a library.
 
-Nothing of the packages is used here: `overhead` asks what they cost over this. Each function
-makes the passes and products that its method needs and no others, checks nothing, and leaves
-w, λ and the batch to the caller. All return the total derivative, by name.
+Nothing of the packages is used here: `overhead` asks what they cost over this. Each
+function makes the passes and products that its method needs and no others, and checks
+nothing. All return the total derivative, by name.
 """
 
 from __future__ import annotations
@@ -240,9 +240,7 @@ def take(
         taken.append(Snapshot(w, slots, t))
         at = [part.detach().requires_grad_() for part in w]
         slope = grad(task.inner_loss(named(task.inner, at), lam, task.batch), at)
-        moved = [
-            through.step(*one, t) for one in zip(w, slots, slope, strict=True)
-        ]
+        moved = [through.step(*one, t) for one in zip(w, slots, slope, strict=True)]
         w, slots = [one[0] for one in moved], [one[1] for one in moved]
     return taken, named(task.inner, [t.requires_grad_() for t in w])
 
@@ -263,7 +261,9 @@ def unrolled(
         ]
         g_bar = [one[2] for one in pulled]
         if t == taken[0].t:  # nobody asks for the oldest w
-            return named(lam, torch._foreach_add(total, grad(slope, leaves(lam), g_bar)))
+            return named(
+                lam, torch._foreach_add(total, grad(slope, leaves(lam), g_bar))
+            )
         parts = grad(slope, [*at, *leaves(lam)], g_bar)
         w_bar = torch._foreach_add([one[0] for one in pulled], parts[: len(at)])
         slots_bar = [one[1] for one in pulled]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -163,14 +163,24 @@ def write_result(
     }
     path = RESULTS / f"{module}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(
+        content, indent=1, ensure_ascii=False, allow_nan=False, default=_written_out
+    )
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
     ) as part:
-        part.write(text)
+        part.write(f"{text}\n")
     Path(part.name).chmod(0o644)
     os.replace(part.name, path)
     return path
+
+
+def _written_out(value: Any) -> str:
+    """Return a setting that is an object, such as a product, as it is made in code."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    msg = f"a {type(value).__name__} does not fit into JSON"
+    raise TypeError(msg)
 
 
 def picture_path(module: str) -> Path:

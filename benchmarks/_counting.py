@@ -4,14 +4,14 @@
         optimizer.step()
     counts.operations, counts.reads
 
-An operation is what torch dispatches after autograd: about one kernel each on a GPU. A read
-brings a number from the device to the host, which waits for all that was asked before:
-`.item()`, `float()`, `bool()`, `torch.equal`, indices of what is not zero, `.tolist()`,
-`.numpy()` and `.cpu()`. On a CPU nobody waits, but the count is the same.
+An operation is what torch dispatches after autograd: about one kernel each on a GPU. A
+read brings a number from the device to the host, which waits for all that was asked
+before: `.item()`, `float()`, `bool()`, `torch.equal`, indices of what is not zero,
+`.tolist()`, `.numpy()` and `.cpu()`. On a CPU nobody waits, but the count is the same.
 
 AdamW and Adam read their own `step` of each tensor, which lies on the host: no read of the
-device. Those are float32 of no dimension, and are left out, so **count with a float64 model**,
-or reads of your own float32 scalars on the host are left out with them.
+device. Those are float32 of no dimension, and are left out. **So count with a float64
+model**, or reads of other float32 scalars on the host are left out with them.
 """
 
 from __future__ import annotations
@@ -109,6 +109,13 @@ def _place() -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         if path != __file__ and not path.startswith((_TORCH, "<")):
-            return f"{path}:{frame.f_lineno}"
+            return f"{_below_root(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"
+
+
+def _below_root(path: str) -> str:
+    """Return a path as it is imported, without where that is on this machine."""
+    roots = [root for root in (str(Path.cwd()), *sys.path) if root]
+    inside = [root for root in roots if path.startswith(root)]
+    return path.removeprefix(max(inside, key=len, default="")).lstrip("/")

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hypergrad import estimator_names
+from hypergrad.products import FiniteDifference
 
 VOCABULARY = 1000
 # Beside the default of every registered estimator. `unrolled` is given by its K;
 # `implicit` is `cg` again.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "darts": [{}, {"scheme": "forward"}, {"product": "exact"}],
+    "darts": [
+        {},
+        {"product": FiniteDifference(scheme="forward")},
+        {"product": "exact"},
+    ],
     "sama": [{}, {"product": "exact"}],
     "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
     "implicit": [],
@@ -87,8 +92,13 @@ def draw_batch(examples: int, tokens: int, seed: int) -> dict[str, Tensor]:
 
 def estimator_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield label, registered name and settings of what there is to measure."""
-    words = {"scheme": "{}", "product": "{} product", "num_steps": "K = {}"}
     for name in estimator_names():
         for settings in VARIANTS.get(name, [{}]):
-            told = (words[k].format(v) for k, v in settings.items())
+            told = (_told(k, v) for k, v in settings.items())
             yield ", ".join([name, *told]), name, settings
+
+
+def _told(setting: str, value: Any) -> str:
+    if isinstance(value, FiniteDifference):
+        return value.scheme
+    return {"product": "{} product", "num_steps": "K = {}"}[setting].format(value)

@@ -50,15 +50,12 @@ class Method:
         calls: what makes a call, by who makes it; those of `OURS` and `HAND` among them.
         within: how far ours may be from what is written by hand, relative.
         products: products with second derivatives of each call, the mixed one included.
-        exact: those that answer the same question, so that their distance from ours is an
-            error of rounding alone.
     """
 
     name: str
     calls: dict[str, Callable[[Task], Call]]
     within: float
     products: int
-    exact: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str | None]:
@@ -222,9 +219,7 @@ def torchopt_minimum(solver: str, settings: Callable[[Task], Any], task: Task) -
     from torchopt.diff.implicit import custom_root
 
     def objective(w: Any, lam: Any) -> Tensor:
-        return task.inner_loss(
-            named(task.inner, w), named(task.outer, lam), task.batch
-        )
+        return task.inner_loss(named(task.inner, w), named(task.outer, lam), task.batch)
 
     made = getattr(linear_solve, solver)(**settings(task))
 
@@ -336,7 +331,6 @@ def methods() -> Iterator[Method]:
             },
             within=1e-12,
             products=STEPS,
-            exact=("torch.optim", "TorchOpt"),
         )
         more = {"num_steps": STEPS}
         yield Method(
@@ -392,5 +386,4 @@ def methods() -> Iterator[Method]:
         },
         within=1e-12,
         products=TERMS + 1,
-        exact=("TorchOpt", "Betty"),
     )

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from benchmarks._peer_cases import Case
 from benchmarks._truth import HANDS, Params
-from hypergrad import BilevelProblem, HypergradEstimator, make_estimator
-from hypergrad.optimizer import BilevelOptimizer
+from hypergrad import (
+    BilevelOptimizer,
+    BilevelProblem,
+    HypergradEstimator,
+    make_estimator,
+)
 from hypergrad.testing import relative_error
 
 

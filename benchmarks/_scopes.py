@@ -16,16 +16,15 @@ from unittest import mock
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bidora import optimizer as bidora_optimizer
-from hypergrad import optimizer, rng, tree
+from hypergrad import _stepping, rng, tree
 from hypergrad._rollback import Rollback
+from hypergrad._stepping import Stepper
 from hypergrad.compare._measure import _quiet_start
-from hypergrad.optimizer import BilevelOptimizer
 from hypergrad.problem import BilevelProblem
-from hypergrad.products import evaluation, exact
-from hypergrad.products.difference import FiniteDifference
-from hypergrad.products.exact import DoubleBackward
-from hypergrad.products.gradients import InnerGraph
-from hypergrad.rules.base import ElementwiseRule
+from hypergrad.products import BoundProduct, InnerGraph, Tally, evaluation, exact
+from hypergrad.products.difference import _FiniteDifference
+from hypergrad.products.exact import _DoubleBackward
+from hypergrad.rules import ElementwiseRule
 from hypergrad.solvers import NeumannSolver
 
 # The package has a function of that name.
@@ -70,10 +69,6 @@ class Clock:
         if not self._stack:  # outside of what is measured
             yield
             return
-        # What a solver or a difference computes with vectors is its own arithmetic.
-        top = self._stack[-1][0]
-        if label == CHECKS and top in (SOLVER, PRODUCT):
-            label = top
         self._push(label)
         try:
             yield
@@ -86,6 +81,11 @@ class Clock:
 
     def backward(self, *_: Any) -> str:
         return "product: backward" if self._in_product else f"backward of {self._level}"
+
+    def norm(self, *_: Any) -> str:
+        # What a solver or a difference computes with vectors is its own arithmetic.
+        top = self._stack[-1][0] if self._stack else REST
+        return top if top in (SOLVER, PRODUCT) else CHECKS
 
     @property
     def _in_product(self) -> bool:
@@ -118,26 +118,31 @@ def at_the_seams(clock: Clock) -> Iterator[None]:
     """Wrap what an iteration is made of, for the block."""
     functions: list[tuple[Any, str, Label]] = [
         (BilevelProblem, "loss", clock.forward),
-        (evaluation, "_grad", clock.backward),
+        (evaluation, "differentiate", clock.backward),
         (InnerGraph, "product", "product: through the gradient's graph"),
-        (FiniteDifference, "vjp", PRODUCT),
-        (DoubleBackward, "vjp", PRODUCT),
-        (DoubleBackward, "gradient", PRODUCT),
+        (BoundProduct, "vjp", PRODUCT),  # of all but differences, which have their own
+        (_FiniteDifference, "_vjp", PRODUCT),
+        (_DoubleBackward, "gradient", PRODUCT),
+        (_DoubleBackward, "hvps", PRODUCT),
         (gradients, "accumulate", PRODUCT),
         (exact, "accumulate", PRODUCT),
         (NeumannSolver, "solve", SOLVER),
         (ElementwiseRule, "pullback", RULE),
-        (optimizer, "rule_of", RULE),
-        (optimizer, "apply_gradients", OPTIMIZERS),
+        (_stepping, "rule_of", RULE),
+        (_stepping, "apply_gradients", OPTIMIZERS),
         (Rollback, "level", COPIES),
-        (BilevelOptimizer, "_record", COPIES),
-        (gradients, "_leaf_like", COPIES),
+        (Stepper, "_record", COPIES),
+        (gradients, "_leaves_like", COPIES),
         (Rollback, "module", STATES),
         (rng, "capture", STATES),
         (rng, "restore", STATES),
-        (tree, "norm", CHECKS),
-        (tree, "all_finite", CHECKS),
-        (tree, "dot", CHECKS),
+        (tree, "size", clock.norm),
+        (tree, "sizes", clock.norm),
+        (tree, "norms", clock.norm),
+        (tree, "dot", clock.norm),
+        (Tally, "watch_finite", CHECKS),
+        (Tally, "watch_direction", CHECKS),
+        (Tally, "read", CHECKS),
         (bidora_optimizer, "check_norms", CHECKS),
         (bidora_optimizer, "orthogonality_term", ORTHOGONALITY),
     ]

@@ -54,6 +54,7 @@ from bidora import BiDoRAOptimizer, use_exact_dora
 from bidora.orthogonality import orthogonality
 from hypergrad import NumericalWarning, make_estimator
 from hypergrad.compare._run import forwards_of
+from hypergrad.products import FiniteDifference
 
 QUESTION = "Where does a BiDoRA iteration spend its time and memory?"
 STEP = "exact DoRA step"
@@ -61,8 +62,8 @@ STEP = "exact DoRA step"
 # have gradients so small that a finite difference moves them apart from the rest.
 BEFORE = 10
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "darts, forward": ("darts", {"scheme": "forward"}),
-    "darts, central": ("darts", {}),
+    "darts, forward": ("darts", {"product": FiniteDifference(scheme="forward")}),
+    "darts, central": ("darts", {"product": FiniteDifference()}),
     "darts, exact (graph kept)": ("darts", {"product": "exact"}),
     "unrolled, K = 2": ("unrolled", {"num_steps": 2}),
     "neumann, 5 terms": ("neumann", {"num_terms": 5}),

@@ -62,8 +62,9 @@ from bidora.report import Listener
 from bidora.settings import TrainSettings
 from bidora.tasks import BatchStream
 from hypergrad import NumericalWarning, make_estimator, rng
-from hypergrad.compare._distance import cosine_of, error_of
 from hypergrad.compare._measure import peak_bytes
+from hypergrad.products import FiniteDifference
+from hypergrad.tree import cosine, relative_error
 
 QUESTION = (
     "What accuracy does each way to take the mixed product buy, and at what cost?"
@@ -72,14 +73,16 @@ BASELINE = "exact DoRA step"
 ESTIMATORS = ("darts", "sama")
 # On part of a batch nothing that the inner step computed can serve, so that a one-sided
 # difference costs there what a central one does.
+FORWARD = FiniteDifference(scheme="forward")
+CENTRAL = FiniteDifference()
 SCHEMES: dict[str, dict[str, Any]] = {
-    "forward": {"scheme": "forward"},
-    "central": {},
-    "richardson": {"scheme": "richardson"},
+    "forward": {"product": FORWARD},
+    "central": {"product": CENTRAL},
+    "richardson": {"product": FiniteDifference(scheme="richardson")},
     "exact, kept": {"product": "exact"},
     "exact, recomputed": {"product": "exact"},
-    "central, 1/2": {"product_fraction": 0.5},
-    "central, 1/4": {"product_fraction": 0.25},
+    "central, 1/2": {"product": CENTRAL, "product_fraction": 0.5},
+    "central, 1/4": {"product": CENTRAL, "product_fraction": 0.25},
     "exact, 1/2": {"product": "exact", "product_fraction": 0.5},
     "exact, 1/4": {"product": "exact", "product_fraction": 0.25},
 }
@@ -238,7 +241,7 @@ def accuracy(bench: Bench, precision: str, batches: int, bar: Any) -> dict[Any, 
     """Return every scheme's errors, at inner steps of one training."""
     torch.manual_seed(1)
     # Its inner step records the by-product that the forward scheme starts from.
-    optimizer = bench.optimizer(make_estimator("sama", scheme="forward"))
+    optimizer = bench.optimizer(make_estimator("sama", product=FORWARD))
     for _ in range(10):  # AdamW's moments
         optimizer.inner_step(bench.inner())
     measured: dict[Any, list[dict[str, float | None]]] = {}
@@ -264,10 +267,10 @@ def accuracy(bench: Bench, precision: str, batches: int, bar: Any) -> dict[Any, 
             whole = {n: direct[n] + indirect[n] for n in direct}
             measured.setdefault(key, []).append(
                 {
-                    "indirect_error": error_of(one.indirect, indirect),
-                    "indirect_cosine": cosine_of(one.indirect, indirect),
-                    "error": error_of(one.outer_grads, whole),
-                    "cosine": cosine_of(one.outer_grads, whole),
+                    "indirect_error": relative_error(one.indirect, indirect),
+                    "indirect_cosine": cosine(one.indirect, indirect),
+                    "error": relative_error(one.outer_grads, whole),
+                    "cosine": cosine(one.outer_grads, whole),
                 }
             )
         truths.append(compared(direct, truth))
@@ -343,10 +346,10 @@ def compared(direct: Any, truth: Any) -> dict[str, float | None]:
     """Say what the indirect term is worth, and how `darts` differs from AdamW's step."""
     whole = {n: direct[n] + truth["sama"][n] for n in direct}
     return {
-        "cosine of the direct term to the whole of sama": cosine_of(direct, whole),
-        "error of the direct term alone": error_of(direct, whole),
-        "darts to sama, error": error_of(truth["darts"], truth["sama"]),
-        "darts to sama, cosine": cosine_of(truth["darts"], truth["sama"]),
+        "cosine of the direct term to the whole of sama": cosine(direct, whole),
+        "error of the direct term alone": relative_error(direct, whole),
+        "darts to sama, error": relative_error(truth["darts"], truth["sama"]),
+        "darts to sama, cosine": cosine(truth["darts"], truth["sama"]),
     }
 
 

@@ -73,10 +73,10 @@ class Checkpointer:
         if reducer.any(foreign, self._problem.outer_params):
             if window:
                 report(
-                    f"a checkpoint was saved by rank {own[0]} of {own[1]} and loaded on "
-                    f"another (here: rank {reducer.rank} of {reducer.ranks}), whose "
-                    "batches are not in it. The recorded inner steps were left out; the "
-                    "first outer steps wait for new ones. Save one file for each rank."
+                    f"some of the {reducer.ranks} ranks loaded a checkpoint that another "
+                    f"one saved (here: of rank {own[0]} of {own[1]}), and its batches are "
+                    "not theirs. The recorded inner steps were left out on all; the first "
+                    "outer steps wait for new ones. Save one file for each rank."
                 )
             window, last = (), ()
         return Run(

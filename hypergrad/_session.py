@@ -26,10 +26,10 @@ class Session:
         self._before = rng.capture(tensors)
         if state is not None:
             self._before |= rng.missing(state, self._before)
+        self._mark = rng.mark()
         self.start: RngState = self._before if state is None else state
         """The random state that evaluations start from which have none of their own."""
         self._module = None if module is None else ModuleState(module)
-        self._drawn = state is not None
 
     def rewind(self, state: RngState | None, *, keep: bool = False) -> None:
         """Make everything what an evaluation has to start from.
@@ -40,9 +40,10 @@ class Session:
                 may be changed by a later one.
         """
         state = self.start if state is None else state
-        if self._drawn or state is not self._before:
+        if state is self._before:
+            rng.restore(state, self._mark)
+        else:
             rng.restore(state)
-        self._drawn = True
         if self._module is not None:
             self._module.rewind(keep=keep)
 
@@ -56,4 +57,4 @@ class Session:
             if self._module is not None:
                 self._module.close()
         finally:
-            rng.restore(self._before)
+            rng.restore(self._before, self._mark)

@@ -231,7 +231,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self._resolve(inner_batch)
             due = self._run.is_due(self.n_inner_steps + 1, self.outer_warmup)
             report = self._inner(inner_batch, rollback, outer_follows=due)
-            if not due:
+            if not due or len(self._run.window) < self.estimator.lookback:
                 return report
             if callable(outer_batch):
                 outer_batch = outer_batch()
@@ -258,6 +258,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self._run, inner_batch, rollback, outer_follows=outer_follows
         )
         self._opt_called = True  # what torch's schedulers look for
+        self._resolve(inner_batch)
         return report
 
     def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:
@@ -296,12 +297,21 @@ class BilevelOptimizer(torch.optim.Optimizer):
             parameter.requires_grad_(False)
 
     def _resolve(self, inner_batch: Any) -> None:
-        """Before the first step, let an estimator that chooses another do so."""
+        """Before the first step and after it, let an estimator that chooses do so.
+
+        After it, since only then a graph of the inner loss tells what it computes in.
+        """
         if self._run.resolved:
             return
-        rule = self._stepper.rule()
-        self._adopt(self.estimator.resolve(self.problem, inner_batch, rule))
-        self._run = replace(self._run, resolved=True)
+        was = self.estimator
+        self._adopt(was.resolve(self.problem, inner_batch, self._stepper.rule()))
+        if not self.n_inner_steps:
+            return
+        window = self._run.window
+        if self.estimator.order > was.order:
+            # What was recorded ran under attention with masks of its own.
+            window = tuple(s for s in window if _is_plain(s))
+        self._run = replace(self._run, window=window, resolved=True)
 
     def _adopt(self, estimator: HypergradEstimator) -> None:
         every = self._run.outer_every
@@ -411,6 +421,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
         }
         shown = ", ".join(f"{key}={value}" for key, value in settings.items())
         return re.sub(r" at 0x[0-9a-f]+", "", f"{self._asked!r}, {shown}")
+
+
+def _is_plain(step: InnerStep) -> bool:
+    """Return whether a step ran under attention that can be derived twice."""
+    return all(m.attention == "math" for m in step.micro_batches)
 
 
 def _make_problem(

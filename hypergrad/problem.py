@@ -426,6 +426,15 @@ class BilevelProblem:
             self._session = None
             session.close()
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Leave all as it is after the block, as `untouched`, but start no evaluation."""
+        if self._session is not None:
+            yield
+            return
+        with self.untouched():
+            yield
+
     # -- internals ----------------------------------------------------------------
 
     def _own(self, kind: str, params: Mapping[str, Tensor]) -> Params:

@@ -240,8 +240,10 @@ class Reducer:
         dist.broadcast(packed, source, group=self.group)
         name, _, text = _unpacked(packed).partition("\n")
         known = {n: getattr(errors, n) for n in errors.__all__}
-        kind = known.get(name, RankError)
-        if not issubclass(kind, HypergradError):
+        # Which is caught where less memory is a way out.
+        known["OutOfMemoryError"] = torch.OutOfMemoryError
+        kind: Any = known.get(name, RankError)
+        if not issubclass(kind, (HypergradError, torch.OutOfMemoryError)):
             kind = RankError
         said = (
             text if kind is not RankError or name == "RankError" else f"{name}: {text}"

@@ -272,9 +272,11 @@ def relative_error(value: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
         >>> relative_error({"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0])})
         0.5
     """
-    length = norm(truth)
+    length, own = norms(truth, value)
+    if own == 0.0 and 0.0 < length < math.inf:
+        return 1.0
     if length == 0.0 or not math.isfinite(length):
-        return 0.0 if norm(value) == length == 0.0 else math.inf
+        return 0.0 if own == length == 0.0 else math.inf
     units = {n: wide(t) / length for n, t in truth.items()}
     return norm({n: wide(value[n]).to(t.device) / length - t for n, t in units.items()})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,14 @@ class Product(ABC):
     """Under which it is registered."""
     order: ClassVar[int] = 2
     """1 where first derivatives suffice, so that fused attention works."""
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)  # pyright: ignore[reportArgumentType]
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def continues_graph(self) -> bool:
@@ -164,8 +172,9 @@ class BoundProduct(ABC):
         return g.inner or {}
 
     def hvp(self, direction: Params) -> Params:
-        """Return (∂²g/∂w²) `direction`; what a solver asks for."""
-        return self.vjp(direction, outer=False)[0]
+        """Return (∂²g/∂w²) `direction`, whose direction a solver knows to be finite."""
+        w = self.problem.inner_params
+        return self._averaged(w, lambda: self.compute(direction, w)).values
 
     def hvps(self, directions: Params) -> Params:
         """Return (∂²g/∂w²) u for several u, stacked along a leading axis of each tensor.
@@ -199,9 +208,11 @@ class BoundProduct(ABC):
         return None
 
     def _averaged(
-        self, like: Params, compute: Callable[[], Contribution]
+        self,
+        like: Params,
+        compute: Callable[[], Contribution],
     ) -> Contribution:
-        with self.problem.untouched():
+        with self.problem.guarded():
             parts = self.problem.reducer.together(like, compute)
         if parts.loss is not None:
             self.tally.watch_loss("inner", parts.loss)

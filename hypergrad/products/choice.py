@@ -30,7 +30,7 @@ _ATTENTION_COPIES = 6
 dropout mask, and their gradients."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AutoProduct(Product):
     """Take differences where the loss computes in float32 or finer, else be exact.
 
@@ -59,8 +59,11 @@ class AutoProduct(Product):
         """
         if not problem.inner_params:
             return FiniteDifference(), "there are no inner parameters"
-        unit = max(settings_unit(problem), seen_unit(problem) or 0.0)
-        if unit <= FLOAT32 and not _shows_itself(problem.module):
+        seen = seen_unit(problem)
+        unit = max(settings_unit(problem), seen or 0.0)
+        if seen is None and unit <= FLOAT32:
+            if _runs_before_products(problem.module):
+                return self, "no graph of the inner loss was seen yet"
             unit = max(unit, inner_unit(problem, batches[0], Tally()))
         if not problem.reducer.any(unit > FLOAT32, problem.inner_params):
             return FiniteDifference(), "the inner loss computes in float32 or finer"
@@ -85,6 +88,8 @@ class AutoProduct(Product):
             tally: counts the evaluations.
             hints: passed on.
         """
+        if seen_unit(problem) is None:
+            inner_unit(problem, batches[0], Tally())  # a look, and no part of it
         chosen, _ = self.chosen(problem, batches)
         return chosen.bind(problem, batches, tally, hints)
 
@@ -123,13 +128,13 @@ def second_order_failure(problem: BilevelProblem, batches: Sequence[MicroBatch])
     return ""
 
 
-def _shows_itself(module: nn.Module | None) -> bool:
-    """Return whether the weights of a module tell what it computes in.
+def _runs_before_products(module: nn.Module | None) -> bool:
+    """Return whether to wait for a graph that is built anyway.
 
-    Tensors in a functional loss, and packed weights, do not: one graph has to be looked
-    at.
+    A module is trained by steps that run its loss, and to run it for the sake of a look
+    would count in what it keeps of its own.
     """
-    return module is not None and not _quantised_layer(module)
+    return module is not None
 
 
 def _inner(problem: BilevelProblem) -> Iterator[tuple[str, torch.Tensor]]:

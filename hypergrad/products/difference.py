@@ -44,7 +44,7 @@ def default_radius(dtype: torch.dtype, scheme: Scheme = "central") -> float:
     return unit(dtype) ** _POWERS[scheme]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FiniteDifference(Product):
     r"""Divide the change of the inner gradient by the distance moved.
 
@@ -325,7 +325,8 @@ class _Difference:
             value, error = self._scheme(part, step, plus)
             total = tree.add(total, value) if total else value
             off = tree.add(off, error) if off else error
-            radius = max(radius, step)
+            if plus is None:  # a part alone; `plus` is at hand for the whole
+                radius = max(radius, step * tree.norm(part))
         self.least = self.least * length
         return tree.scale(total, length), tree.scale(off, length), radius
 

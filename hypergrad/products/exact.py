@@ -33,7 +33,7 @@ _VMAPPED = 8
 """Directions of one vmapped pass: it holds that many copies of what a backward holds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DoubleBackward(Product):
     """Differentiate the inner gradient again: exact to rounding.
 
@@ -225,7 +225,7 @@ class _DoubleBackward(BoundProduct):
                 self._graph = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForwardOverReverse(Product):
     """Push a tangent through the gradient (`torch.func.jvp` of `grad`): exact.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from hypergrad import rng
@@ -35,9 +36,13 @@ ProductLike = Product | str
 Curvature = Literal["hessian", "gauss-newton"]
 """What the implicit estimators solve with; each may be damped."""
 
-_KINDS: dict[str, type[Product]] = {
-    kind.name: kind
-    for kind in (AutoProduct, DoubleBackward, ForwardOverReverse, FiniteDifference)
+_KINDS: dict[str, Callable[..., Product]] = {
+    **{
+        kind.name: kind
+        for kind in (AutoProduct, DoubleBackward, ForwardOverReverse, FiniteDifference)
+    },
+    "forward-difference": partial(FiniteDifference, "forward"),
+    "richardson-difference": partial(FiniteDifference, "richardson"),
 }
 
 
@@ -72,7 +77,7 @@ def product_names() -> list[str]:
 
     Example:
         >>> product_names()
-        ['auto', 'exact', 'finite-difference', 'forward-over-reverse']
+        ['auto', 'exact', 'finite-difference', 'forward-difference', ...]
     """
     return sorted(_KINDS)
 

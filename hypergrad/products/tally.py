@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hypergrad import _foreach as foreach
 from hypergrad import tree
 from hypergrad.errors import NonFiniteError
 
@@ -60,15 +60,11 @@ class Tally:
 
     def watch_direction(self, direction: Mapping[str, Tensor]) -> None:
         """Have the direction of a product looked at: it must be finite."""
-        tensors = [t for t in direction.values() if t.numel()]
-        if not tensors:
-            return
-
-        def look(value: float) -> None:
-            if not math.isfinite(value):
-                raise NonFiniteError(direction_not_finite(value))
-
-        self.watch(_largest(_peaks(tensors)), look)
+        self._watch(
+            list(direction),
+            list(direction.values()),
+            lambda _, size: direction_not_finite(size),
+        )
 
     def watch_finite(
         self, names: Sequence[str], tensors: Sequence[Tensor], say: Callable[[str], str]
@@ -80,19 +76,43 @@ class Tally:
             tensors: what to look at.
             say: makes the message of the names of those that are not finite.
         """
-        pairs = [(n, t) for n, t in zip(names, tensors, strict=True) if t.numel()]
-        if not pairs:
+        self._watch(names, tensors, lambda bad, _: say(bad))
+
+    def _watch(
+        self,
+        names: Sequence[str],
+        tensors: Sequence[Tensor],
+        say: Callable[[str, float], str],
+    ) -> None:
+        if not tensors:
             return
-        names, peaks = [n for n, _ in pairs], _peaks([t for _, t in pairs])
+        sizes = tree.sizes(tensors)
+        device = sizes[0].device
+        if any(s.device != device or s.dtype != sizes[0].dtype for s in sizes):
+            kind = tree.wide_dtype(device)
+            sizes = [s.to(device, kind) for s in sizes]
+        # Held weakly: what is large is not kept for the sake of a look at it.
+        held = [weakref.ref(t) for t in tensors]
 
         def look(value: float) -> None:
             if math.isfinite(value):
                 return
-            each = zip(names, tree.read(peaks), strict=True)
-            bad = [n for n, peak in each if not math.isfinite(peak)]
-            raise NonFiniteError(say(", ".join(bad[:6])))
+            bad: list[str] = []
+            worst = value
+            for name, size, reference in zip(
+                names, tree.read(sizes), held, strict=True
+            ):
+                tensor = reference()
+                if math.isinf(size) and tensor is not None and tensor.numel():
+                    (size,) = tree.read([tensor.abs().max()])  # not its square
+                if not math.isfinite(size):
+                    bad.append(name)
+                    worst = size
+            if bad:
+                raise NonFiniteError(say(", ".join(bad[:6]), worst))
 
-        self.watch(_largest(peaks), look)
+        one = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
+        self.watch(one, look)
 
     def read(self, *numbers: Tensor | float) -> list[float]:
         """Return numbers of the device, and look at all that is watched.
@@ -111,21 +131,6 @@ class Tally:
         for (_, look), value in zip(pending, found, strict=False):
             look(value)
         return found[len(pending) :]
-
-
-def _peaks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the largest size of an entry of each tensor; NaN where there is a NaN."""
-    with torch.no_grad():
-        peaks = list(foreach.norm(list(tensors), math.inf))
-        first = peaks[0]
-        if any(p.dtype != first.dtype or p.device != first.device for p in peaks):
-            kind = tree.wide_dtype(first.device)
-            peaks = [p.to(first.device, kind) for p in peaks]
-    return peaks
-
-
-def _largest(peaks: list[Tensor]) -> Tensor:
-    return peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()
 
 
 def direction_not_finite(size: float) -> str:

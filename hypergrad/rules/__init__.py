@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from hypergrad.rules._many import Many
 from hypergrad.rules.adam import Adam, AdamW
-from hypergrad.rules.base import ElementwiseRule, Pullback, Rule, State
+from hypergrad.rules.base import (
+    Counts,
+    ElementwiseRule,
+    ManySlots,
+    Pullback,
+    Rule,
+    State,
+)
 from hypergrad.rules.compose import Clipped, Grouped
 from hypergrad.rules.optimizers import (
     SUPPORTED,
@@ -21,8 +29,11 @@ __all__ = [
     "Adam",
     "AdamW",
     "Clipped",
+    "Counts",
     "ElementwiseRule",
     "Grouped",
+    "Many",
+    "ManySlots",
     "Pullback",
     "Rule",
     "State",

@@ -84,7 +84,8 @@ class Clipped(Rule):
         pulled = self.rule.pullback(params, state, scaled, params_bar, state_bar)
         if not grads:
             return pulled
-        g, bar = Many(grads.values()), Many(pulled.grads.values())
+        g = Many(grads.values())
+        bar = Many(pulled.grads[n] for n in grads)  # a rule may group its answer
         wide = bar.widened()
         # By the unit vector g / N: powers of N itself leave the range of float32.
         unit = Many(foreach.div(g.widened().tensors, n + (n == 0)))
@@ -94,7 +95,7 @@ class Clipped(Rule):
         found = Many(foreach.mul(wide.tensors, c)) - Many(
             foreach.mul(unit.tensors, along)
         )
-        grads_bar = dict(zip(pulled.grads, found.like(bar).tensors, strict=True))
+        grads_bar = dict(zip(grads, found.like(bar).tensors, strict=True))
         return Pullback(pulled.params, pulled.state, grads_bar)
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:

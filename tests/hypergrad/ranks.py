@@ -100,9 +100,7 @@ def run_on_ranks(
     return outcomes
 
 
-def _spawned(
-    ranks: int, cases: dict[str, Case], folder: Path, deadline: float
-) -> str:
+def _spawned(ranks: int, cases: dict[str, Case], folder: Path, deadline: float) -> str:
     """Run the cases, and return why they ended."""
     limit = max(1.0, deadline - time.monotonic())
     context = mp.spawn(  # pyright: ignore[reportPrivateImportUsage]
