@@ -93,7 +93,8 @@ def mark() -> bytes | None:
     To set NumPy's generator takes twenty times what this takes, and most losses do not
     draw from it. A normal number that it holds back is not part of this memory.
     """
-    generator = np.random.get_bit_generator()
+    random_module: Any = np.random  # whose stubs lack this
+    generator = random_module.get_bit_generator()
     if not isinstance(generator, np.random.MT19937):
         return None
     return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)

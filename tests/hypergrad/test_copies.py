@@ -49,7 +49,7 @@ def test_an_implicit_estimator_copies_into_the_same_memory_each_step() -> None:
 def test_peak_memory_of_training_is_that_of_adamw_and_one_copy() -> None:
     x = torch.ones(4, 512)
     model = wide()
-    model[0].bias.requires_grad_(False)
+    model.get_parameter("0.bias").requires_grad_(False)
     plain = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False
     )

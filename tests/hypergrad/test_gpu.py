@@ -171,7 +171,7 @@ def test_fused_attention_serves_first_order_and_math_the_rest(
     weights = list(model.attention.parameters())
     slope = torch.autograd.grad(penalised(model, few[0]), weights, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(sum(s.sum() for s in slope), weights)
+        torch.autograd.grad(torch.stack([s.sum() for s in slope]).sum(), weights)
     fused, plain = (
         make_estimator("darts", product=product).estimate(
             opt.problem,
