@@ -339,7 +339,7 @@ def draw_operations(panel: Any, operations: dict[str, Any]) -> None:
     panel.set_ylim(len(labels) - 0.5, -0.6)
     panel.set_xlabel("operations, in forward + backward passes")
     panel.set_title(
-        f"BERT, {operations['layers']} layers: inner step (grey), outer step",
+        f"{operations['layers']}-layer BERT: inner (grey), outer",
         loc="left",
         fontsize=11,
         color=INK,
