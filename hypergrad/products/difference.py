@@ -14,7 +14,7 @@ from hypergrad import tree
 from hypergrad._checks import check_flag, check_number
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
-from hypergrad.precision import FLOAT32, settings_unit, unit
+from hypergrad.precision import FLOAT32, coarsest, settings_unit, unit
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.base import NO_HINTS, BoundProduct, Hints, Product, total_loss
 from hypergrad.products.evaluation import seen_unit
@@ -73,7 +73,8 @@ class FiniteDifference(Product):
             `"richardson"` (∝ radius⁴, twice the cost).
         radius: distance in the norm of w; None for the default of the coarsest dtype
             that takes part: of w, of frozen weights, of autocast, of matrix products in
-            TensorFloat-32, and of everything in the graph of the inner loss.
+            TensorFloat-32, and of everything in the graph of the inner loss; half of it
+            where w itself is in float32 or finer and moves exactly.
         error_estimate: take one more difference, at twice the largest distance, and
             estimate from it the error of a mixed product, in `info.fd_error`; costs as
             much as a central difference, or one evaluation with the forward scheme. None
@@ -259,7 +260,13 @@ class _FiniteDifference(BoundProduct):
     def radius(self) -> float:
         """Distance that is asked for."""
         asked = self._settings.radius
-        return self.unit ** _POWERS[self.scheme] if asked is None else asked
+        if asked is not None:
+            return asked
+        balanced = self.unit ** _POWERS[self.scheme]
+        # Parameters that move exactly lose no part of a step, and what the gradients'
+        # entries are rounded by evens out: measured, half is best over a coarse base.
+        fine = coarsest(self.problem.inner_params.values()) <= FLOAT32
+        return balanced / 2 if self.coarse and fine else balanced
 
     @property
     def coarse(self) -> bool:

@@ -125,7 +125,7 @@ def test_auto_falls_back_on_differences_that_know_their_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)
         info = chosen.estimate(problem, inner_batch=None, outer_batch=None).info
-    assert info.fd_radius == pytest.approx(unit(BF16) ** (1 / 3))
+    assert info.fd_radius == pytest.approx(unit(BF16) ** (1 / 3) / 2)
     assert info.fd_error is not None
 
 

@@ -551,7 +551,7 @@ def test_autocast_around_the_call() -> None:
     with torch.autocast("cpu", dtype=BF16):
         product = made(case)
         value = product.vjp(u)
-    assert product.radius == default_radius(BF16)
+    assert product.radius == default_radius(BF16) / 2  # w moves in float32
     assert max(errors(value, known, u)) < 4e-1
     assert made(case).radius == default_radius(F32)
 
