@@ -77,9 +77,8 @@ COLOURS = {OURS: BLUE, "TorchOpt": ORANGE, "Betty": GREEN, "torch.optim": PURPLE
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter(
-        "ignore"
-    )  # of what did not converge, and of what is deprecated
+    # Of solves that are cut short, and of what peers call that is deprecated.
+    warnings.simplefilter("ignore")
     device = torch.device(arguments.device)
     found = versions()
     for name, version in found.items():
