@@ -191,8 +191,9 @@ class _FiniteDifference(BoundProduct):
             self.unit = seen
             self.tally.n_hvp -= 1
             return self._vjp(direction, inner, outer, judged=judged)
-        radius, least, unused = parts.extra
-        self.unused = unused & set(problem.outer_params) if outer else self.unused
+        radius, least = parts.extra
+        if outer:
+            self.unused = set(parts.unused) & set(problem.outer_params)
         self.info = {"fd_radius": radius}
         if judge:
             found = tree.size([parts.values[n] for n in result])
@@ -239,7 +240,7 @@ class _FiniteDifference(BoundProduct):
         total, off, moved = difference.along(direction, wanted)
         if not losses:
             unused = set()
-        extra = moved, difference.least, unused
+        extra = moved, difference.least
         values = {**total, **{_ERROR + n: off[n] for n in judged}}
         return Contribution(values, total_loss(losses), unused, extra)
 

@@ -261,6 +261,12 @@ class ForwardOverReverse(Product):
 class _ForwardOverReverse(BoundProduct):
     _unconnected: set[str] | None = None
 
+    def __init__(
+        self, problem: BilevelProblem, batches: Sequence[MicroBatch], tally: Tally
+    ) -> None:
+        super().__init__(problem, batches, tally)
+        self._unasked = len(batches)
+
     def compute(self, direction: Params, wanted: Params) -> Contribution:
         """Return the products by forward-over-reverse."""
         sums: list[Tensor] = []
@@ -299,8 +305,11 @@ class _ForwardOverReverse(BoundProduct):
         if loss.requires_grad:
             check_reads_its_arguments(problem, loss, ())
         parts = {name: part.detach() for name, part in {**h, **m}.items()}
-        if self._unconnected is None:
-            self._unconnected = self._ask_about_zeros(micro)
+        if self._unasked:  # a tensor may be used by one micro-batch alone
+            gone = self._ask_about_zeros(micro)
+            self._unasked -= 1
+            known = self._unconnected
+            self._unconnected = gone if known is None else known & gone
         return loss.detach(), parts
 
     def _ask_about_zeros(self, micro: MicroBatch) -> set[str]:
