@@ -18,9 +18,7 @@ __all__ = ["differentiate", "recording"]
 @contextmanager
 def recording() -> Iterator[None]:
     """Record for autograd in the block, whatever mode the caller is in."""
-    if _records_already():
-        yield
-        return
+    # Entered always: a loss that fails may leave another mode behind.
     with torch.inference_mode(mode=False), torch.enable_grad():
         # Autocast keeps its casts by tensor and does not see that a tensor was moved:
         # under a caller's autocast, the second evaluation would run on the first's.
@@ -29,13 +27,6 @@ def recording() -> Iterator[None]:
             yield
         finally:
             torch.clear_autocast_cache()
-
-
-def _records_already() -> bool:
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
-    kinds = {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
-    return not any(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 def differentiate(
