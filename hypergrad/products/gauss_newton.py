@@ -129,7 +129,8 @@ class GaussNewton(BoundProduct):
             outputs = problem.outputs(
                 problem.inner_params, problem.outer_params, micro.batch
             )
-        return {str(i): v.detach() for i, v in enumerate(_tensors(outputs))}
+        # Copies: an output may be a parameter itself, which is about to move.
+        return {str(i): v.detach().clone() for i, v in enumerate(_tensors(outputs))}
 
     def _exact(
         self, micro: MicroBatch, direction: Params, losses: list[Tensor]

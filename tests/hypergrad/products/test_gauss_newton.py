@@ -328,3 +328,32 @@ def test_a_zero_direction_gives_zeros() -> None:
         with second_order(name, problem, batches, Tally(), "gauss-newton") as product:
             assert isinstance(product, GaussNewton)
             assert not any(t.any() for t in product.hvp(zero).values())
+
+
+def test_outputs_that_carry_a_parameter_along() -> None:
+    # g = (w·x λ - 1)²/2 + |w|²: JᵀCJ = λ² x xᵀ + 2I, and w is an output itself.
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+
+    def outputs(i: Any, o: Any, b: Any) -> Any:
+        return i["w"] @ x * o["lam"], i["w"]
+
+    def criterion(z: Any, b: Any) -> Tensor:
+        return (z[0] - 1) ** 2 / 2 + z[1].square().sum()
+
+    made = BilevelProblem(
+        lambda i, o, b: criterion(outputs(i, o, b), b),
+        lambda i, o, b: i["w"].square().sum(),
+        {"w": w},
+        {"lam": lam},
+        outputs,
+        criterion,
+    )
+    u = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    true = 0.3**2 * x * (x @ u) + 2 * u
+    for name in ("exact", "finite-difference"):
+        with second_order(
+            name, made, as_micro_batches(None), Tally(), "gauss-newton"
+        ) as product:
+            assert error(product.hvp({"w": u})["w"], true) < 1e-9
