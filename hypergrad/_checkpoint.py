@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -54,8 +54,23 @@ class Checkpointer:
             "rank": (reducer.rank, reducer.ranks),
         }
 
-    def unpack(self, state_dict: Mapping[str, Any], levels: list[str]) -> Run:
-        """Return the run that `pack` was given, on the problem's devices.
+    def without_data(self, run: Run, state_dict: Mapping[str, Any]) -> Run:
+        """Return a run without the batches that some rank lacks."""
+        reducer = self._problem.reducer
+        own = tuple(state_dict["bilevel"].get("rank", (0, 1)))
+        if run.window:
+            report(
+                f"some of the {reducer.ranks} ranks loaded a checkpoint that another "
+                f"one saved (here: of rank {own[0]} of {own[1]}), and its batches are "
+                "not theirs. The recorded inner steps were left out on all; the first "
+                "outer steps wait for new ones. Save one file for each rank."
+            )
+        return replace(run, window=(), last=())
+
+    def unpack(
+        self, state_dict: Mapping[str, Any], levels: list[str]
+    ) -> tuple[Run, bool]:
+        """Return the run that `pack` was given, and whether it is another rank's.
 
         Args:
             state_dict: what is to be loaded.
@@ -70,16 +85,7 @@ class Checkpointer:
         last = self._unpack_batches(saved["last"])
         reducer, own = self._problem.reducer, tuple(saved.get("rank", (0, 1)))
         foreign = own != (reducer.rank, reducer.ranks)
-        if reducer.any(foreign, self._problem.outer_params):
-            if window:
-                report(
-                    f"some of the {reducer.ranks} ranks loaded a checkpoint that another "
-                    f"one saved (here: of rank {own[0]} of {own[1]}), and its batches are "
-                    "not theirs. The recorded inner steps were left out on all; the first "
-                    "outer steps wait for new ones. Save one file for each rank."
-                )
-            window, last = (), ()
-        return Run(
+        run = Run(
             self._asked if chosen is None else unpack_estimator(chosen),
             1,
             saved["n_inner_steps"],
@@ -91,6 +97,7 @@ class Checkpointer:
             last,
             saved.get("resolved", True),
         )
+        return run, foreign
 
     @property
     def _device(self) -> torch.device:

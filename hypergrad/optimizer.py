@@ -309,7 +309,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
             return
         window = self._run.window
         if self.estimator.order > was.order:
-            # What was recorded ran under attention with masks of its own.
+            # What was recorded may have run under fused attention, which draws dropout
+            # masks of its own; then the first outer step waits for another record.
             window = tuple(s for s in window if _is_plain(s))
         self._run = replace(self._run, window=window, resolved=True)
 
@@ -393,9 +394,20 @@ class BilevelOptimizer(torch.optim.Optimizer):
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         levels = [g["level"] for g in self.param_groups]
-        loaded = self._checkpointer.unpack(state_dict, levels)
+        found: list[Run] = []
+
+        def load() -> list[float]:
+            run, foreign = self._checkpointer.unpack(state_dict, levels)
+            super(BilevelOptimizer, self).load_state_dict(dict(state_dict))
+            found.append(run)
+            return [float(foreign)]
+
         with self._whole():
-            super().load_state_dict(dict(state_dict))
+            reducer = self.problem.reducer
+            foreign = reducer.largest(1, load, self.problem.outer_params)[0]
+            loaded = found[0]
+            if foreign:
+                loaded = self._checkpointer.without_data(loaded, state_dict)
             self._link()
             self._adopt(loaded.estimator)
             n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
@@ -416,7 +428,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
             "outer_warmup": self.outer_warmup,
             "max_grad_norm": self.max_grad_norm,
             "reuse_graph": self.reuse_graph,
-            "inner_optimizer": type(self.inner).__name__,
+            "audit": self._stepper.auditor,
+            "inner_optimizer": f"{type(self.inner).__name__} {self.inner.defaults}",
+            "outer_optimizer": f"{type(self.outer).__name__} {self.outer.defaults}",
             "parameters": f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})",
         }
         shown = ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -424,8 +438,12 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
 
 def _is_plain(step: InnerStep) -> bool:
-    """Return whether a step ran under attention that can be derived twice."""
-    return all(m.attention == "math" for m in step.micro_batches)
+    """Return whether a step ran under attention whose masks can be drawn again.
+
+    On a CPU, torch itself takes the plain one where there is dropout.
+    """
+    on_host = all(t.device.type == "cpu" for t in step.inner_params.values())
+    return on_host or all(m.attention == "math" for m in step.micro_batches)
 
 
 def _make_problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,13 @@ class Reducer:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        # What new_group returns on a rank that is not in the group.
+        if dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER:
+            msg = (
+                "this process is not a member of the process group that the problem "
+                "averages over. Pass group= a group that holds this rank."
+            )
+            raise ValueError(msg)
         if group is not None and not isinstance(group, dist.ProcessGroup):
             msg = (
                 f"group must be a torch.distributed.ProcessGroup or None, got "
@@ -83,17 +91,15 @@ class Reducer:
             HypergradError: the process group is gone, and was there before.
         """
         alive = dist.is_available() and dist.is_initialized()
+        gone = self.group is not None and not alive
+        count = 1
         try:
-            count = dist.get_world_size(self.group) if alive else 1
-        except (ValueError, RuntimeError):  # the group was destroyed, others were not
-            count = 1
-        if count < 1:
-            msg = (
-                "this process is not a member of the process group that the problem "
-                "averages over. Pass group= a group that holds this rank."
-            )
-            raise HypergradError(msg)
-        if count == 1 and (self._seen > 1 or (self.group is not None and not alive)):
+            if alive:
+                dist.get_rank(self.group)  # raises where the group was destroyed
+                count = dist.get_world_size(self.group)
+        except (ValueError, RuntimeError):
+            gone = True
+        if gone or (count == 1 and self._seen > 1):
             msg = (
                 f"the process group of {self._seen or 'several'} ranks is gone: it was "
                 "destroyed while the problem was in use, and gradients would no longer "
@@ -111,13 +117,17 @@ class Reducer:
     # -- averages -----------------------------------------------------------------------
 
     def together(
-        self, like: Mapping[str, Tensor], compute: Callable[[], Contribution]
+        self,
+        like: Mapping[str, Tensor],
+        compute: Callable[[], Contribution],
+        home: Mapping[str, Tensor] | None = None,
     ) -> Contribution:
         """Compute on every rank, and return the average on each.
 
         Args:
             like: names, shapes, dtypes and devices of the values, for a rank that fails.
             compute: the evaluation; it must not send messages of its own.
+            home: tensors that say where a message lies; None for `like`.
 
         Returns:
             The average; losses too. Names are unused where no rank used them.
@@ -135,19 +145,22 @@ class Reducer:
         except Exception as error:
             failure = error
             mine = Contribution({n: torch.zeros_like(t) for n, t in like.items()})
-        return self._average(like, mine, failure)
+        return self._average(like, mine, failure, self._device(home or like))
 
     def mean(self, tree: Mapping[str, Tensor]) -> Params:
         """Return the mean of `tree` over all ranks; names and shapes agree on each."""
         return self.together(tree, lambda: Contribution(dict(tree))).values
 
     def _average(
-        self, like: Mapping[str, Tensor], mine: Contribution, failure: Exception | None
+        self,
+        like: Mapping[str, Tensor],
+        mine: Contribution,
+        failure: Exception | None,
+        device: torch.device,
     ) -> Contribution:
         ranks, rank = self.ranks, self.rank
         # Sorted, so that ranks agree on the order even where their dictionaries do not.
         names = sorted(like)
-        device = self._device(like)
         kind = torch.float32
         for t in like.values():
             kind = torch.promote_types(kind, t.dtype)
@@ -195,11 +208,37 @@ class Reducer:
             flag: this rank's own.
             like: tensors of the problem, which say where a message lies.
         """
+        return bool(self.largest(1, lambda: [float(flag)], like)[0])
+
+    def largest(
+        self,
+        count: int,
+        compute: Callable[[], Sequence[float]],
+        like: Mapping[str, Tensor],
+    ) -> list[float]:
+        """Return the largest of each of a few numbers; where one rank raises, all do.
+
+        Args:
+            count: how many numbers.
+            compute: returns this rank's.
+            like: tensors of the problem, which say where a message lies.
+        """
         if self.ranks == 1:
-            return flag
-        told = torch.tensor([float(flag)]).to(self._device(like))
-        dist.all_reduce(told, group=self.group)
-        return bool(told.item())
+            return list(compute())
+        ranks, device = self.ranks, self._device(like)
+        failure: Exception | None = None
+        try:
+            mine = list(compute())
+        except Exception as error:
+            failure, mine = error, [0.0] * count
+        failed = [0.0] * ranks
+        failed[self.rank] = float(failure is not None)
+        flat = torch.tensor([*failed, *mine]).to(device)
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self.group)
+        told = flat.tolist()
+        if any(told[:ranks]):
+            raise self._same_error(told.index(1.0), failure, device)
+        return told[ranks:]
 
     def check_same(self, what: str, text: str, like: Mapping[str, Tensor]) -> None:
         """Refuse ranks that were set up differently.
@@ -215,15 +254,16 @@ class Reducer:
         if self.ranks == 1:
             return
         device = self._device(like)
-        mine = _packed(text).to(device)
+        # What is too long to be sent whole is told apart all the same.
+        mine = _packed(f"{zlib.crc32(text.encode()):08x}{text}").to(device)
         every = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(every, mine, group=self.group)
         texts = [_unpacked(each) for each in every]
         for r, other in enumerate(texts):
             if other != texts[0]:
                 msg = (
-                    f"ranks differ in {what}: rank 0 has {texts[0]}, rank {r} has "
-                    f"{other}. Their messages would not fit each other; make the same "
+                    f"ranks differ in {what}: rank 0 has {texts[0][8:]}, rank {r} has "
+                    f"{other[8:]}. Their messages would not fit each other; make the same "
                     "on every rank."
                 )
                 raise ValueError(msg)
@@ -261,4 +301,4 @@ def _packed(text: str) -> Tensor:
 
 def _unpacked(packed: Tensor) -> str:
     raw: Sequence[int] = packed.tolist()
-    return bytes(raw).rstrip(b"\0").decode(errors="replace")
+    return bytes(raw).rstrip(b"\0").decode(errors="ignore")  # one that was cut

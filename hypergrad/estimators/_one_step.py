@@ -68,7 +68,18 @@ class OneStepEstimator(HypergradEstimator):
     def _mixed(
         self, point: Point, step: InnerStep, direction: Params, **info: Any
     ) -> Indirect:
-        step = _part_of(step, self.product_fraction)
+        parts: list[InnerStep] = []
+
+        def divide() -> list[float]:
+            parts.append(_part_of(step, self.product_fraction))
+            return []
+
+        if self._whole:
+            divide()
+        else:
+            problem = point.problem
+            problem.reducer.largest(0, divide, problem.inner_params)
+        (step,) = parts
         with point.product_at(step, self.product) as product:
             grads = product.mixed_vjp(direction)
         return Indirect(grads, info={**product.info, **info})

@@ -59,13 +59,20 @@ class AutoProduct(Product):
         """
         if not problem.inner_params:
             return FiniteDifference(), "there are no inner parameters"
-        seen = seen_unit(problem)
-        unit = max(settings_unit(problem), seen or 0.0)
-        if seen is None and unit <= FLOAT32:
-            if _runs_before_products(problem.module):
-                return self, "no graph of the inner loss was seen yet"
-            unit = max(unit, inner_unit(problem, batches[0], Tally()))
-        if not problem.reducer.any(unit > FLOAT32, problem.inner_params):
+
+        def look() -> list[float]:
+            seen = seen_unit(problem)
+            unit = max(settings_unit(problem), seen or 0.0)
+            if seen is None and unit <= FLOAT32:
+                if _runs_before_products(problem.module):
+                    return [unit, 1.0]
+                unit = max(unit, inner_unit(problem, batches[0], Tally()))
+            return [unit, 0.0]
+
+        unit, waits = problem.reducer.largest(2, look, problem.inner_params)
+        if waits and unit <= FLOAT32:
+            return self, "no graph of the inner loss was seen yet"
+        if unit <= FLOAT32:
             return FiniteDifference(), "the inner loss computes in float32 or finer"
         failure = second_order_failure(problem, batches)
         coarse = f"the inner loss computes with a spacing of {unit:.2g}"

@@ -14,7 +14,13 @@ from hypergrad import tree
 from hypergrad._checks import check_flag, check_number
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
-from hypergrad.precision import FLOAT32, coarsest, settings_unit, unit
+from hypergrad.precision import (
+    FLOAT32,
+    autocast_dtypes,
+    coarsest,
+    settings_unit,
+    unit,
+)
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.base import NO_HINTS, BoundProduct, Hints, Product, total_loss
 from hypergrad.products.evaluation import seen_unit
@@ -173,6 +179,7 @@ class _FiniteDifference(BoundProduct):
         self, direction: Params, inner: bool, outer: bool, *, judged: bool
     ) -> tuple[Params, Params]:
         problem = self.problem
+        self._agree()
         judge = judged and self._estimates
         self.tally.n_hvp += 1
         wanted = {
@@ -181,24 +188,23 @@ class _FiniteDifference(BoundProduct):
         }
         result = problem.outer_params if outer else problem.inner_params
         errors = {_ERROR + n: t for n, t in result.items()} if judge else {}
+        least = {_LEAST: next(iter(result.values())).new_zeros(())} if judge else {}
         parts = self._averaged(
-            {**wanted, **errors}, lambda: self._compute(direction, wanted, errors)
+            {**wanted, **errors, **least},
+            lambda: self._compute(direction, wanted, errors),
         )
-        seen = seen_unit(problem) or 0.0
-        if seen > self.unit:
+        if self._agree():
             # The first graph of the loss shows that it computes more coarsely than
             # weights and settings told: once more, at the radius of that.
-            self.unit = seen
             self.tally.n_hvp -= 1
             return self._vjp(direction, inner, outer, judged=judged)
-        radius, least = parts.extra
         if outer:
             self.unused = set(parts.unused) & set(problem.outer_params)
-        self.info = {"fd_radius": radius}
+        self.info = {"fd_radius": parts.extra}
         if judge:
             found = tree.size([parts.values[n] for n in result])
             off = tree.size([parts.values[n] for n in errors])
-            error = torch.maximum(off, least.to(off))
+            error = torch.maximum(off, parts.values[_LEAST].to(off))
             self.info["fd_error"] = torch.where(error == 0, error, error / found)
         return (
             {n: parts.values[n] for n in problem.inner_params} if inner else {},
@@ -240,15 +246,34 @@ class _FiniteDifference(BoundProduct):
         total, off, moved = difference.along(direction, wanted)
         if not losses:
             unused = set()
-        extra = moved, difference.least
         values = {**total, **{_ERROR + n: off[n] for n in judged}}
-        return Contribution(values, total_loss(losses), unused, extra)
+        if errors:
+            values[_LEAST] = difference.least
+        return Contribution(values, total_loss(losses), unused, moved)
 
     def outputs_jvp(
         self, direction: Params, evaluate: Callable[[], Params]
     ) -> Params | None:
         """Return the derivative of a function of w along a direction, by differences."""
         return _Difference(self, [], evaluate, evaluate).along(direction, None)[0]
+
+    def _agree(self) -> bool:
+        """Take the unit of the coarsest rank; return whether it was finer before."""
+        problem = self.problem
+        key = f"inner loss, all ranks{autocast_dtypes(problem)}"
+        agreed = problem.units.get(key)
+        if agreed is None:
+            seen = seen_unit(problem)
+            agreed, unseen = problem.reducer.largest(
+                2,
+                lambda: [max(self.unit, seen or 0.0), float(seen is None)],
+                problem.inner_params,
+            )
+            if not unseen:
+                problem.units[key] = agreed
+        finer = agreed > self.unit
+        self.unit = max(agreed, self.unit)
+        return finer
 
     # -- precision ----------------------------------------------------------------------
 
@@ -281,6 +306,7 @@ class _FiniteDifference(BoundProduct):
 
 
 _ERROR = "error of "
+_LEAST = "least error"
 
 
 class _Difference:

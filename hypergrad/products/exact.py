@@ -144,29 +144,28 @@ class _DoubleBackward(BoundProduct):
         return {n: torch.cat([part[n] for part in parts]) for n in directions}
 
     def _chunk(self, directions: Params) -> Params:
-        if not self._vmaps:
-            return super().hvps(directions)
         wanted = dict(self.problem.inner_params)
         several = len(next(iter(directions.values())))
         before = self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp
         # A rank that cannot vmap must not send another message than the others.
-        could = True
+        could = self._vmaps
 
         def compute() -> Contribution:
             nonlocal could
-            try:
-                return self._sum(directions, wanted, several)
-            except _NotBatched:
-                could = False
-                self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp = before
-                rows = [
-                    self._sum({n: t[i] for n, t in directions.items()}, wanted)
-                    for i in range(several)
-                ]
-                stacked = {
-                    n: torch.stack([row.values[n] for row in rows]) for n in wanted
-                }
-                return Contribution(stacked, rows[0].loss, set())
+            if could:
+                try:
+                    return self._sum(directions, wanted, several)
+                except _NotBatched:
+                    could = False
+                    self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp = (
+                        before
+                    )
+            rows = [
+                self._sum({n: t[i] for n, t in directions.items()}, wanted)
+                for i in range(several)
+            ]
+            stacked = {n: torch.stack([row.values[n] for row in rows]) for n in wanted}
+            return Contribution(stacked, rows[0].loss, set())
 
         like = {n: directions[n].to(t.dtype) for n, t in wanted.items()}
         result = self._averaged(like, compute)

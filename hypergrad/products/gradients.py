@@ -107,6 +107,7 @@ def gradients(
             live=live,
             keep=keep,
         ),
+        {"": problem.tensors[0]},
     )
     loss = got.loss if got.loss is not None else torch.zeros(())
     tally.watch_loss(level, loss)
