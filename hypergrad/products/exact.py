@@ -97,6 +97,8 @@ class _DoubleBackward(BoundProduct):
         self._graph = hints.kept
         self._single_use = hints.single_use
         self._vmaps = True
+        self._losses: list[Tensor] = []
+        """Of graphs that were built since a product was last handed on."""
 
     def compute(self, direction: Params, wanted: Params) -> Contribution:
         """Return the products by double backward."""
@@ -110,28 +112,29 @@ class _DoubleBackward(BoundProduct):
             if len(self.batches) != 1:
                 return self._sum_of_gradients()
             micro = replace(self.batches[0], attention="math")
-            losses = self._ensure_graph(micro)
+            self._ensure_graph(micro)
             grads = self._graph.grads if self._graph is not None else {}
             parts = [grads.get(n) for n in w]
             sums = accumulate([], parts, list(w.values()), micro.weight)
-            return Contribution(
-                dict(zip(w, sums, strict=True)), total_loss(losses), set()
-            )
+            return self._handed_on(dict(zip(w, sums, strict=True)), set())
 
         return self._averaged(w, compute).values
+
+    def _handed_on(self, values: Params, unused: set[str]) -> Contribution:
+        losses, self._losses = self._losses, []
+        return Contribution(values, total_loss(losses), unused)
 
     def _sum_of_gradients(self) -> Contribution:
         problem, w = self.problem, self.problem.inner_params
         sums: list[Tensor] = []
-        losses: list[Tensor] = []
         for micro in self.batches:
             with replay(problem, micro):
                 loss, parts = derive(
                     problem, "inner", w, w, micro, self.tally, create_graph=False
                 )
-            losses.append(loss)
+            self._losses.append(loss)
             sums = accumulate(sums, parts, list(w.values()), micro.weight)
-        return Contribution(dict(zip(w, sums, strict=True)), total_loss(losses), set())
+        return self._handed_on(dict(zip(w, sums, strict=True)), set())
 
     def hvps(self, directions: Params) -> Params:
         """Return several products from one vmapped backward pass, a few at a time."""
@@ -146,7 +149,6 @@ class _DoubleBackward(BoundProduct):
     def _chunk(self, directions: Params) -> Params:
         wanted = dict(self.problem.inner_params)
         several = len(next(iter(directions.values())))
-        before = self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp
         # A rank that cannot vmap must not send another message than the others.
         could = self._vmaps
 
@@ -157,15 +159,13 @@ class _DoubleBackward(BoundProduct):
                     return self._sum(directions, wanted, several)
                 except _NotBatched:
                     could = False
-                    self.tally.n_forward, self.tally.n_backward, self.tally.n_hvp = (
-                        before
-                    )
             rows = [
                 self._sum({n: t[i] for n, t in directions.items()}, wanted)
                 for i in range(several)
             ]
             stacked = {n: torch.stack([row.values[n] for row in rows]) for n in wanted}
-            return Contribution(stacked, rows[0].loss, set())
+            self._losses = [row.loss for row in rows if row.loss is not None]
+            return self._handed_on(stacked, set())
 
         like = {n: directions[n].to(t.dtype) for n, t in wanted.items()}
         result = self._averaged(like, compute)
@@ -176,30 +176,27 @@ class _DoubleBackward(BoundProduct):
     def _sum(self, direction: Params, wanted: Params, several: int = 0) -> Contribution:
         sums: list[Tensor] = []
         used: set[str] = set()
-        losses: list[Tensor] = []
         like = [direction[n] if several else t for n, t in wanted.items()]
         for micro in self.batches:
             plain = replace(micro, attention="math")
-            losses += self._ensure_graph(plain)
+            self._ensure_graph(plain)
             parts = self._one(direction, wanted, several)
             sums = accumulate(sums, parts, like, micro.weight)
             used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
-        return Contribution(
-            dict(zip(wanted, sums, strict=True)), total_loss(losses), set(wanted) - used
-        )
+        return self._handed_on(dict(zip(wanted, sums, strict=True)), set(wanted) - used)
 
     @property
     def _reusable(self) -> bool:
         return len(self.batches) == 1 and not self._single_use
 
-    def _ensure_graph(self, micro: MicroBatch) -> list[Tensor]:
-        """Build the graph where there is none; return the loss that this computed."""
+    def _ensure_graph(self, micro: MicroBatch) -> None:
+        """Build the graph where there is none."""
         if self._graph is not None:
-            return []
+            return
         with replay(self.problem, micro, keep=True):
             self._graph = inner_graph(self.problem, micro, self.tally)
-        loss = self._graph.loss
-        return [] if loss is None else [loss]
+        if self._graph.loss is not None:
+            self._losses.append(self._graph.loss)
 
     def _one(
         self, direction: Params, wanted: Params, several: int
@@ -217,6 +214,9 @@ class _DoubleBackward(BoundProduct):
                 )
         except RuntimeError as error:
             if several and not isinstance(error, HypergradError):
+                # Taken again one by one, and counted there.
+                self.tally.n_hvp -= several
+                self.tally.n_backward -= several
                 raise _NotBatched from error
             raise
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -141,6 +142,28 @@ def test_what_cannot_be_vmapped_is_taken_one_by_one() -> None:
     # w³ has the second derivative 6w.
     assert error(got, torch.diag(6 * w.detach())) <= tol(torch.float64)
     assert tally.n_hvp == 3
+
+
+def test_a_loss_is_looked_at_where_its_products_cannot_be_vmapped() -> None:
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    lam = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def loss(inner: Params, outer: Params, batch: Any) -> Tensor:
+        # Infinite, though none of its derivatives is.
+        cubed: Any = NoBatching.apply(inner["w"])
+        return (cubed * inner["w"]).sum() * outer["lam"] + batch
+
+    made = BilevelProblem(loss, loss, {"w": w}, {"lam": lam})
+    eye = {"w": torch.eye(2, dtype=torch.float64)}
+    tally = Tally()
+    with second_order("exact", made, as_micro_batches(0.0), tally) as product:
+        product.hvps(eye)
+    assert (tally.n_forward, tally.n_backward, tally.n_hvp) == (1, 3, 2)
+    with (
+        pytest.raises(NonFiniteError, match="the inner loss is inf"),
+        second_order("exact", made, as_micro_batches(math.inf), Tally()) as product,
+    ):
+        product.hvps(eye)
 
 
 def test_errors_come_through() -> None:
