@@ -222,13 +222,14 @@ def frozen_product(
     return cast(Tensor, _FrozenProduct.apply(x, stored, weight, adjoint))
 
 
-def times_rows(x: Tensor, weight: BaseWeight) -> Tensor:
-    r"""Return $X W^\top$, `(k, out)`, for `x` of shape `(k, in)`."""
+def times_rows(x: Tensor, weight: BaseWeight, adjoint: bool = False) -> Tensor:
+    r"""Return $X W^\top$, `(k, out)`, for `x` of shape `(k, in)`; adjoint, $X W$."""
     stored = weight.stored
     same = stored.dtype == x.dtype and not weight.quantised
     if same or weight.key() is None:
-        return x @ weight.fetch().to(x.dtype).T
-    return frozen_product(x, stored, weight, False)
+        dense = weight.fetch().to(x.dtype)
+        return x @ (dense if adjoint else dense.T)
+    return frozen_product(x, stored, weight, adjoint)
 
 
 def squared_norms(
@@ -297,9 +298,46 @@ def expanded_norms(
     dtype = base.squared.dtype
     with autocast_off(lora_a.device):
         a, b = lora_a.to(dtype), lora_b.to(dtype)
-        cross = times_rows(a, weight).T
-        inner = torch.addmm(cross, b, a @ a.T, beta=2, alpha=scaling)
-        return torch.add(base.squared, (b * inner).sum(1), alpha=scaling)
+        return expansion(weight, a, b, scaling, base.squared)[0]
+
+
+def expansion(
+    weight: BaseWeight, a: Tensor, b: Tensor, scaling: float, base: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the expansion and what its derivatives are made of.
+
+    Args:
+        weight: The frozen weight, `(out, in)`.
+        a: `A`, `(r, in)`, in the dtype to compute in, as all that follow.
+        b: `B`, `(out, r)`.
+        scaling: s.
+        base: ‖w_i‖², `(out,)`.
+
+    Returns:
+        The squared norms, `(out,)`; $-s A V^\top$ with $V = W + s B A$, `(r, out)`; and
+        $A A^\top$, `(r, r)`.
+    """
+    bt, gram = b.T, a @ a.T
+    cross = times_rows(a, weight)
+    scaled = torch.addmm(cross, gram, bt, beta=-scaling, alpha=-scaling * scaling)
+    twice = torch.add(scaled, cross, alpha=-scaling)
+    return base - (bt * twice).sum(0), scaled, gram
+
+
+def cancels(squared: Tensor, guard: Tensor) -> bool | None:
+    """Return whether the expansion of some row has lost digits to cancellation.
+
+    Args:
+        squared: The squared norms, `(out,)`.
+        guard: What none of them may be below, `(out,)`.
+
+    Returns:
+        None under vmap: a batch of norms has no single answer.
+    """
+    try:
+        return bool((squared.detach() < guard).any())
+    except RuntimeError:
+        return None
 
 
 def cancelled_rows(
@@ -325,13 +363,9 @@ def cancelled_rows(
     if not (wait or squared.device.type == "cpu"):
         return None
     guard = base.guard if margin == 1.0 else margin * base.guard
-    low = squared.detach() < guard
-    try:
-        if not low.any():
-            return None
-    except RuntimeError:  # vmap: a batch of norms has no single answer
+    if not cancels(squared, guard):
         return None
-    return low.nonzero().squeeze(1)
+    return (squared.detach() < guard).nonzero().squeeze(1)
 
 
 def without_direction(squared: Tensor, base: BaseNorms) -> Tensor:

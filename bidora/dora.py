@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidora import _norms, _peft
-from bidora._gain import apply_gain
+from bidora._gain import add_pair, apply_gain
 from bidora._peft import DoraAdapter
+from bidora._row_gain import row_gains
 from bidora.errors import NoDirectionError
 
 __all__ = [
@@ -81,21 +82,23 @@ class ExactDora:
             base = F.linear(dropped, layer.weight.fetch().to(x.dtype))
             return result + (gain - 1) * base + gain * F.linear(scaling * low, b)
         if result.dtype == low.dtype:
-            rows = result.reshape(-1, result.shape[-1])
-            z = torch.addmm(rows, low.reshape(-1, low.shape[-1]), b.T, alpha=scaling)
-            z = z.view(result.shape)
+            z = add_pair(result, low, b.to(low.dtype), scaling)
         else:
             z = result + F.linear(scaling * low, b)
         return apply_gain(z, gain, layer.bias)
 
     def _gain(self, layer: DoraAdapter) -> Tensor:
         """Return m / ‖w + s·b A‖, `(out,)`, in float32 or float64."""
+        base = _base_norms(layer)
+        magnitude = layer.magnitude.to(base.squared.device, base.squared.dtype)
         if self.norm_grad == "attached":
+            weight = layer.weight
+            rows = layer.cache.get(weight.key(), _rows_name(layer))
+            factors = layer.lora_a, layer.lora_b, magnitude, layer.scaling
+            return row_gains(weight, *factors, base, rows)
+        with torch.no_grad():
             norms = squared_norms(layer).sqrt()
-        else:
-            with torch.no_grad():
-                norms = squared_norms(layer).sqrt()
-        return layer.magnitude.to(norms.device, norms.dtype) / norms
+        return magnitude / norms
 
 
 def direction_norms(
