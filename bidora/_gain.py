@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bidora._function import Function, is_last
 from bidora._norms import autocast_off
 
 # Where no graph is built, the gradient of the gain is summed over this many elements
@@ -63,7 +64,7 @@ def _scaled_mm(like: Tensor, left: Tensor, right: Tensor, scaling: float) -> Ten
     return torch.addmm(like, left, right, beta=0, alpha=scaling)
 
 
-class _Pair(torch.autograd.Function):
+class _Pair(Function):
     """`add_pair` of matrices."""
 
     generate_vmap_rule = True
@@ -83,8 +84,8 @@ class _Pair(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not any(ctx.needs_input_grad[1:3]):
             return grads[0], None, None, None
-        pair = _PairBackward.apply(grads[0], *ctx.saved_tensors, ctx.scaling)
-        return grads[0], *cast(tuple[Tensor, Tensor], pair), None
+        derivative = _PairBackward.forward if is_last() else _PairBackward.apply
+        return grads[0], *derivative(grads[0], *ctx.saved_tensors, ctx.scaling), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -94,7 +95,7 @@ class _Pair(torch.autograd.Function):
         return torch.addmm(moved, low, up_dot.t(), alpha=ctx.scaling)
 
 
-class _PairBackward(torch.autograd.Function):
+class _PairBackward(Function):
     """The derivative of `_Pair` in the two factors."""
 
     generate_vmap_rule = True
@@ -144,7 +145,7 @@ def _multiply_add(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), z, gain)
 
 
-class _Gain(torch.autograd.Function):
+class _Gain(Function):
     """`apply_gain` of a matrix, with a derivative that reads its inputs once."""
 
     generate_vmap_rule = True
@@ -185,7 +186,7 @@ class _Gain(torch.autograd.Function):
         return gain * z_t + gain_t * shifted + (1 - gain) * bias_t
 
 
-class _GainBackward(torch.autograd.Function):
+class _GainBackward(Function):
     """The derivative of `_Gain` in z and gain."""
 
     generate_vmap_rule = True

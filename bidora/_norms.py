@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bidora._function import Function
+
 # Rows of a weight that is not stored in the compute dtype are converted this many
 # elements at a time: 16 MiB in float32.
 BLOCK_ELEMENTS = 1 << 22
@@ -172,7 +174,7 @@ def cached_base_norms(
     return cast(BaseNorms, found)
 
 
-class _FrozenProduct(torch.autograd.Function):
+class _FrozenProduct(Function):
     r"""The linear maps $X \mapsto X W^\top$ and, adjoint, $X \mapsto X W$.
 
     Plain autograd would keep the converted copy of a bfloat16 or quantised `W` until
@@ -227,7 +229,7 @@ def times_rows(x: Tensor, weight: BaseWeight, adjoint: bool = False) -> Tensor:
     stored = weight.stored
     same = stored.dtype == x.dtype and not weight.quantised
     if same or weight.key() is None:
-        dense = weight.fetch().to(x.dtype)
+        dense = weight.fetch() if same else weight.fetch().to(x.dtype)
         return x @ (dense if adjoint else dense.T)
     return frozen_product(x, stored, weight, adjoint)
 

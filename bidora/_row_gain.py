@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bidora import _norms
+from bidora._function import Function, is_last
 from bidora._norms import BaseNorms, BaseWeight
 
 
@@ -55,7 +56,9 @@ def row_gains(
         floor = None if on_cpu else base.floor
         gain, _, squared, *_ = cast(
             tuple[Tensor, ...],
-            _RowGain.apply(a, b, m, weight.stored, base.squared, floor, weight, scaling),
+            _RowGain.apply(
+                a, b, m, weight.stored, base.squared, floor, weight, scaling
+            ),
         )
         if not on_cpu or _norms.cancels(squared, base.guard) is False:
             return gain
@@ -194,8 +197,13 @@ class _Point(NamedTuple):
         return in_a, in_b, grad * pushed.change * pulled.cubed
 
 
-class _RowGain(torch.autograd.Function):
-    """`row_gains` without the rows that cancel; returns the gains and `_Factors`."""
+class _RowGain(Function):
+    """`row_gains` without the rows that cancel; returns the gains and `_Factors`.
+
+    The factors are there to be saved, and nothing is computed from them outside. They are
+    not marked as not differentiable, since the graph would then give their dtype as
+    float32, and `hypergrad` reads there what a loss computes in.
+    """
 
     generate_vmap_rule = True
 
@@ -219,21 +227,22 @@ class _RowGain(torch.autograd.Function):
         *tensors, ctx.weight, ctx.scaling = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.save_for_forward(*tensors, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 8
-        a, b, m, stored, base, floor, *factors = ctx.saved_tensors
-        found = _RowGainBackward.apply(
-            grads[0], a, b, m, stored, base, floor, *factors, ctx.weight, ctx.scaling
-        )
-        return (*cast(Any, found)[:3], None, None, None, None, None)
+        (grad, *_), rest = grads, (None,) * 5
+        if grad is None:
+            return (None, None, None, *rest)
+        last = is_last()
+        if last and not any(ctx.needs_input_grad[:2]):
+            return (None, None, grad * ctx.saved_tensors[6], *rest)
+        derivative = _RowGainBackward.forward if last else _RowGainBackward.apply
+        found = derivative(grad, *ctx.saved_tensors, ctx.weight, ctx.scaling)
+        return (*found[:3], *rest)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         a, b, m, _, base, floor, *kept = ctx.saved_tensors
         point = _Point(a, b, m, base, floor, ctx.weight, ctx.scaling)
         with _norms.autocast_off(a.device):
@@ -243,10 +252,10 @@ class _RowGain(torch.autograd.Function):
             if floor is not None:
                 slope = torch.where(factors.squared > floor, slope, 0.0)
             gain, _ = point.push(factors, slope, a_dot, b_dot, tangents[2])
-        return gain, None, None, None, None
+        return gain, *_still(factors)
 
 
-class _RowGainBackward(torch.autograd.Function):
+class _RowGainBackward(Function):
     """The derivative of `_RowGain`; returns the gradients and `_Pulled`.
 
     The `_Factors` among its inputs are functions of the others, and its derivatives count
@@ -282,7 +291,6 @@ class _RowGainBackward(torch.autograd.Function):
         *tensors, ctx.weight, ctx.scaling = inputs
         ctx.save_for_backward(*tensors, *output[3:])
         ctx.save_for_forward(*tensors, *output[3:])
-        ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -301,7 +309,7 @@ class _RowGainBackward(torch.autograd.Function):
         return (change, *rest, *(None,) * 9)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         grad_dot, a_dot, b_dot, m_dot, *_ = tangents
         grad, point, factors, pulled = _kept(ctx)
         with _norms.autocast_off(grad.device):
@@ -311,7 +319,7 @@ class _RowGainBackward(torch.autograd.Function):
             if grad_dot is not None:
                 own, _ = point.pull(grad_dot, factors)
                 moved = tuple(x + y for x, y in zip(moved, own, strict=True))
-        return (*moved, None, None, None, None)
+        return *moved, *_still(pulled)
 
 
 def _kept(ctx: Any) -> tuple[Tensor, _Point, _Factors, _Pulled]:
@@ -329,3 +337,8 @@ def _zeros_for_none(
         torch.zeros_like(point.a) if a_dot is None else a_dot,
         torch.zeros_like(point.b) if b_dot is None else b_dot,
     )
+
+
+def _still(kept: _Factors | _Pulled) -> tuple[Tensor, ...]:
+    """Return tangents for what is only there to be saved; torch takes no None here."""
+    return tuple(torch.zeros_like(t) for t in kept)
