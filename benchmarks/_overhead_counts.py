@@ -35,8 +35,8 @@ WARM_UP = (
 )
 
 
-def small_bert(layers: int, device: torch.device) -> nn.Module:
-    """Return a classifier with a DoRA adapter on query and value, in float64."""
+def small_bert(layers: int, device: torch.device, *, dora: bool = True) -> nn.Module:
+    """Return a classifier with an adapter on query and value, in float64."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -47,7 +47,7 @@ def small_bert(layers: int, device: torch.device) -> nn.Module:
         max_position_embeddings=TOKENS,
     )  # dropout as it is by default: random state is part of a step
     adapter = LoraConfig(
-        r=4, use_dora=True, target_modules=["query", "value"], task_type="SEQ_CLS"
+        r=4, use_dora=dora, target_modules=["query", "value"], task_type="SEQ_CLS"
     )
     model: Any = get_peft_model(BertForSequenceClassification(config), adapter)
     return model.to(device, torch.float64).train()
@@ -99,7 +99,7 @@ def trained(model: nn.Module) -> list[Tensor]:
 
 
 def passes(model: Any, batch: dict[str, Tensor]) -> Counts:
-    """Count a forward and a backward pass through the exact DoRA model."""
+    """Count a forward and a backward pass through a model."""
     for _ in range(2):
         with counted() as counts:
             model(**batch).loss.backward()

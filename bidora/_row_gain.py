@@ -200,9 +200,7 @@ class _Point(NamedTuple):
 class _RowGain(Function):
     """`row_gains` without the rows that cancel; returns the gains and `_Factors`.
 
-    The factors are there to be saved, and nothing is computed from them outside. They are
-    not marked as not differentiable, since the graph would then give their dtype as
-    float32, and `hypergrad` reads there what a loss computes in.
+    The factors are there to be saved, and nothing is computed from them outside.
     """
 
     generate_vmap_rule = True
@@ -227,6 +225,7 @@ class _RowGain(Function):
         *tensors, ctx.weight, ctx.scaling = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.save_for_forward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -242,7 +241,7 @@ class _RowGain(Function):
         return (*found[:3], *rest)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         a, b, m, _, base, floor, *kept = ctx.saved_tensors
         point = _Point(a, b, m, base, floor, ctx.weight, ctx.scaling)
         with _norms.autocast_off(a.device):
@@ -252,7 +251,7 @@ class _RowGain(Function):
             if floor is not None:
                 slope = torch.where(factors.squared > floor, slope, 0.0)
             gain, _ = point.push(factors, slope, a_dot, b_dot, tangents[2])
-        return gain, *_still(factors)
+        return gain, None, None, None, None
 
 
 class _RowGainBackward(Function):
@@ -291,6 +290,7 @@ class _RowGainBackward(Function):
         *tensors, ctx.weight, ctx.scaling = inputs
         ctx.save_for_backward(*tensors, *output[3:])
         ctx.save_for_forward(*tensors, *output[3:])
+        ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -309,7 +309,7 @@ class _RowGainBackward(Function):
         return (change, *rest, *(None,) * 9)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         grad_dot, a_dot, b_dot, m_dot, *_ = tangents
         grad, point, factors, pulled = _kept(ctx)
         with _norms.autocast_off(grad.device):
@@ -319,7 +319,7 @@ class _RowGainBackward(Function):
             if grad_dot is not None:
                 own, _ = point.pull(grad_dot, factors)
                 moved = tuple(x + y for x, y in zip(moved, own, strict=True))
-        return *moved, *_still(pulled)
+        return *moved, None, None, None, None
 
 
 def _kept(ctx: Any) -> tuple[Tensor, _Point, _Factors, _Pulled]:
@@ -337,8 +337,3 @@ def _zeros_for_none(
         torch.zeros_like(point.a) if a_dot is None else a_dot,
         torch.zeros_like(point.b) if b_dot is None else b_dot,
     )
-
-
-def _still(kept: _Factors | _Pulled) -> tuple[Tensor, ...]:
-    """Return tangents for what is only there to be saved; torch takes no None here."""
-    return tuple(torch.zeros_like(t) for t in kept)

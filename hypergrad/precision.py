@@ -58,7 +58,14 @@ def graph_unit(loss: Tensor) -> float:
     for node in nodes(loss):
         # One entry for each of the results that the node belongs to.
         shown: Iterable[Any] = getattr(node, "_input_metadata", ())
-        found |= {each.dtype for each in shown if each.dtype is not None}
+        shown = tuple(shown)
+        # A result that a custom function marked as not differentiable is shown as a
+        # float32 scalar, whatever it is.
+        found |= {
+            each.dtype
+            for each in shown
+            if each.dtype is not None and (len(shown) == 1 or len(each.shape))
+        }
     return max(unit(dtype) for dtype in found)
 
 

@@ -1,7 +1,8 @@
 """Operations and reads of the steps on a 12-layer BERT: what the library adds, counted.
 
-In units of one forward and backward pass of the exact DoRA model. The model's own double
-backward sets most of an outer step of second order: 2.1 of them for each product.
+In units of one forward and backward pass of the same model with plain LoRA, which nothing
+here can make shorter. Its own double backward takes 2.1 of them, and exact DoRA layers
+add 0.5 to each product (1.3 before their second derivatives were closed forms).
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ HOST = ("hypergrad/rng.py", "hypergrad/rules/base.py")
 ON_A_CPU_ALONE = ("bidora/_norms.py",)
 
 BARS: dict[str, tuple[float, int]] = {
-    "darts": (3.4, 4),
-    "darts, exact": (3.8, 4),
-    "sama": (3.6, 4),
-    "unrolled, K = 5": (17.5, 4),
-    "neumann, 5 terms": (15.0, 4 + 5),
-    "cg, 5 iterations": (15.0, 4 + 5),
+    "darts": (4.6, 4),
+    "darts, exact": (5.7, 4),
+    "sama": (4.7, 4),
+    "unrolled, K = 5": (23.0, 4),
+    "neumann, 5 terms": (19.8, 4 + 5),
+    "cg, 5 iterations": (19.8, 4 + 5),
 }
 """By estimator: operations of an outer step, and its reads, one for each product."""
 
@@ -49,6 +50,12 @@ def own_reads(counts: Any) -> int:
 
 
 @pytest.fixture(scope="module")
+def lora() -> Any:
+    model = small_bert(12, torch.device("cpu"), dora=False)
+    return passes(model, draw_batch(0, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
 def base() -> Any:
     model = small_bert(12, torch.device("cpu"))
     BiDoRAOptimizer(model, "first-order")  # makes the forward exact
@@ -56,29 +63,35 @@ def base() -> Any:
     return passes(model, draw_batch(0, torch.device("cpu")))
 
 
+def test_a_training_step(base: Any, lora: Any) -> None:
+    assert base.operations <= 1.42 * lora.operations
+
+
 @pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 @pytest.mark.parametrize("label", BARS)
-def test_steps(label: str, base: Any) -> None:
+def test_steps(label: str, base: Any, lora: Any) -> None:
     name, settings = ESTIMATORS[label]
     device = torch.device("cpu")
     model = small_bert(12, device)
     opt = BiDoRAOptimizer(model, make_estimator(name, **settings), outer_warmup=0)
     found = iteration(opt, draw_batch(0, device), draw_batch(1, device))
     most, reads = BARS[label]
-    assert found["outer"].operations <= most * base.operations
+    assert found["outer"].operations <= most * lora.operations
     assert own_reads(found["outer"]) <= reads
     adamw = 742  # its own loop over 74 tensors
     assert found["inner"].operations - adamw <= 1.05 * base.operations
     assert own_reads(found["inner"]) <= 1
 
 
-def test_an_exact_product_from_a_kept_graph(base: Any) -> None:
+def test_an_exact_product_from_a_kept_graph(lora: Any) -> None:
     device = torch.device("cpu")
     model = small_bert(12, device)
     darts = make_estimator("darts", product="exact")
     opt = BiDoRAOptimizer(model, darts, outer_warmup=0, reuse_graph=True)
     found = iteration(opt, draw_batch(0, device), draw_batch(1, device))
-    assert found["outer"].operations <= 2.9 * base.operations
+    assert found["outer"].operations <= 4.2 * lora.operations, (
+        found["outer"].operations / lora.operations
+    )
     assert own_reads(found["outer"]) <= 4
 
 

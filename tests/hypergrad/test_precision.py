@@ -52,6 +52,26 @@ def test_unit(dtype: torch.dtype, spacing: float) -> None:
     assert unit(torch.uint8) == 0.0
 
 
+class WithARemark(torch.autograd.Function):
+    """Twice x, and a result that is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        twice, remark = 2 * x, x.detach() + 1
+        ctx.mark_non_differentiable(remark)
+        return twice, remark
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def test_what_is_not_differentiable_is_no_part_of_the_graph() -> None:
+    x = torch.ones(3, dtype=F64, requires_grad=True)
+    twice: Any = WithARemark.apply(x)
+    assert graph_unit(twice[0].sum()) == unit(F64)
+
+
 def test_a_graph_tells_the_coarsest_dtype_on_the_way() -> None:
     w = leaf(torch.ones(3))
     assert graph_unit((w * 2).sum()) == FLOAT32
