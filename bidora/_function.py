@@ -27,7 +27,8 @@ class Function(torch.autograd.Function):
         """Call it."""
         if _in_transform():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        direct: Any = super(torch.autograd.Function, cls)
+        return direct.apply(*args)
 
 
 def is_last() -> bool:

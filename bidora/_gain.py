@@ -84,7 +84,7 @@ class _Pair(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not any(ctx.needs_input_grad[1:3]):
             return grads[0], None, None, None
-        derivative = _PairBackward.forward if is_last() else _PairBackward.apply
+        derivative: Any = _PairBackward.forward if is_last() else _PairBackward.apply
         return grads[0], *derivative(grads[0], *ctx.saved_tensors, ctx.scaling), None
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Gain(Function):
         needs_z, needs_gain, needs_bias = ctx.needs_input_grad
         in_bias = (1 - gain) * grad.sum(0) if needs_bias else None
         if torch.is_grad_enabled() and needs_z and needs_gain:
-            in_z, in_gain = cast(Any, _GainBackward.apply(grad, z, gain, bias))
+            in_z, in_gain = _GainBackward.apply(grad, z, gain, bias)
             return in_z, in_gain, in_bias
         return (
             (grad * gain).to(z.dtype) if needs_z else None,
@@ -226,7 +226,7 @@ class _GainBackward(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         grad, z, gain, bias = ctx.saved_tensors
-        grad_t, z_t, gain_t, bias_t = (
+        grad_t, z_t, gain_t, bias_t = cast(Any, tuple)(
             torch.zeros_like(t) if tangent is None and t is not None else tangent
             for t, tangent in zip(ctx.saved_tensors, tangents, strict=True)
         )

@@ -236,7 +236,7 @@ class _RowGain(Function):
         last = is_last()
         if last and not any(ctx.needs_input_grad[:2]):
             return (None, None, grad * ctx.saved_tensors[6], *rest)
-        derivative = _RowGainBackward.forward if last else _RowGainBackward.apply
+        derivative: Any = _RowGainBackward.forward if last else _RowGainBackward.apply
         found = derivative(grad, *ctx.saved_tensors, ctx.weight, ctx.scaling)
         return (*found[:3], *rest)
 
