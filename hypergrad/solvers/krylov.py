@@ -140,8 +140,8 @@ def lanczos(
         if dtype != wide:
             along = torch.dot(basis[k].to(wide), z.to(wide))
         # Twice is enough.
-        z = z - torch.mv(known.T, overlap)
-        z = z - torch.mv(known.T, torch.mv(known, z))
+        z -= torch.mv(known.T, overlap)
+        z -= torch.mv(known.T, torch.mv(known, z))
         rest = torch.linalg.vector_norm(z, dtype=wide)
         numbers = torch.cat([overlap[:k], torch.stack([along, rest])])
         *astray, alpha, beta = numbers.tolist()
@@ -160,7 +160,7 @@ def lanczos(
         if k + 1 == len(basis):  # grow as needed: few solves come near max_iter
             room = first.new_empty(min(most, 2 * len(basis)) - len(basis), n)
             basis = torch.cat([basis, room])
-        basis[k + 1] = z / beta
+        torch.div(z, beta, out=basis[k + 1])
         if stop is not None and stop(alpha, beta):
             break
     k = len(diagonal)
