@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -380,7 +381,7 @@ class HypergradEstimator(ABC):
                 part = self._indirect(point)
                 _check_acts(problem, f.unused, point.unused)
         total = tree.add(direct, part.grads)
-        info = self._read(tally, total, direct, part)
+        info = self._read(tally, total, direct, part, f.unused)
         unused = [f"outer_loss: {n}" for n in _in_order(problem, f.unused)]
         unused += [f"inner_loss: {n}" for n in _in_order(problem, point.unused)]
         counts = Info(
@@ -410,7 +411,12 @@ class HypergradEstimator(ABC):
         return part
 
     def _read(
-        self, tally: Tally, total: Params, direct: Params, part: Indirect
+        self,
+        tally: Tally,
+        total: Params,
+        direct: Params,
+        part: Indirect,
+        unused: frozenset[str],
     ) -> dict[str, Any]:
         """Look at everything at once.
 
@@ -420,15 +426,17 @@ class HypergradEstimator(ABC):
         Raises:
             NonFiniteError: something on the way, or the result, is NaN or infinite.
         """
+        # What is not connected is 0, and no small number whose square vanishes.
+        direct = {n: t for n, t in direct.items() if n not in unused}
         trees = (total, direct, part.grads)
         names = [n for n, value in part.info.items() if isinstance(value, Tensor)]
         numbers = [part.info[n] for n in names]
         lengths = tree.sizes([t for each in trees for t in each.values()])
         found = tally.read(*lengths, *numbers)
-        count = len(total)
+        each_found = iter(found)
         sizes = [
-            tree.settled_norm(math.hypot(*found[i * count : (i + 1) * count]), each)
-            for i, each in enumerate(trees)
+            tree.settled_norm(math.hypot(*islice(each_found, len(each))), each)
+            for each in trees
         ]
         if not math.isfinite(sizes[0]):
             msg = (

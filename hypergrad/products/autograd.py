@@ -15,7 +15,7 @@ from hypergrad.errors import HypergradError
 __all__ = ["differentiate", "recording"]
 
 
-class recording:  # noqa: N801
+class recording:
     """Record for autograd in the block, whatever mode the caller is in.
 
     A class and not a generator: it surrounds every evaluation and product.
