@@ -23,7 +23,7 @@ AttentionBackend = Literal["default", "math"]
 """`"default"`: whatever torch picks. `"math"`: the one that can be derived twice."""
 
 
-def attention(backend: AttentionBackend) -> AbstractContextManager[None]:
+def attention(backend: AttentionBackend) -> AbstractContextManager[object]:
     """Return a context that runs its block under one attention backend.
 
     Fused attention has no second derivative, and it draws another dropout mask from

@@ -210,7 +210,7 @@ class Point:
         return [tree.size(tree.sub(now, then)) for then in seen.values()]
 
 
-def _backend(product: Product) -> AbstractContextManager[None]:
+def _backend(product: Product) -> AbstractContextManager[object]:
     """Return the attention backend that all of a product needs, set once for it."""
     return attention("math" if product.order == 2 else "default")
 

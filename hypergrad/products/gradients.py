@@ -181,7 +181,7 @@ def local(
                 w = _leaves_like(w)
             wanted = {**(w if inner else {}), **(problem.outer_params if outer else {})}
             names = list(wanted)
-            scope: AbstractContextManager[None] = (
+            scope: AbstractContextManager[object] = (
                 attention(micro.attention) if live else replay(problem, micro)
             )
             with scope, problem.swapped(w):
