@@ -53,7 +53,12 @@ class Contender:
     note: dict[str, Any] = field(default_factory=dict)
 
 
-def time_in_rotation(contenders: Sequence[Contender], rounds: int, bar: Any) -> None:
+def time_in_rotation(
+    contenders: Sequence[Contender],
+    rounds: int,
+    bar: Any,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Warm each contender up with one run, then time one run of each in every round.
 
     The order is rotated from round to round, so that a slow phase of the machine, or
@@ -64,6 +69,7 @@ def time_in_rotation(contenders: Sequence[Contender], rounds: int, bar: Any) -> 
         contenders: what to time; `seconds` and `note` are filled in.
         rounds: number of timed rounds.
         bar: a tqdm bar of `(rounds + 1) * len(contenders)` runs.
+        clock: what tells the seconds.
     """
     for turn in range(rounds + 1):
         shift = turn * len(contenders) // (rounds + 1)
@@ -72,9 +78,9 @@ def time_in_rotation(contenders: Sequence[Contender], rounds: int, bar: Any) -> 
             gc.collect()
             gc.disable()
             try:
-                start = time.perf_counter()
+                start = clock()
                 contender.note = contender.run(turn)
-                taken = time.perf_counter() - start
+                taken = clock() - start
             finally:
                 gc.enable()
             if turn:  # the first one is the warm-up

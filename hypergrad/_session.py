@@ -26,7 +26,7 @@ class Session:
         self._before = rng.capture(tensors)
         if state is not None:
             self._before |= rng.missing(state, self._before)
-        self._mark = rng.mark()
+        self._moved = state is not None
         self.start: RngState = self._before if state is None else state
         """The random state that evaluations start from which have none of their own."""
         self._module = None if module is None else ModuleState(module)
@@ -40,10 +40,9 @@ class Session:
                 may be changed by a later one.
         """
         state = self.start if state is None else state
-        if state is self._before:
-            rng.restore(state, self._mark)
-        else:
+        if self._moved or state is not self._before:
             rng.restore(state)
+        self._moved = True
         if self._module is not None:
             self._module.rewind(keep=keep)
 
@@ -57,4 +56,4 @@ class Session:
             if self._module is not None:
                 self._module.close()
         finally:
-            rng.restore(self._before, self._mark)
+            rng.restore(self._before)

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad.errors import SecondOrderError
 
-__all__ = ["REMEDY", "AttentionBackend", "attention", "explain_second_order"]
+__all__ = [
+    "REMEDY",
+    "AttentionBackend",
+    "attention",
+    "explain_second_order",
+    "explained",
+]
 
 AttentionBackend = Literal["default", "math"]
 """`"default"`: whatever torch picks. `"math"`: the one that can be derived twice."""
 
 
-@contextmanager
-def attention(backend: AttentionBackend) -> Iterator[None]:
-    """Run the block under one attention backend.
+def attention(backend: AttentionBackend) -> AbstractContextManager[object]:
+    """Return a context that runs its block under one attention backend.
 
     Fused attention has no second derivative, and it draws another dropout mask from
     the same random state than the plain one: what is compared or derived twice runs
     under one backend from the forward pass to the last product.
     """
-    with sdpa_kernel(SDPBackend.MATH) if backend == "math" else nullcontext():
-        yield
+    if backend != "math" or _math_alone():
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _math_alone() -> bool:
+    """Return whether no other backend may be picked: to ask is cheaper than to set."""
+    return cuda.math_sdp_enabled() and not (
+        cuda.flash_sdp_enabled()
+        or cuda.mem_efficient_sdp_enabled()
+        or cuda.cudnn_sdp_enabled()
+    )
 
 
 REMEDY = (
@@ -64,13 +80,28 @@ def explain_second_order(instead: str = "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one of them
-        text = str(error)
-        if isinstance(error, SecondOrderError) or not any(
-            mark in text.lower() for mark in _MARKS
-        ):
+        said = explained(error, instead)
+        if said is None:
             raise
-        msg = (
-            "the inner loss cannot be differentiated twice this way: torch says "
-            f"{text.splitlines()[0]!r}. {instead}{REMEDY}"
-        )
-        raise SecondOrderError(msg) from error
+        raise said from error
+
+
+def explained(error: RuntimeError, instead: str = "") -> SecondOrderError | None:
+    """Return what to raise in place of torch's refusal of a second derivative.
+
+    Args:
+        error: what was raised.
+        instead: a remedy of the caller's own, put first.
+
+    Returns:
+        The error; None where this is no such refusal, or says what to do already.
+    """
+    text = str(error)
+    if isinstance(error, SecondOrderError) or not any(
+        mark in text.lower() for mark in _MARKS
+    ):
+        return None
+    return SecondOrderError(
+        "the inner loss cannot be differentiated twice this way: torch says "
+        f"{text.splitlines()[0]!r}. {instead}{REMEDY}"
+    )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad.attention import attention
 from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.problem import BilevelProblem
@@ -19,6 +21,7 @@ from hypergrad.products import (
     BoundProduct,
     Curvature,
     Hints,
+    Product,
     ProductLike,
     Tally,
     as_product,
@@ -156,10 +159,12 @@ class Point:
         Yields:
             The product; whether its numbers are finite is told when `estimate` ends.
         """
-        made = bind_product(
-            product, self.problem, self.inner_batches, self.tally, curvature
-        )
-        yield made
+        product = as_product(product)
+        with _backend(product):
+            made = bind_product(
+                product, self.problem, self.inner_batches, self.tally, curvature
+            )
+            yield made
         self.unused = set(made.unused)
 
     @contextmanager
@@ -185,7 +190,7 @@ class Point:
             hints = replace(hints, kept=step.graph)
             # The graph holds its own w; copying λ onto itself would void it.
             place = nullcontext()
-        with place:
+        with place, _backend(product):
             made = bind_product(
                 product, self.problem, step.micro_batches, self.tally, hints=hints
             )
@@ -203,6 +208,11 @@ class Point:
         now = self.problem.outer_params
         seen = {id(step.outer_params): step.outer_params for step in steps}
         return [tree.size(tree.sub(now, then)) for then in seen.values()]
+
+
+def _backend(product: Product) -> AbstractContextManager[object]:
+    """Return the attention backend that all of a product needs, set once for it."""
+    return attention("math" if product.order == 2 else "default")
 
 
 def versions_of(problem: BilevelProblem) -> tuple[int, ...]:
@@ -371,7 +381,7 @@ class HypergradEstimator(ABC):
                 part = self._indirect(point)
                 _check_acts(problem, f.unused, point.unused)
         total = tree.add(direct, part.grads)
-        info = self._read(tally, total, direct, part)
+        info = self._read(tally, total, direct, part, f.unused)
         unused = [f"outer_loss: {n}" for n in _in_order(problem, f.unused)]
         unused += [f"inner_loss: {n}" for n in _in_order(problem, point.unused)]
         counts = Info(
@@ -401,7 +411,12 @@ class HypergradEstimator(ABC):
         return part
 
     def _read(
-        self, tally: Tally, total: Params, direct: Params, part: Indirect
+        self,
+        tally: Tally,
+        total: Params,
+        direct: Params,
+        part: Indirect,
+        unused: frozenset[str],
     ) -> dict[str, Any]:
         """Look at everything at once.
 
@@ -411,11 +426,18 @@ class HypergradEstimator(ABC):
         Raises:
             NonFiniteError: something on the way, or the result, is NaN or infinite.
         """
+        # What is not connected is 0, and no small number whose square vanishes.
+        direct = {n: t for n, t in direct.items() if n not in unused}
         trees = (total, direct, part.grads)
         names = [n for n, value in part.info.items() if isinstance(value, Tensor)]
         numbers = [part.info[n] for n in names]
-        found = tally.read(*(tree.size(t) for t in trees), *numbers)
-        sizes = [tree.settled_norm(n, t) for n, t in zip(found, trees, strict=False)]
+        lengths = tree.sizes([t for each in trees for t in each.values()])
+        found = tally.read(*lengths, *numbers)
+        each_found = iter(found)
+        sizes = [
+            tree.settled_norm(math.hypot(*islice(each_found, len(each))), each)
+            for each in trees
+        ]
         if not math.isfinite(sizes[0]):
             msg = (
                 f"the hypergradient of {type(self).__name__} is not finite although "
@@ -423,7 +445,7 @@ class HypergradEstimator(ABC):
                 "overflowed. Raise damping, or scale the outer loss down."
             )
             raise NonFiniteError(msg)
-        info = {**part.info, **dict(zip(names, found[len(trees) :], strict=True))}
+        info = {**part.info, **dict(zip(names, found[len(lengths) :], strict=True))}
         error = info.get("fd_error")
         if error is not None and error > _LARGEST_FD_ERROR:
             report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -375,9 +375,8 @@ class BilevelProblem:
                 moved.append(value)
         return targets, moved
 
-    @contextmanager
-    def swapped(self, clones: Params) -> Iterator[None]:
-        """Run the block with `clones` in the places of the inner parameters.
+    def swapped(self, clones: Params) -> AbstractContextManager[None]:
+        """Return a context with `clones` in the places of the inner parameters.
 
         Needed for a graph that outlives an optimizer step; pass the same clones as
         `inner_params` to the loss. For a functional problem this does nothing.
@@ -389,8 +388,7 @@ class BilevelProblem:
             ValueError: a name that the problem does not have.
         """
         loss = self._losses["inner"]
-        with loss.placed(clones) if isinstance(loss, ModuleLoss) else nullcontext():
-            yield
+        return loss.placed(clones) if isinstance(loss, ModuleLoss) else nullcontext()
 
     @contextmanager
     def untouched(
@@ -426,14 +424,9 @@ class BilevelProblem:
             self._session = None
             session.close()
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self) -> AbstractContextManager[object]:
         """Leave all as it is after the block, as `untouched`, but start no evaluation."""
-        if self._session is not None:
-            yield
-            return
-        with self.untouched():
-            yield
+        return self.untouched() if self._session is None else nullcontext()
 
     # -- internals ----------------------------------------------------------------
 

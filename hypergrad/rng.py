@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RngState", "capture", "mark", "missing", "relocated", "replayed", "restore"]
+from hypergrad import _numpy_rng
+
+__all__ = ["RngState", "capture", "missing", "relocated", "replayed", "restore"]
 
 RngState = dict[str, Any]
 """State of the generators of Python, NumPy, torch's CPU and each accelerator in use.
@@ -24,14 +25,10 @@ reads it back.
 
 def capture(tensors: Iterable[Tensor] = ()) -> RngState:
     """Read the state of every generator that a loss on `tensors` may draw from."""
-    numpy_state: Any = np.random.get_state(legacy=True)
+    name, words, *rest = _numpy_rng.get_state()
     state: RngState = {
         "python": random.getstate(),
-        "numpy": (
-            numpy_state[0],
-            torch.from_numpy(numpy_state[1].astype(np.int64)),
-            *(float(v) if isinstance(v, float) else int(v) for v in numpy_state[2:]),
-        ),
+        "numpy": (name, torch.from_numpy(words.astype(np.int64)), *rest),
         "cpu": torch.get_rng_state(),
     }
     return state | _capture_devices({str(d) for d in {t.device for t in tensors}})
@@ -87,42 +84,15 @@ def _capture_devices(devices: Iterable[str]) -> RngState:
     return state
 
 
-def mark() -> bytes | None:
-    """Return NumPy's state as it lies in memory; None where it cannot be told.
-
-    To set NumPy's generator takes twenty times what this takes, and most losses do not
-    draw from it. A normal number that it holds back is not part of this memory.
-    """
-    random_module: Any = np.random  # whose stubs lack this
-    generator = random_module.get_bit_generator()
-    if not isinstance(generator, np.random.MT19937):
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
-
-
-_MT19937_BYTES = 4 * 624 + 4
-"""624 words and a position."""
-
-
-def restore(state: RngState, unless: bytes | None = None) -> None:
-    """Set every generator that `state` names.
-
-    Args:
-        state: what `capture` returned.
-        unless: `mark()` of when it did: NumPy's generator is left alone where it has not
-            moved since.
-    """
+def restore(state: RngState) -> None:
+    """Set every generator that `state` names."""
     for key, value in state.items():
-        # NumPy's second last entry says whether a normal number is held back.
-        unmoved = key == "numpy" and unless is not None and not value[-2]
-        if unmoved and mark() == unless:
-            continue
         if key == "python":
             version, internal, gauss = value
             random.setstate((version, tuple(internal), gauss))
         elif key == "numpy":
-            name, keys, *rest = value
-            np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+            name, words, *rest = value
+            _numpy_rng.set_state((name, words.numpy(), *rest))
         elif key == "cpu":
             torch.set_rng_state(value)
         else:

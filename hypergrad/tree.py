@@ -200,10 +200,11 @@ _SAFE = {torch.float64: 1e140, torch.float32: 1e15}
 
 def settled_norm(value: float, tree: Mapping[str, Tensor] | Sequence[Tensor]) -> float:
     """Return a norm that was read, computed again where its squares left the range."""
+    if 1 / _SAFE[torch.float32] < value < _SAFE[torch.float32] or not tree:
+        return value
     tensors = list(tree.values()) if isinstance(tree, Mapping) else list(tree)
-    kinds = {wide_dtype(t.device) for t in tensors}
-    safe = min((_SAFE[kind] for kind in kinds), default=1.0)
-    if 1 / safe < value < safe or not tensors:
+    safe = min(_SAFE[wide_dtype(t.device)] for t in tensors)
+    if 1 / safe < value < safe:
         return value
     return _scaled_norm(tensors)
 
@@ -232,8 +233,8 @@ def _scaled_norm(tensors: Sequence[Tensor]) -> float:
     parts = [wide(t).reshape(-1) for t in tensors if t.numel()]
     if not parts:
         return 0.0
-    peaks = [p.abs().max().to(parts[0].device) for p in parts]
-    (largest,) = read([torch.stack(peaks).max()])
+    peaks = read([torch.linalg.vector_norm(p, math.inf) for p in parts])
+    largest = math.nan if any(map(math.isnan, peaks)) else max(peaks)
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     (scaled,) = read([size([p / largest for p in parts])])

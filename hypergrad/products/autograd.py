@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 
 from hypergrad._graph import REENTRANT
-from hypergrad.attention import explain_second_order
+from hypergrad.attention import explained
 from hypergrad.errors import HypergradError
 
 __all__ = ["differentiate", "recording"]
 
 
-@contextmanager
-def recording() -> Iterator[None]:
-    """Record for autograd in the block, whatever mode the caller is in."""
-    # Entered always: a loss that fails may leave another mode behind.
-    with torch.inference_mode(mode=False), torch.enable_grad():
+class recording:
+    """Record for autograd in the block, whatever mode the caller is in.
+
+    A class and not a generator: it surrounds every evaluation and product.
+    """
+
+    def __enter__(self) -> None:
+        # Set always: a loss that fails may leave another mode behind.
+        self._inference = torch.inference_mode(mode=False)
+        self._inference.__enter__()
+        self._recorded = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
         # Autocast keeps its casts by tensor and does not see that a tensor was moved:
         # under a caller's autocast, the second evaluation would run on the first's.
         torch.clear_autocast_cache()
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
+
+    def __exit__(self, *error: object) -> None:
+        torch.clear_autocast_cache()
+        torch.set_grad_enabled(self._recorded)
+        self._inference.__exit__(None, None, None)
 
 
 def differentiate(
@@ -67,10 +75,8 @@ def differentiate(
         starts, weights = [o for o, _ in pairs], [c for _, c in pairs]
     if not starts or not inputs:
         return [None] * len(inputs)
-    second = create_graph or cotangents is not None
-    explained = explain_second_order() if second else nullcontext()
     try:
-        with _out_of_autocast(inputs), explained:
+        with _out_of_autocast(inputs):
             return list(
                 torch.autograd.grad(
                     starts,
@@ -83,6 +89,10 @@ def differentiate(
                 )
             )
     except RuntimeError as error:
+        second = create_graph or cotangents is not None
+        refused = explained(error) if second else None
+        if refused is not None:
+            raise refused from error
         if "use_reentrant" in str(error):
             raise HypergradError(REENTRANT) from error
         if "second time" in str(error):
@@ -94,18 +104,16 @@ def differentiate(
         raise
 
 
-@contextmanager
-def _out_of_autocast(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Run a backward pass out of the caller's autocast.
+def _out_of_autocast(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
+    """Return a context that runs a backward pass out of the caller's autocast.
 
     Autocast belongs around the forward pass alone: a backward pass within it rounds its
     own products to the low precision (2e-3 of a DoRA norm's derivative).
     """
     on = [k for k in {t.device.type for t in tensors} if torch.is_autocast_enabled(k)]
     if not on:
-        yield
-        return
-    with ExitStack() as stack:
-        for kind in on:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+        return nullcontext()
+    stack = ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack

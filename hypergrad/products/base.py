@@ -174,7 +174,9 @@ class BoundProduct(ABC):
     def hvp(self, direction: Params) -> Params:
         """Return (∂²g/∂w²) `direction`, whose direction a solver knows to be finite."""
         w = self.problem.inner_params
-        return self._averaged(w, lambda: self.compute(direction, w)).values
+        parts = self._together(w, lambda: self.compute(direction, w))
+        self.tally.watch_latest(*_named(parts), _not_finite)
+        return parts.values
 
     def hvps(self, directions: Params) -> Params:
         """Return (∂²g/∂w²) u for several u, stacked along a leading axis of each tensor.
@@ -212,13 +214,22 @@ class BoundProduct(ABC):
         like: Params,
         compute: Callable[[], Contribution],
     ) -> Contribution:
+        parts = self._together(like, compute)
+        self.tally.watch_finite(*_named(parts), _not_finite)
+        return parts
+
+    def _together(
+        self, like: Params, compute: Callable[[], Contribution]
+    ) -> Contribution:
         with self.problem.guarded():
             parts = self.problem.reducer.together(like, compute)
         if parts.loss is not None:
             self.tally.watch_loss("inner", parts.loss)
-        names, tensors = list(parts.values), list(parts.values.values())
-        self.tally.watch_finite(names, tensors, _not_finite)
         return parts
+
+
+def _named(parts: Contribution) -> tuple[list[str], list[Tensor]]:
+    return list(parts.values), list(parts.values.values())
 
 
 def _not_finite(bad: str) -> str:

@@ -108,10 +108,11 @@ def derive(
             _refuse_underived(underived)
         missing = [n for n, p in zip(wanted, parts, strict=True) if p is None]
         if missing:
-            refuse_reentrant(loss)
             fresh = {f"{kind}: {name}" for name in missing} - problem.inspected
-            if fresh and _may_be_cut(problem, level, missing):
-                _refuse_cut_graph(problem, level, w, micro, tally)
+            if fresh:
+                refuse_reentrant(loss)
+                if _may_be_cut(problem, level, missing):
+                    _refuse_cut_graph(problem, level, w, micro, tally)
             _check_connected(problem, level, missing)
             problem.inspected |= fresh
         if (first or missing) and w is not problem.inner_params:

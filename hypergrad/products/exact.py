@@ -94,6 +94,7 @@ class _DoubleBackward(BoundProduct):
         hints: Hints,
     ) -> None:
         super().__init__(problem, batches, tally)
+        self._plain = [replace(micro, attention="math") for micro in batches]
         self._graph = hints.kept
         self._single_use = hints.single_use
         self._vmaps = True
@@ -111,7 +112,7 @@ class _DoubleBackward(BoundProduct):
         def compute() -> Contribution:
             if len(self.batches) != 1:
                 return self._sum_of_gradients()
-            micro = replace(self.batches[0], attention="math")
+            (micro,) = self._plain
             self._ensure_graph(micro)
             grads = self._graph.grads if self._graph is not None else {}
             parts = [grads.get(n) for n in w]
@@ -177,9 +178,8 @@ class _DoubleBackward(BoundProduct):
         sums: list[Tensor] = []
         used: set[str] = set()
         like = [direction[n] if several else t for n, t in wanted.items()]
-        for micro in self.batches:
-            plain = replace(micro, attention="math")
-            self._ensure_graph(plain)
+        for micro in self._plain:
+            self._ensure_graph(micro)
             parts = self._one(direction, wanted, several)
             sums = accumulate(sums, parts, like, micro.weight)
             used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}

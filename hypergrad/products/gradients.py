@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def gradients(
     tally.watch_loss(level, loss)
     values = got.values
     w = {n: values[n] for n in problem.inner_params} if inner else None
-    tally.watch_finite(
+    sizes = tally.watch_finite(
         list(values),
         list(values.values()),
         lambda bad: (
@@ -122,14 +123,15 @@ def gradients(
             "is the usual cause. Look at the named parameters; lower the learning rate."
         ),
     )
-    found, length = tally.read(loss, tree.size(w or {}))
+    # Those in w come first, and their norm is known from the same numbers.
+    found, *lengths = tally.read(loss, *sizes[: len(w or {})])
     graph, evaluated = got.extra
     return Gradients(
         found,
         w,
         {n: values[n] for n in problem.outer_params} if outer else None,
         frozenset(got.unused),
-        tree.settled_norm(length, w or {}),
+        tree.settled_norm(math.hypot(*lengths), w or {}),
         graph,
         evaluated,
     )
@@ -179,7 +181,7 @@ def local(
                 w = _leaves_like(w)
             wanted = {**(w if inner else {}), **(problem.outer_params if outer else {})}
             names = list(wanted)
-            scope: AbstractContextManager[None] = (
+            scope: AbstractContextManager[object] = (
                 attention(micro.attention) if live else replay(problem, micro)
             )
             with scope, problem.swapped(w):

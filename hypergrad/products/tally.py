@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from hypergrad import tree
@@ -15,8 +14,8 @@ from hypergrad.errors import NonFiniteError
 
 __all__ = ["Tally", "check_finite_loss", "direction_not_finite"]
 
-Look = Callable[[float], None]
-"""Called with a number once it is read; raises where it is not as it should be."""
+Look = Callable[[Sequence[float]], None]
+"""Called with numbers once they are read; raises where one is not as it should be."""
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Tally:
         n_hvp: second-derivative products.
 
     Example:
+        >>> import torch
         >>> tally = Tally()
         >>> tally.watch_loss("inner", torch.tensor(2.0))
         >>> tally.read(torch.tensor(3.0))
@@ -41,22 +41,26 @@ class Tally:
     n_forward: int = 0
     n_backward: int = 0
     n_hvp: int = 0
-    _pending: list[tuple[Tensor, Look]] = field(
+    _pending: list[tuple[Sequence[Tensor], Look]] = field(
         default_factory=list, repr=False, compare=False
     )
+    _latest: tuple[Sequence[str], Sequence[Tensor], Callable[[str], str]] | None = (
+        field(default=None, repr=False, compare=False)
+    )
 
-    def watch(self, number: Tensor, look: Look) -> None:
-        """Have a number looked at with the next ones that are read.
+    def watch(self, numbers: Sequence[Tensor], look: Look) -> None:
+        """Have numbers looked at with the next ones that are read.
 
         Args:
-            number: a tensor of one entry.
-            look: called with its value.
+            numbers: tensors of one entry.
+            look: called with their values.
         """
-        self._pending.append((number, look))
+        self._name_latest()
+        self._pending.append((numbers, look))
 
     def watch_loss(self, level: str, loss: Tensor) -> None:
         """Have a loss looked at: it must be finite."""
-        self.watch(loss, lambda value: check_finite_loss(level, value))
+        self.watch([loss], lambda values: check_finite_loss(level, *values))
 
     def watch_direction(self, direction: Mapping[str, Tensor]) -> None:
         """Have the direction of a product looked at: it must be finite."""
@@ -68,40 +72,55 @@ class Tally:
 
     def watch_finite(
         self, names: Sequence[str], tensors: Sequence[Tensor], say: Callable[[str], str]
-    ) -> None:
+    ) -> list[Tensor]:
         """Have tensors looked at: no entry may be NaN or infinite.
 
         Args:
             names: their names.
             tensors: what to look at.
             say: makes the message of the names of those that are not finite.
+
+        Returns:
+            The norm of each, on its device.
         """
-        self._watch(names, tensors, lambda bad, _: say(bad))
+        return self._watch(names, tensors, lambda bad, _: say(bad))
+
+    def watch_latest(
+        self, names: Sequence[str], tensors: Sequence[Tensor], say: Callable[[str], str]
+    ) -> None:
+        """Have tensors looked at as `watch_finite` does, unless more of their kind follow.
+
+        For products of a solver, which looks at each by numbers of its own: only one that
+        it refuses has still to be named.
+
+        Args:
+            names: their names.
+            tensors: what to look at.
+            say: makes the message of the names of those that are not finite.
+        """
+        self._latest = names, tensors, say
+
+    def _name_latest(self) -> None:
+        """Have the latest product looked at in its turn."""
+        latest, self._latest = self._latest, None
+        if latest is not None:
+            self.watch_finite(*latest)
 
     def _watch(
         self,
         names: Sequence[str],
         tensors: Sequence[Tensor],
         say: Callable[[str, float], str],
-    ) -> None:
-        if not tensors:
-            return
-        sizes = tree.sizes(tensors)
-        device = sizes[0].device
-        if any(s.device != device or s.dtype != sizes[0].dtype for s in sizes):
-            kind = tree.wide_dtype(device)
-            sizes = [s.to(device, kind) for s in sizes]
+    ) -> list[Tensor]:
         # Held weakly: what is large is not kept for the sake of a look at it.
         held = [weakref.ref(t) for t in tensors]
 
-        def look(value: float) -> None:
-            if math.isfinite(value):
+        def look(values: Sequence[float]) -> None:
+            if all(map(math.isfinite, values)):
                 return
             bad: list[str] = []
-            worst = value
-            for name, size, reference in zip(
-                names, tree.read(sizes), held, strict=True
-            ):
+            worst = 0.0
+            for name, size, reference in zip(names, values, held, strict=True):
                 tensor = reference()
                 if math.isinf(size) and tensor is not None and tensor.numel():
                     (size,) = tree.read([tensor.abs().max()])  # not its square
@@ -111,8 +130,9 @@ class Tally:
             if bad:
                 raise NonFiniteError(say(", ".join(bad[:6]), worst))
 
-        one = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
-        self.watch(one, look)
+        sizes = tree.sizes(tensors)
+        self.watch(sizes, look)
+        return sizes
 
     def read(self, *numbers: Tensor | float) -> list[float]:
         """Return numbers of the device, and look at all that is watched.
@@ -126,11 +146,15 @@ class Tally:
         Raises:
             NonFiniteError: the first of what is watched that is not as it should be.
         """
+        self._name_latest()
         pending, self._pending = self._pending, []
-        found = tree.read([*(number for number, _ in pending), *numbers])
-        for (_, look), value in zip(pending, found, strict=False):
-            look(value)
-        return found[len(pending) :]
+        watched = [number for each, _ in pending for number in each]
+        found = tree.read([*watched, *numbers])
+        start = 0
+        for each, look in pending:
+            look(found[start : start + len(each)])
+            start += len(each)
+        return found[start:]
 
 
 def direction_not_finite(size: float) -> str:

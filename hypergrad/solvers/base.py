@@ -177,7 +177,7 @@ def resolution(vector: Mapping[str, Tensor]) -> float:
 
 
 def flatten(vector: Mapping[str, Tensor]) -> Tensor:
-    """Return all entries as one vector, in float32 or finer, on the first device."""
+    """Return a new vector of all entries, in float32 or finer, on the first device."""
     tensors = [t.detach() if t.requires_grad else t for t in vector.values()]
     device, dtype = tensors[0].device, working_dtype(vector)
     return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])

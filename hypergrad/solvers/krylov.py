@@ -9,6 +9,7 @@ chosen *after* it, at no further product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,7 @@ def lanczos(
         return None
     dtype = working_dtype(b)
     first = (tree.wide(flatten(b)) / size).to(dtype)
+    wide = tree.wide_dtype(first.device)
     n = first.numel()
     max_iter = min(max_iter, n)
     most = min(max_iter + 1, n)
@@ -132,21 +134,23 @@ def lanczos(
     spread = asymmetry = 0.0
     for k in range(max_iter):
         z = product(matvec, basis[k], b)
-        along = torch.dot(tree.wide(basis[k]), tree.wide(z))
         known = basis[: k + 1]
         overlap = torch.mv(known, z)
+        along = overlap[k]
+        if dtype != wide:
+            along = torch.dot(basis[k].to(wide), z.to(wide))
         # Twice is enough.
-        z = z - torch.mv(known.T, overlap)
-        z = z - torch.mv(known.T, torch.mv(known, z))
-        numbers = [along, torch.linalg.vector_norm(tree.wide(z))]
-        if k:
-            # Symmetry: Hq_k reaches back to q_{k-1} alone, by the same coupling.
-            overlap[k - 1] -= off_diagonal[-1]
-            numbers.append(torch.linalg.vector_norm(tree.wide(overlap[:k])))
-        alpha, beta, *astray = tree.read(numbers)
+        z -= torch.mv(known.T, overlap)
+        z -= torch.mv(known.T, torch.mv(known, z))
+        rest = torch.linalg.vector_norm(z, dtype=wide)
+        numbers = torch.cat([overlap[:k], torch.stack([along, rest])])
+        *astray, alpha, beta = numbers.tolist()
         check_finite_product(alpha, beta)
         spread = max(spread, abs(alpha) + beta)
-        asymmetry = max([asymmetry, *astray])
+        if k:
+            # Symmetry: Hq_k reaches back to q_{k-1} alone, by the same coupling.
+            astray[-1] -= off_diagonal[-1]
+            asymmetry = max(asymmetry, math.hypot(*astray))
         # Below this the remainder is rounding: the space is invariant under H.
         exhausted = k + 1 == n or beta <= 10 * torch.finfo(dtype).eps * spread
         diagonal.append(alpha)
@@ -156,7 +160,7 @@ def lanczos(
         if k + 1 == len(basis):  # grow as needed: few solves come near max_iter
             room = first.new_empty(min(most, 2 * len(basis)) - len(basis), n)
             basis = torch.cat([basis, room])
-        basis[k + 1] = z / beta
+        torch.div(z, beta, out=basis[k + 1])
         if stop is not None and stop(alpha, beta):
             break
     k = len(diagonal)

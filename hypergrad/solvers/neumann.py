@@ -132,11 +132,11 @@ class NeumannSolver(Solver):
             scale = self.scale
         diverges = self._diverges(lowest, highest, damping, scale, krylov.eps)
         t = krylov.matrix(krylov.basis.shape[0])
-        term = np.zeros(len(t))
-        term[0] = 1.0
-        total = term
+        identity = np.eye(len(t))
+        step = identity - scale * (t + damping * identity)
+        term = total = identity[0]
         for _ in range(self.num_terms):
-            term = term - scale * (t @ term + damping * term)
+            term = step @ term
             total = total + term
         asymmetric = check_symmetric(krylov.asymmetry, krylov.eps)
         result = SolveResult(

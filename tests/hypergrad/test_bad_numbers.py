@@ -28,7 +28,13 @@ from hypergrad import (
 )
 from hypergrad.estimators import Implicit
 from hypergrad.rules import SGD, Adam, AdamW
-from hypergrad.solvers import CGSolver, DenseSolver, NystromSketch
+from hypergrad.solvers import (
+    CGSolver,
+    DenseSolver,
+    NystromSketch,
+    Solver,
+    SolveResult,
+)
 from hypergrad.steps import take_steps
 from hypergrad.tree import Params
 from tests.tolerances import error, tol
@@ -181,6 +187,28 @@ def test_hessian_alone_that_is_not_finite(name: str, product: Any) -> None:
         r"(product of the inner loss is not finite in w|product .* is not finite)",
         problem,
         lambda: estimator(name, product=product).estimate(
+            problem, inner_batch=ONE, outer_batch=ONE
+        ),
+    )
+
+
+class Trusting(Solver):
+    """A solver that does not look at its products."""
+
+    def solve(self, matvec: Any, b: Params, state: Any = None) -> SolveResult:
+        return SolveResult(matvec(b), n_matvec=1)
+
+
+def test_a_product_that_its_solver_did_not_look_at() -> None:
+    # It comes before the direction that it leads to, and so does its message.
+    problem = at_zero(
+        "w", lambda i, o, b: (i["w"].abs() ** 1.5).sum() + (i["w"] * o["l"]).sum()
+    )
+    fails(
+        NonFiniteError,
+        "a second-derivative product of the inner loss is not finite in w",
+        problem,
+        lambda: Implicit(Trusting()).estimate(
             problem, inner_batch=ONE, outer_batch=ONE
         ),
     )

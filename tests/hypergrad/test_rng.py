@@ -44,6 +44,51 @@ def test_numbers_kept_back_are_part_of_the_state() -> None:
     assert (random.gauss(0.0, 1.0), np.random.randn()) == first
 
 
+def test_numpys_generator_is_read_and_set_as_numpy_does() -> None:
+    np.random.seed(0)
+    # Across the point where its 624 words are made anew, with and without a number held.
+    for k in range(700):
+        np.random.randn() if k % 3 else np.random.rand()
+        truth: Any = np.random.get_state()
+        name, words, *rest = rng.capture()["numpy"]
+        assert (name, *rest) == (truth[0], *truth[2:])
+        assert words.tolist() == truth[1].tolist()
+        after: Any = np.random.get_state()  # reading leaves it as it is
+        assert after[1].tolist() == truth[1].tolist()
+        assert after[2:] == truth[2:]
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_number_held_back_is_dropped_where_the_state_has_none(
+    held: bool, drawn: int
+) -> None:
+    np.random.seed(0)
+    if held:
+        np.random.randn()
+    truth: Any = np.random.get_state()
+    state = rng.capture()
+    np.random.randn(drawn)
+    rng.restore(state)
+    after: Any = np.random.get_state()
+    assert after[2:] == truth[2:]
+    assert after[1].tolist() == truth[1].tolist()
+
+
+def test_the_same_words_with_and_without_a_number_held_back() -> None:
+    np.random.seed(0)
+    np.random.randn()
+    holds = rng.capture()
+    number = np.random.randn()  # the one that was held: no word is drawn
+    holds_none, truth = rng.capture(), np.random.rand()
+    rng.restore(holds)
+    rng.restore(holds_none)
+    assert np.random.rand() == truth
+    rng.restore(holds_none)
+    rng.restore(holds)
+    assert np.random.randn() == number
+
+
 def test_a_captured_state_is_a_copy() -> None:
     state = rng.capture()
     before = state["cpu"].clone(), state["numpy"][1].clone()
