@@ -109,7 +109,8 @@ def walk_back(
         advance: `(i, state before step i) -> state before step i + 1`.
 
     Yields:
-        The states. To keep to `held`, drop each before asking for the next.
+        The states. To keep to `held`, drop each before asking for the next; it is not
+        held here, so that its memory is free as soon as it is dropped.
 
     Example:
         >>> list(walk_back([0, None, None, 30, None], 4, lambda i, s: s + 10))
@@ -132,7 +133,11 @@ def _between(
         ahead = state
         for i in range(start, cut):
             ahead = advance(i, ahead)
-        yield from _between(ahead, cut, end, free - 1, advance)
-        del ahead  # before the next one is reached
+        newer = _between(ahead, cut, end, free - 1, advance)
+        del ahead
+        yield from newer
         end = cut
-    yield state
+    # What is handed out last is not held here any more.
+    last = [state]
+    del state
+    yield last.pop()

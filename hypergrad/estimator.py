@@ -193,10 +193,10 @@ class Point:
             hints = replace(hints, kept=step.graph)
             # The graph holds its own w; copying λ onto itself would void it.
             place = nullcontext()
+        batches = step.micro_batches
+        del step  # whose w and state may be let go while the product is used
         with place:
-            made = bind_product(
-                product, self.problem, step.micro_batches, self.tally, hints=hints
-            )
+            made = bind_product(product, self.problem, batches, self.tally, hints=hints)
             yield made
         self.unused = set(made.unused)
 

@@ -142,24 +142,24 @@ class Unrolled(HypergradEstimator):
         info: dict[str, Any] = {}
         unused = set(point.problem.outer_params)
         walk = point.steps_back(self.num_steps, self.snapshots)
-        for back, step in enumerate(walk, start=1):
-            oldest = back == self.num_steps
+        for left in reversed(range(self.num_steps)):
+            step, oldest = next(walk), not left
             with point.product_at(step, self.product) as product:
                 grads = step.grads or product.gradient()
                 pulled = step.rule.pullback(
                     step.inner_params, step.state, grads, *adjoint
                 )
                 watch_finite(point.tally, pulled)
-                # The product takes most memory: what came before is let go.
+                # The product takes most memory: what it does not need is let go.
                 adjoint = pulled.params, pulled.state
-                del grads
+                del grads, step
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
             unused &= point.unused
             info = product.info
             total = tree.add(total, mixed) if total else mixed
             if not oldest:
                 adjoint = tree.add(pulled.params, curved), pulled.state
-            del step, pulled, curved  # before others are reached
+            del pulled, curved  # before others are reached
         point.unused = unused
         reason = _MOVED.format(self.num_steps) if self._moved(point) else ""
         return Indirect(total, info={**info, "reason": reason})
