@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from functools import cache
+from typing import ClassVar
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_the_formula_is_the_optimum(free: int) -> None:
 class State:
     """A number, and how many such there are."""
 
-    alive: weakref.WeakSet[State] = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet[State]] = weakref.WeakSet()
 
     def __init__(self, at: int) -> None:
         self.at = at

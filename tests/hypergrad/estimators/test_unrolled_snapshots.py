@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from functools import partial
 from typing import Any
@@ -22,9 +21,10 @@ from hypergrad import (
 )
 from hypergrad._snapshots import n_retaken, spacing
 from hypergrad.batches import Accumulated
+from hypergrad.compare._measure import peak_bytes
 from hypergrad.products import Tally
 from hypergrad.rules import SGD, AdamW
-from hypergrad.steps import steps_back, with_grads
+from hypergrad.steps import bytes_of, steps_back, with_grads
 from tests.hypergrad.estimators.truths import (
     HANDS,
     estimate,
@@ -53,9 +53,11 @@ def n_held(opt: BilevelOptimizer) -> int:
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["f64", "f32"])
-@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 20, 50])
-@pytest.mark.parametrize("name", ["momentum", "adam", "adamw-clip", "sgd-decay-clip"])
+@pytest.mark.parametrize(
+    ("num_steps", "moving"),
+    [(1, False), (2, False), (5, True), (20, False), (20, True), (50, False)],
+)
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw-clip"])
 def test_equals_records_of_every_step_and_plain_autograd(
     name: str, num_steps: int, moving: bool, dtype: torch.dtype
 ) -> None:
@@ -110,14 +112,9 @@ class Model(nn.Module):
         self.scale = nn.Parameter(torch.ones(4, dtype=F64))
         self.norm = nn.BatchNorm1d(4, affine=False, dtype=F64)
         self.drop = nn.Dropout(0.3)
-        self.head = nn.Linear(4, 4096, dtype=F64)
-        self.live: list[int] = []
+        self.head = nn.Linear(4, 256, dtype=F64)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = self.head.weight.shape
-        gc.collect()
-        same = (t for t in gc.get_objects() if type(t) is Tensor)
-        self.live.append(sum(t.shape == shape and not t.requires_grad for t in same))
         return self.head(self.drop(self.norm(x * self.scale)))
 
 
@@ -159,34 +156,27 @@ def differ(a: BilevelOptimizer, b: BilevelOptimizer) -> list[str]:
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-@pytest.mark.parametrize(
-    ("settings", "moves"),
-    [
-        ({}, False),
-        ({"outer_every": 3}, True),  # windows overlap
-        ({"outer_every": 1}, True),
-        ({"outer_every": 11}, False),  # windows with gaps between them
-    ],
-)
-def test_training_is_the_same_bit_for_bit(
-    micro: int, settings: dict[str, Any], moves: bool
-) -> None:
+@pytest.mark.parametrize("outer_every", [None, 1, 3, 11])
+def test_training_is_the_same_bit_for_bit(micro: int, outer_every: Any) -> None:
     """Dropout, running statistics, accumulation, and λ that moves in the window."""
-    every, some = (trained(s, steps=25, micro=micro, **settings) for s in ("all", 3))
-    assert every.n_outer_steps > 1
+    settings: dict[str, Any] = {"outer_every": outer_every, "micro": micro}
+    every, some = (trained(s, 5, steps=12, **settings) for s in ("all", 3))
+    assert some.n_outer_steps == every.n_outer_steps > 0
+    assert n_held(some) < n_held(every)
     assert not differ(every, some)
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
     model: Any = some.problem.module
     other: Any = every.problem.module
     assert torch.equal(model.norm.running_mean, other.norm.running_mean)
-    assert some.n_outer_steps == every.n_outer_steps
-    assert (len(some.recorded_steps) > 8) is (moves or "outer_every" in settings)
 
 
 def test_steps_with_gradients_on_record_are_taken_again_for_nothing() -> None:
-    every, some = (trained(s, steps=15, micro=3) for s in ("all", 3))
-    infos = [opt.step(batch_of(15, 3), draw(0)).info for opt in (every, some)]
+    infos = []
+    for snapshots in ("all", 3):
+        opt = trained(snapshots, steps=7, micro=3)
+        infos.append(opt.step(batch_of(7, 3), draw(0)).info)
+        torch.manual_seed(0)
     assert infos[0] == infos[1]
+    some = trained(3, steps=7, micro=3)
     steps = some.recorded_steps
     assert all(step.grads for step in steps)
     assert n_held(some) == 1
@@ -195,40 +185,55 @@ def test_steps_with_gradients_on_record_are_taken_again_for_nothing() -> None:
 # -- memory -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("snapshots", [3, 4, 5])
-@pytest.mark.parametrize("outer_every", [None, 7])
-def test_no_more_copies_are_alive_than_was_asked_for(
-    snapshots: int, outer_every: int | None
-) -> None:
-    """Counted whenever the loss runs: w and AdamW's two moments are three a record.
+def held_at_most(num_steps: int, snapshots: Any) -> int:
+    """Return the bytes of the records and of an estimate through them, at its peak."""
+    opt = trained(snapshots, num_steps, steps=0, outer_warmup=100)
+    for i in range(num_steps):
+        opt.inner_step(batch_of(i, 1))
+    kept = [step for step in opt.recorded_steps if step.is_snapshot]
+    records = [t for s in kept for t in s.inner_params.values()]
+    records += [t for s in kept for slots in s.state.values() for t in slots.values()]
 
-    Beside the records there are the optimizer's own two moments; in an inner step the
-    copies for its undoing, which become a record; in an estimate the w of the present,
-    which is put back at the end, ∂f/∂w, and the adjoints of w and of both moments.
-    """
-    n_steps = 20
-    opt = trained(snapshots, n_steps, steps=0, outer_every=outer_every)
-    model: Any = opt.problem.module
-    most_inner, most_outer = 0, 0
-    for i in range(3 * n_steps):
-        model.live.clear()
-        report = opt.step(batch_of(i, 1), draw(i))
-        if report.outer_step:
-            most_outer = max(most_outer, *model.live[1:])
-        most_inner = max(most_inner, model.live[0])
+    def run() -> None:
+        opt.estimator.estimate(
+            opt.problem, inner_batch=None, outer_batch=draw(0), steps=opt.recorded_steps
+        )
+
+    run()  # what is looked up the first time stays
+    peak = peak_bytes(run, [torch.device("cpu")])
+    assert peak is not None
+    return bytes_of(records) + peak
+
+
+@pytest.mark.parametrize("snapshots", [3, 5])
+def test_memory_is_that_of_as_many_steps_as_snapshots(snapshots: int) -> None:
+    """Records and peak of an estimate, by what torch allocates."""
+    bound = held_at_most(snapshots, "all")
+    assert held_at_most(20, snapshots) <= bound * 1.02
+    assert held_at_most(20, "all") > 1.5 * bound
+
+
+@pytest.mark.parametrize("outer_every", [None, 7])
+def test_records_between_steps_are_fewer_than_the_snapshots(outer_every: Any) -> None:
+    opt = trained(5, 20, steps=0, outer_every=outer_every)
+    for i in range(50):
+        opt.step(batch_of(i, 1), draw(i))
         held = sum(step.is_snapshot for step in opt._run.window)
-        assert held <= -(-n_steps // spacing(n_steps, snapshots)) + 1
-        assert held < snapshots
-    assert most_inner <= 3 * snapshots + 2
-    assert most_outer <= 3 * snapshots + 2 + 1 + 1 + 3
+        assert held <= 3
+        assert len(opt._run.window) < 20 + spacing(20, 5)
 
 
 def test_by_default_small_records_are_kept_of_every_step(monkeypatch: Any) -> None:
     opt = trained("auto")
     assert n_held(opt) == 8
-    # A record is 3 x 20,480 numbers of 8 bytes; the weights are a third of one.
-    room = 8 * 3 * 20_480 * 8
-    for small, share, held in ((room, 0, 8), (room - 1, 0, 2), (0, 24.1, 8), (0, 23, 2)):
+    # A record is 3 x 1,280 numbers of 8 bytes; the weights are a third of one.
+    room = 8 * 3 * 1280 * 8
+    for small, share, held in (
+        (room, 0, 8),
+        (room - 1, 0, 2),
+        (0, 24.1, 8),
+        (0, 23, 2),
+    ):
         monkeypatch.setattr("hypergrad.steps._SMALL", small)
         monkeypatch.setattr("hypergrad.steps._SHARE", share)
         assert n_held(trained("auto")) == held
@@ -237,11 +242,11 @@ def test_by_default_small_records_are_kept_of_every_step(monkeypatch: Any) -> No
 # -- resume -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [3, 8, 13, 19])
+@pytest.mark.parametrize("stop", [3, 8, 13])
 @pytest.mark.parametrize("outer_every", [None, 3])
 def test_resume_in_the_middle_of_a_window(stop: int, outer_every: int | None) -> None:
     settings: dict[str, Any] = {"outer_every": outer_every}
-    straight = trained(3, steps=24, **settings)
+    straight = trained(3, steps=17, **settings)
     first = trained(3, steps=stop, **settings)
     saved, model = first.state_dict(), first.problem.module
     assert model is not None
@@ -255,7 +260,7 @@ def test_resume_in_the_middle_of_a_window(stop: int, outer_every: int | None) ->
         s.is_snapshot for s in first.recorded_steps
     ]
     torch.set_rng_state(state)
-    for i in range(stop, 24):
+    for i in range(stop, 17):
         second.step(batch_of(i, 1), draw(1000 + i))
     assert not differ(straight, second)
     assert [s.is_snapshot for s in second._run.window] == [
