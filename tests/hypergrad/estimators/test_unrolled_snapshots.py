@@ -78,8 +78,11 @@ def test_equals_records_of_every_step_and_plain_autograd(
     few = num_steps if num_steps <= 3 else 1
     assert n_held(opt) == few
     every, some = found
-    # On a CPU the rules round as torch's optimizers do, and so the same w is reached.
-    assert error(some.outer_grads, every.outer_grads) == 0.0
+    # On a CPU the rules round as torch's optimizers do, and so the same w is reached. The
+    # factor of clipping may round otherwise: once in each step that is taken again.
+    roundings = num_steps if "clip" in name else 0
+    off = error(some.outer_grads, every.outer_grads)
+    assert off <= roundings * torch.finfo(dtype).eps
     assert some.outer_loss == every.outer_loss
     assert some.info.reason == every.info.reason
     again = some.info.n_forward - every.info.n_forward
