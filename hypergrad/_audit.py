@@ -14,7 +14,7 @@ from hypergrad.estimator import HypergradEstimator, Hypergradient, Info
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import check_reference, choose_reference
 from hypergrad.reporting import silenced
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, SnapshotLimit
 from hypergrad.tree import Params
 
 __all__ = ["Audit", "Auditor"]
@@ -98,6 +98,13 @@ class Auditor:
         unrolls = self.reference in ("auto", "unrolled")
         return (self.window or since_outer) if unrolls else 0
 
+    @property
+    def snapshot_limit(self) -> SnapshotLimit:
+        """How many copies of w and the optimizer's state its reference may hold."""
+        if isinstance(self.reference, HypergradEstimator):
+            return self.reference.snapshot_limit
+        return "auto"  # that of `Unrolled`
+
     def is_due(self, outer_step: int) -> bool:
         """Return whether the outer step of that number, from 1, is audited."""
         return self.every is not None and outer_step % self.every == 0
@@ -110,6 +117,7 @@ class Auditor:
         inner_batch: Any,
         outer_batch: Any,
         steps: Sequence[InnerStep],
+        n_steps: int,
     ) -> Audit:
         """Compute the hypergradient again by the reference, and compare.
 
@@ -119,12 +127,16 @@ class Auditor:
             inner_batch: data of the inner loss.
             outer_batch: data of the outer loss.
             steps: the inner steps on record, oldest first.
+            n_steps: how many of the last of them to look back at; those before are what
+                they may have to be reached from.
 
         Returns:
             The comparison; where the reference raises a `HypergradError`, its message.
         """
         try:
-            chosen, why = choose_reference(problem, steps, self.reference)
+            chosen, why = choose_reference(
+                problem, steps[-n_steps:] if n_steps else (), self.reference
+            )
         except ValueError as error:  # nothing to unroll through yet
             return Audit(str(self.reference), reason=str(error))
         name = chosen.name or type(chosen).__name__

@@ -49,6 +49,7 @@ class Checkpointer:
             "n_skipped": run.n_skipped,
             "outer_frozen": run.outer_frozen,
             "window": [self._pack_step(s) for s in run.window],
+            "left": run.left,
             "last": self._pack_batches(run.last),
             "estimator_state": dict(run.estimator_state),
             "rank": (reducer.rank, reducer.ranks),
@@ -65,7 +66,7 @@ class Checkpointer:
                 "not theirs. The recorded inner steps were left out on all; the first "
                 "outer steps wait for new ones. Save one file for each rank."
             )
-        return replace(run, window=(), last=())
+        return replace(run, window=(), last=(), left=None)
 
     def unpack(
         self, state_dict: Mapping[str, Any], levels: list[str]
@@ -83,6 +84,7 @@ class Checkpointer:
         chosen = saved.get("chosen")
         window = tuple(self._unpack_step(s) for s in saved["window"])
         last = self._unpack_batches(saved["last"])
+        left = saved.get("left")
         reducer, own = self._problem.reducer, tuple(saved.get("rank", (0, 1)))
         foreign = own != (reducer.rank, reducer.ranks)
         run = Run(
@@ -96,6 +98,7 @@ class Checkpointer:
             dict(saved["estimator_state"]),
             last,
             saved.get("resolved", True),
+            None if left is None else left.to(self._device),
         )
         return run, foreign
 
@@ -139,11 +142,14 @@ class Checkpointer:
             "grads": step.grads,
             "rule": step.rule.config(),
             "outer_grads": step.outer_grads,
+            "grad_norm": step.grad_norm,
+            "follows": step.follows,
         }
 
     def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
         problem, values = self._problem, dict(packed)
-        if set(values["inner_params"]) != set(problem.inner_params):
+        names = set(values["inner_params"])
+        if names and names != set(problem.inner_params):
             msg = (
                 "the recorded inner steps have other parameter names than this problem. "
                 "Load the state of an optimizer over the same model."

@@ -13,7 +13,13 @@ from hypergrad import tree
 from hypergrad.rules import State
 from hypergrad.tree import Params
 
-__all__ = ["LevelCopy", "OptimizerLike", "apply_gradients", "make_level"]
+__all__ = [
+    "LevelCopy",
+    "OptimizerLike",
+    "apply_gradients",
+    "make_level",
+    "moments",
+]
 
 OptimizerLike = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 """A torch optimizer, or a function from the list of parameters to one."""
@@ -74,6 +80,15 @@ def apply_gradients(
     finally:
         for p, grad in zip(own, held, strict=True):
             p.grad = grad
+
+
+def moments(optimizer: torch.optim.Optimizer, params: Params) -> list[Tensor]:
+    """Return one level's parameters and, where they have any, their moments."""
+    slots = [
+        item for p in params.values() for item in optimizer.state.get(p, {}).items()
+    ]
+    found = [t for n, t in slots if isinstance(t, Tensor) and n != "step"]
+    return [*params.values(), *found]
 
 
 class LevelCopy:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import HypergradEstimator
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Run", "without_graphs"]
 
@@ -29,6 +29,8 @@ class Run:
         estimator_state: what the estimator hands to its next call.
         last: data of the last inner step.
         resolved: whether the estimator had the occasion to choose.
+        left: size of w and the inner optimizer's state after the last inner step, where
+            not every step is kept whole: by it a change by hand shows.
     """
 
     estimator: HypergradEstimator
@@ -41,12 +43,16 @@ class Run:
     estimator_state: dict[str, Tensor] = field(default_factory=dict)
     last: tuple[MicroBatch, ...] = ()
     resolved: bool = False
+    left: Tensor | None = None
 
     @property
     def recorded_steps(self) -> tuple[InnerStep, ...]:
-        """As many of the last inner steps as the estimator looks back at."""
+        """As many of the last inner steps as the estimator looks back at.
+
+        And those before them, back to the snapshot that they are reached from.
+        """
         lookback = self.estimator.lookback
-        return self.window[-lookback:] if lookback else ()
+        return since_snapshot(self.window, lookback) if lookback else ()
 
     def is_due(self, n_inner_steps: int, warmup: int) -> bool:
         """Return whether an outer step follows the inner step of that number."""

@@ -9,10 +9,11 @@ import torch
 
 from hypergrad import tree
 from hypergrad._audit import Audit, Auditor
-from hypergrad._levels import LevelCopy, apply_gradients
+from hypergrad._levels import LevelCopy, apply_gradients, moments
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback
 from hypergrad._run import Run
+from hypergrad._snapshots import LEAST, spacing
 from hypergrad.batches import as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import Hypergradient, versions_of
@@ -20,7 +21,14 @@ from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
 from hypergrad.reporting import once_for, report
 from hypergrad.rules import SUPPORTED, Rule, rule_of
-from hypergrad.steps import InnerStep, keeps_grads
+from hypergrad.steps import (
+    InnerStep,
+    bytes_of,
+    keeps_grads,
+    n_snapshots,
+    since_snapshot,
+    without_snapshot,
+)
 from hypergrad.tree import Params
 
 __all__ = ["Stepper"]
@@ -52,6 +60,7 @@ class Stepper:
         self.auditor = auditor
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
+        self._spacings: dict[Any, int] = {}
 
     @property
     def has_rule(self) -> bool:
@@ -107,11 +116,16 @@ class Stepper:
         rollback.module()
         # Before the forward pass: an embedding with max_norm moves its weight in it.
         before = rollback.level(self.inner, problem.inner_params, keep=n > 0)
+        tally, gaps = Tally(), list[float]()
+        if run.left is not None:
+            now = tree.size(moments(self.inner, problem.inner_params))
+            tally.watch(now - run.left, gaps.append)
+        versions = [t._version for t in problem.inner_params.values()]
         g = gradients(
             problem,
             "inner",
             batches,
-            Tally(),
+            tally,
             outer=looks_back and estimator.needs_byproduct,
             live=True,
             keep=keep,
@@ -121,18 +135,26 @@ class Stepper:
         if self.max_grad_norm is not None:
             factor = min(1.0, self.max_grad_norm / (g.inner_norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
-        window = run.window
         if n:
             kept = grads if keeps_grads(problem, estimator.needs_grads, batches) else {}
-            window = (*window, self._record(run, g, kept, before))[-n:]
+            record = self._record(run, g, kept, before, follows=gaps == [0.0])
+            run = replace(run, window=(*run.window, record))
+        # An embedding with max_norm moves w in the forward pass.
+        still = versions == [t._version for t in problem.inner_params.values()]
         apply_gradients(self.inner, problem.inner_params, clipped)
-        run = replace(
-            run, window=window, last=g.batches, n_inner_steps=run.n_inner_steps + 1
-        )
+        if n:
+            run = self._trimmed(run, n, still=still)
+        run = replace(run, last=g.batches, n_inner_steps=run.n_inner_steps + 1)
         return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm)
 
     def _record(
-        self, run: Run, g: Gradients, grads: Params, before: LevelCopy
+        self,
+        run: Run,
+        g: Gradients,
+        grads: Params,
+        before: LevelCopy,
+        *,
+        follows: bool,
     ) -> InnerStep:
         problem = self.problem
         versions = versions_of(problem)
@@ -149,13 +171,60 @@ class Stepper:
             outer_grads=g.outer,
             graph=g.graph,
             outer_versions=versions,
+            grad_norm=g.inner_norm,
+            follows=follows and last is not None,
         )
 
+    def _trimmed(self, run: Run, n: int, *, still: bool) -> Run:
+        """Return the run with what the last steps are reached from, and no more.
+
+        Args:
+            run: the run, whose newest record is that of the step just taken.
+            n: how many steps are looked back at.
+            still: whether w moved in the optimizer's step alone.
+        """
+        every = self._spacing(run, n)
+        if every == 1:
+            return replace(run, window=since_snapshot(run.window, n), left=None)
+        newest = run.n_inner_steps  # counted from 0
+        # An estimator that looks at whole records finds those of its own.
+        all_of_own = run.estimator.snapshot_limit == "all"
+        own = newest - (run.estimator.lookback if all_of_own else 0)
+        # The window of an outer step that is due starts with a snapshot.
+        period, shift = (
+            (run.outer_every, n) if run.outer_every >= n else (newest + 1, 0)
+        )
+        window: list[InnerStep] = []
+        for i, step in enumerate(run.window, start=newest + 1 - len(run.window)):
+            chosen = (i + shift) % period % every == 0
+            if step.follows and not chosen and i <= own:
+                step = without_snapshot(self.problem, step)
+            window.append(step)
+        w = self.problem.inner_params
+        left = tree.size(moments(self.inner, w)) if still else None
+        return replace(run, window=since_snapshot(window, n), left=left)
+
+    def _spacing(self, run: Run, n: int) -> int:
+        """Return from how many steps to the next w and the state are kept."""
+        limit = run.estimator.snapshot_limit
+        if n > run.estimator.lookback and limit == "all":
+            limit = self.auditor.snapshot_limit
+        if limit == "all" or n <= LEAST or not self.problem.inner_params:
+            return 1
+        # There is no state before the first step.
+        tensors = moments(self.inner, self.problem.inner_params)
+        tensors += run.window[-1].grads.values()
+        key = limit, n, len(tensors)
+        if key not in self._spacings:
+            held = n_snapshots(self.problem, n, limit, bytes_of(tensors))
+            self._spacings[key] = spacing(n, held)
+        return self._spacings[key]
+
     def _check_devices(self, run: Run) -> None:
-        if not run.window:
-            return
+        # Of the newest that has any.
+        params = (s.inner_params for s in reversed(run.window) if s.is_snapshot)
         now = self.problem.inner_params
-        for name, then in run.window[-1].inner_params.items():
+        for name, then in next(params, {}).items():
             if then.device != now[name].device:
                 msg = (
                     f"{name!r} is on {now[name].device}, and the recorded inner steps "
@@ -244,6 +313,7 @@ class Stepper:
             inner_batch=inner_batch,
             outer_batch=outer_batch,
             steps=run.window,
+            n_steps=self.n_recorded(run),
         )
         if audit.info is None and "audit" not in self.problem.reported:
             self.problem.reported.add("audit")

@@ -31,7 +31,14 @@ from hypergrad.products import (
 from hypergrad.reporting import once_for, report
 from hypergrad.rng import RngState
 from hypergrad.rules import Rule
-from hypergrad.steps import InnerStep, take_steps, with_grads
+from hypergrad.steps import (
+    InnerStep,
+    SnapshotLimit,
+    since_snapshot,
+    steps_back,
+    take_steps,
+    with_grads,
+)
 from hypergrad.tree import Params
 
 __all__ = [
@@ -131,7 +138,8 @@ class Point:
     Attributes:
         problem: the problem, at the w where v was taken.
         inner_batches: data of the inner loss.
-        steps: the last `lookback` inner steps, oldest first.
+        steps: the last `lookback` inner steps, oldest first. Where the estimator has a
+            `snapshot_limit`, read them by `steps_back`.
         v: ∂f/∂w, same keys and shapes as the inner parameters; not all zeros.
         state: state of an earlier call; empty for a cold start.
         tally: counts evaluations; pass it on.
@@ -190,12 +198,25 @@ class Point:
             hints = replace(hints, kept=step.graph)
             # The graph holds its own w; copying λ onto itself would void it.
             place = nullcontext()
+        batches = step.micro_batches
+        del step  # whose w and state may be let go while the product is used
         with place, _backend(product):
-            made = bind_product(
-                product, self.problem, step.micro_batches, self.tally, hints=hints
-            )
+            made = bind_product(product, self.problem, batches, self.tally, hints=hints)
             yield made
         self.unused = set(made.unused)
+
+    def steps_back(self, n_steps: int, limit: SnapshotLimit) -> Iterator[InnerStep]:
+        """Return the last inner steps, newest first, each with its w and state.
+
+        Args:
+            n_steps: how many.
+            limit: how many copies of w and state may be held at once; to keep to it,
+                drop each step before asking for the next.
+
+        Returns:
+            An iterator over whole records.
+        """
+        return steps_back(self.problem, self.steps, n_steps, limit, self.tally)
 
     def _unmoved(self, step: InnerStep) -> bool:
         if step.outer_versions != versions_of(self.problem):
@@ -254,6 +275,15 @@ class HypergradEstimator(ABC):
         `point.steps` have them in any case.
         """
         return True
+
+    @property
+    def snapshot_limit(self) -> SnapshotLimit:
+        """How many copies of w and the optimizer's state may be held at once.
+
+        `"all"` for one of each step. Otherwise `point.steps` may lack them, and `indirect`
+        reads the steps by `point.steps_back`.
+        """
+        return "all"
 
     @property
     def needs_byproduct(self) -> bool:
@@ -475,7 +505,12 @@ class HypergradEstimator(ABC):
                     "pass steps=None for virtual ones."
                 )
                 raise ValueError(msg)
+            if self.snapshot_limit != "all":
+                return since_snapshot(steps, self.lookback), None
             taken = tuple(steps)[-self.lookback :]
+            if not all(step.is_snapshot for step in taken):
+                back = steps_back(problem, steps, self.lookback, "all", tally)
+                taken = tuple(back)[::-1]
             if self.needs_grads:
                 taken = tuple(with_grads(problem, step, tally) for step in taken)
             return taken, None
@@ -497,6 +532,7 @@ class HypergradEstimator(ABC):
             tally=tally,
             grads=self.needs_grads,
             byproduct=self.needs_byproduct,
+            snapshots=self.snapshot_limit,
         )
         return tuple(virtual), end
 

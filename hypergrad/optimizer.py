@@ -25,7 +25,7 @@ from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
 from hypergrad.rules import check_supported
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
 
@@ -205,7 +205,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def recorded_steps(self) -> tuple[InnerStep, ...]:
         """The last inner steps, oldest first; as many as the estimator looks back at.
 
-        What an audit needs beyond them is on record too, but not shown here.
+        Where w is not kept of each step, those before them too, back to the snapshot that
+        they are reached from. What an audit needs beyond them is on record, but not shown
+        here.
         """
         return self._run.recorded_steps
 
@@ -292,7 +294,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
-        self._run = replace(self._run, outer_frozen=True, window=(), estimator_state={})
+        self._run = replace(
+            self._run, outer_frozen=True, window=(), estimator_state={}, left=None
+        )
         for parameter in self.problem.outer_params.values():
             parameter.requires_grad_(False)
 
@@ -411,7 +415,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self._link()
             self._adopt(loaded.estimator)
             n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
-            window = loaded.window[-n:] if n else ()
+            window = since_snapshot(loaded.window, n) if n else ()
             self._run = replace(loaded, outer_every=self.outer_every, window=window)
             for parameter in self.problem.outer_params.values():
                 parameter.requires_grad_(not self.outer_frozen)

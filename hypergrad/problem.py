@@ -335,6 +335,7 @@ class BilevelProblem:
             values = [v.detach().clone() if _storage(v) in held else v for v in values]
         try:
             _copy(targets, values)
+            del values, inner_params, outer_params  # whose memory may be free now
             yield
         finally:
             _copy(targets, saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from hypergrad import tree
@@ -13,7 +13,7 @@ from hypergrad.estimators import FirstOrder, make_estimator
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Tally
 from hypergrad.reference import choose_reference
-from hypergrad.steps import InnerStep, with_grads
+from hypergrad.steps import InnerStep, steps_back, with_grads
 from hypergrad.tree import Params
 
 __all__ = [
@@ -122,7 +122,7 @@ def read_steps(given: Sequence[InnerStep] | None) -> tuple[InnerStep, ...] | Non
                 "as `recorded_steps` of a BilevelOptimizer, or None."
             )
             raise TypeError(msg)
-    return tuple(_without_graph(step) for step in given)
+    return tuple(replace(step, graph=None) for step in given)
 
 
 def with_needed_grads(
@@ -138,21 +138,9 @@ def with_needed_grads(
     n = max((e.lookback for e in estimators if e.needs_grads), default=0)
     if not n or steps is None:
         return steps
-    last = (with_grads(problem, step, Tally()) for step in steps[-n:])
+    back = list(steps_back(problem, steps, n, "all", Tally()))
+    last = (with_grads(problem, step, Tally()) for step in reversed(back))
     return (*steps[:-n], *last)
-
-
-def _without_graph(step: InnerStep) -> InnerStep:
-    return InnerStep(
-        step.inner_params,
-        step.outer_params,
-        step.state,
-        step.micro_batches,
-        step.grads,
-        step.rule,
-        outer_grads=step.outer_grads,
-        outer_versions=step.outer_versions,
-    )
 
 
 def answered_by(estimator: HypergradEstimator) -> str:

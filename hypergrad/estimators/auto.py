@@ -14,7 +14,7 @@ from hypergrad.estimator import HypergradEstimator, Hypergradient, Indirect, Poi
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.choice import second_order_failure
 from hypergrad.rules import SGD, Grouped, Rule
-from hypergrad.steps import InnerStep
+from hypergrad.steps import InnerStep, SnapshotLimit
 
 __all__ = ["Auto"]
 
@@ -103,6 +103,11 @@ class Auto(HypergradEstimator):
     def needs_grads(self) -> bool:
         """That of the choice; True before it is made."""
         return self.chosen is None or self.chosen.needs_grads
+
+    @property
+    def snapshot_limit(self) -> SnapshotLimit:
+        """That of the choice."""
+        return self.chosen.snapshot_limit if self.chosen else "all"
 
     @property
     def needs_byproduct(self) -> bool:

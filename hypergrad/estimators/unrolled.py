@@ -13,6 +13,7 @@ from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
 from hypergrad.rules.base import check_rule, watch_finite
+from hypergrad.steps import SnapshotLimit, check_snapshots
 from hypergrad.tree import Params
 
 __all__ = ["Unrolled"]
@@ -31,10 +32,14 @@ class Unrolled(HypergradEstimator):
 
     Exact for K steps of the real optimizer: momentum, Adam's moments, decay, clipping
     and changing learning rates included. The graph in memory is that of one step
-    whatever K is: it is built again from a copy of w, used once and freed. Each of the K
-    records keeps copies of w and the optimizer's moments, which is little for adapters
-    and counts where a large head is trained. Cost: 2 to 2.5 inner gradients for each
-    step.
+    whatever K is: it is built again from a copy of w, used once and freed. Cost: 2 to 2.5
+    inner gradients for each step.
+
+    Copies of w and of the optimizer's moments are kept of each step, or of some. Steps
+    between those are taken again on the way back [GW08, Ch. 12], an inner gradient each:
+    of K = 20 with `snapshots=5`, 30 in all. Where a step is accumulated from several
+    micro-batches, or averaged over ranks, its gradient stays on record, and to take it
+    again costs no evaluation.
 
     Where λ moved within the window, each step is revisited at its own λ and the result
     is the derivative for a common shift of all of them; `info.reason` says so.
@@ -44,10 +49,14 @@ class Unrolled(HypergradEstimator):
         rule: rule of the virtual steps where no steps are given.
         product: how products with second derivatives are taken: a name of
             `hypergrad.products.product_names()`, or a product.
+        snapshots: how many copies of w and the optimizer's state are held at once, at
+            least 3; `"all"` for one of each step; `"auto"` for all where they take little
+            (64 MiB, or a quarter of the memory of the weights, frozen ones included),
+            else for as few as retake each step 1.5 times at most, on average.
 
     Raises:
-        TypeError: `num_steps` is not a whole number, or `rule` not a rule.
-        ValueError: `num_steps` is below 1.
+        TypeError: `num_steps` or `snapshots` is not a whole number, or `rule` not a rule.
+        ValueError: `num_steps` is below 1, or `snapshots` below 3 or an unknown word.
 
     Example:
         g = (w - λ)²/2, f = w²/2, w = 4, λ = 0, two steps of SGD at rate 1/2:
@@ -75,10 +84,12 @@ class Unrolled(HypergradEstimator):
     _: KW_ONLY
     rule: Rule | None = None
     product: ProductLike = "exact"
+    snapshots: SnapshotLimit = "auto"
 
     def __post_init__(self) -> None:
         as_product(self.product)
         check_count("num_steps", self.num_steps)
+        check_snapshots(self.snapshots)
         if self.rule is not None:
             check_rule("rule", self.rule)
 
@@ -96,6 +107,11 @@ class Unrolled(HypergradEstimator):
     def needs_grads(self) -> bool:
         """The graph that each product is taken from has the step's gradient."""
         return False
+
+    @property
+    def snapshot_limit(self) -> SnapshotLimit:
+        """What was set."""
+        return self.snapshots
 
     @property
     def reuses_graph(self) -> bool:
@@ -121,37 +137,40 @@ class Unrolled(HypergradEstimator):
 
     def indirect(self, point: Point) -> Indirect:
         """Return the sum of the steps' contributions."""
-        w_bar, state_bar = point.v, State()
+        adjoint: tuple[Params, State] = point.v, {}
         total: Params = {}
         info: dict[str, Any] = {}
         unused = set(point.problem.outer_params)
-        for back, step in enumerate(reversed(point.steps), start=1):
-            oldest = back == len(point.steps)
+        walk = point.steps_back(self.num_steps, self.snapshots)
+        for left in reversed(range(self.num_steps)):
+            step, oldest = next(walk), not left
             with point.product_at(step, self.product) as product:
                 grads = step.grads or product.gradient()
                 pulled = step.rule.pullback(
-                    step.inner_params, step.state, grads, w_bar, state_bar
+                    step.inner_params, step.state, grads, *adjoint
                 )
                 watch_finite(point.tally, pulled)
-                del grads  # the product is what takes most memory
+                # The product takes most memory: what it does not need is let go.
+                adjoint = pulled.params, pulled.state
+                del grads, step
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
             unused &= point.unused
             info = product.info
             total = tree.add(total, mixed) if total else mixed
             if not oldest:
-                w_bar = tree.add(pulled.params, curved)
-                state_bar = pulled.state
+                adjoint = tree.add(pulled.params, curved), pulled.state
+            del pulled, curved  # before others are reached
         point.unused = unused
-        reason = _MOVED.format(len(point.steps)) if self._moved(point) else ""
+        reason = _MOVED.format(self.num_steps) if self._moved(point) else ""
         return Indirect(total, info={**info, "reason": reason})
 
     def _moved(self, point: Point) -> bool:
         """Return whether λ is not what it was at every step."""
-        now = versions_of(point.problem)
-        if all(step.outer_versions == now for step in point.steps):
+        now, steps = versions_of(point.problem), point.steps[-self.num_steps :]
+        if all(step.outer_versions == now for step in steps):
             return False
         # Counted moves may lead back to the same values, and copies have no count.
-        return any(point.tally.read(*point.moved(point.steps)))
+        return any(point.tally.read(*point.moved(steps)))
 
 
 _MOVED = (

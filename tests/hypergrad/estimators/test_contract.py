@@ -99,6 +99,13 @@ TABLE = [
     Row("sama", {"rule": AdamW(0.1), "product": "exact"}),
     Row("unrolled", {"num_steps": 1, "rule": SGD(0.1)}, 1e-12, step(0.1)),
     Row("unrolled", {"num_steps": 4, "rule": SGD(0.2)}, 1e-12, step(0.2, 4)),
+    Row(
+        "unrolled",
+        {"num_steps": 6, "rule": SGD(0.2), "snapshots": 3},
+        1e-12,
+        step(0.2, 6),
+    ),
+    Row("unrolled", {"num_steps": 6, "rule": AdamW(0.05), "snapshots": 4}),
     Row("unrolled", {"num_steps": 2, "rule": SGD(0.1, momentum=0.9)}),
     Row(
         "unrolled",
