@@ -2,15 +2,14 @@
 
     python -m benchmarks.product_memory
 
-from the root of the repository; about ten minutes on one core and 3 GiB of memory. Writes
+from the root of the repository; about four minutes on one core and 2 GiB of memory. Writes
 benchmarks/results/product_memory.json and docs/images/benchmarks/product_memory.png.
 Needs a system that tells the peak memory of a process (Linux, macOS).
 
-A new process for each way, since the peak of one never goes down again. Each takes the
-way once on a single short example, then on the batch, and reports by how much the peak
-of the process rose. It then counts the most bytes of tensors held at once by torch's
-profiler, as `step_cost` does, and takes time by turns with a training step. All is
-divided by what a training step of exact DoRA takes: forward and backward pass, without
+A process of its own for each way, since the peak of one never goes down again. It is
+forked from one that holds the model, and reports by how much its peak of resident memory
+rose. It then counts the most bytes of tensors held at once by torch's profiler, as
+`step_cost` does, and takes time by turns with a training step. All is divided by what a training step of exact DoRA takes: forward and backward pass, without
 the optimizer.
 
 A product is u^T of the second derivatives of the inner loss in (w, w) and (w, magnitudes),
@@ -31,20 +30,21 @@ at the same random u for all; that they agree with the plain exact product is ch
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
-import subprocess
+import statistics
 import sys
 import time
+from multiprocessing import get_context
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from benchmarks import _model
 from benchmarks._common import (
     BLUE,
     GREY,
-    ROOT,
     add_model_arguments,
     done,
     model_title,
@@ -53,7 +53,9 @@ from benchmarks._common import (
     save_picture,
     write_result,
 )
+from benchmarks._product_ways import Batch, Ways
 from benchmarks.unroll_memory import MALLOC
+from hypergrad.compare._measure import peak_bytes
 
 QUESTION = "How much memory does a product take, and what makes it less?"
 STEP, EXACT = "exact-DoRA step", "exact"
@@ -70,40 +72,73 @@ WAYS = (
 )
 
 
-# -- in the measured process -----------------------------------------------------------
-# torch, transformers and peft are imported here alone: a process starts with the peak of
-# the one that started it, which must therefore stay small.
-
-
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take one way; return its bytes, seconds and product."""
-    import torch
-
-    from benchmarks import _model, _product_ways
-    from hypergrad.compare._measure import collected, peak_bytes
-
+def main() -> None:
+    if not MALLOC.items() <= os.environ.items():
+        command = [sys.executable, "-m", "benchmarks.product_memory", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **MALLOC})
+    arguments = parse()
     torch.set_num_threads(arguments.threads)
     base = _model.roberta(arguments.layers, arguments.tokens, "eager")
-    ways = _product_ways.Ways(_model.with_adapter(base, arguments.rank, dora=True))
-    ways.take(arguments.way, _model.draw_batch(2, 8, 1))
-    before = resident_peak()
+    ways = Ways(_model.with_adapter(base, arguments.rank, dora=True))
     batch = _model.draw_batch(arguments.batch, arguments.tokens, 0)
-    found = ways.take(arguments.way, batch)
+    results: list[dict[str, Any]] = []
+    products: dict[str, list[float]] = {}
+    with tqdm(WAYS, unit="process") as bar:
+        for way in bar:
+            bar.set_postfix_str(way)
+            # Forked before any backward pass, after which torch refuses to be.
+            with get_context("fork").Pool(1) as child:
+                one = child.apply(measured, (ways, way, batch, arguments.rounds))
+            product = one.pop("product")
+            if product is not None:
+                products[way] = product
+            results.append(one)
+    step = results[0]
+    for one in results:
+        for kind in ("resident", "tensor"):
+            one[f"{kind}_over_step"] = one[f"{kind}_bytes"] / step[f"{kind}_bytes"]
+        one["median_time_over_step"] = statistics.median(one["time_over_step"])
+        if one["way"] in products:
+            one["from_exact"] = distance(products[one["way"]], products[EXACT])
+    report(results)
+    written = write_result(
+        "product_memory",
+        QUESTION,
+        vars(arguments),
+        arguments.threads,
+        results,
+        unit="bytes beyond the model: by which the peak of the process rose, and most "
+        "bytes of tensors at once; seconds of the processor, and their ratios to a "
+        "training step of the same round; relative difference to the exact product",
+    )
+    done(written, picture(results, arguments))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    add_model_arguments(parser)
+    parser.set_defaults(layers=12, batch=2, tokens=128)
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each")
+    return parser.parse_args()
+
+
+def measured(ways: Ways, way: str, batch: Batch, rounds: int) -> dict[str, Any]:
+    """Take one way in a process of its own; return its bytes, seconds and product."""
+    before = resident_peak()
+    found = ways.take(way, batch)
     resident = resident_peak() - before
-    with collected():
-        devices = [torch.device("cpu")]
-        held = peak_bytes(lambda: ways.take(arguments.way, batch), devices)
+    held = peak_bytes(lambda: ways.take(way, batch), [torch.device("cpu")])
     seconds, ratios = [], []
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         taken = []
-        for way in (STEP, arguments.way):
+        for timed in (STEP, way):
             start = time.process_time()
-            ways.take(way, batch)
+            ways.take(timed, batch)
             taken.append(time.process_time() - start)
         seconds.append(taken[1])
         ratios.append(taken[1] / taken[0])
     return {
-        "way": arguments.way,
+        "way": way,
         "resident_bytes": resident,
         "tensor_bytes": held,
         "seconds": seconds,
@@ -118,68 +153,6 @@ def resident_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# -- in the process that starts the others -----------------------------------------------
-
-
-def main() -> None:
-    arguments = parse()
-    if arguments.way:
-        print(json.dumps(measured(arguments)))
-        return
-    results: list[dict[str, Any]] = []
-    products: dict[str, list[float]] = {}
-    with tqdm(WAYS, unit="process") as bar:
-        for way in bar:
-            bar.set_postfix_str(way)
-            one = in_new_process(arguments, way)
-            product = one.pop("product")
-            if product is not None:
-                products[way] = product
-            results.append(one)
-    step = results[0]
-    for one in results:
-        for kind in ("resident", "tensor"):
-            one[f"{kind}_over_step"] = one[f"{kind}_bytes"] / step[f"{kind}_bytes"]
-        one["time_over_step"] = sorted(one["time_over_step"])[arguments.rounds // 2]
-        if one["way"] in products:
-            one["from_exact"] = distance(products[one["way"]], products[EXACT])
-    report(results)
-    shown = {n: x for n, x in vars(arguments).items() if n != "way"}
-    written = write_result(
-        "product_memory",
-        QUESTION,
-        shown,
-        arguments.threads,
-        results,
-        unit="bytes beyond the model: by which the peak of the process rose, and most "
-        "bytes of tensors at once; seconds of the processor; ratios to a training step, of "
-        "times the median of those taken by turns; relative difference to exact",
-    )
-    done(written, picture(results, arguments))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=QUESTION)
-    add_model_arguments(parser)
-    parser.set_defaults(layers=12, batch=4, tokens=128)
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def in_new_process(arguments: argparse.Namespace, way: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.product_memory", "--way", way]
-    for name in ("layers", "batch", "tokens", "rank", "threads", "rounds"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    environment = {**os.environ, **MALLOC}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def distance(value: list[float], truth: list[float]) -> float:
     """Return the relative L2 distance."""
     off = sum((a - b) ** 2 for a, b in zip(value, truth, strict=True))
@@ -192,7 +165,7 @@ def report(results: list[dict[str, Any]]) -> None:
         off = one.get("from_exact")
         print(
             f"{one['way']:32}{one['resident_over_step']:8.2f}"
-            f"{one['tensor_over_step']:9.2f}{one['time_over_step']:6.2f}"
+            f"{one['tensor_over_step']:9.2f}{one['median_time_over_step']:6.2f}"
             + ("" if off is None else f"  {off:.1e}")
         )
 
@@ -203,7 +176,7 @@ def picture(results: list[dict[str, Any]], arguments: argparse.Namespace) -> Any
     names = [one["way"] for one in reversed(results)]
     for axes, kind, colour, label in (
         (left, "tensor_over_step", BLUE, "peak memory over a training step"),
-        (right, "time_over_step", GREY, "time over a training step"),
+        (right, "median_time_over_step", GREY, "time over a training step"),
     ):
         values = [one[kind] for one in reversed(results)]
         bars = axes.barh(names, values, color=colour, height=0.6)
