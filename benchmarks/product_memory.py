@@ -9,8 +9,8 @@ Needs a system that tells the peak memory of a process (Linux, macOS).
 A process of its own for each way, since the peak of one never goes down again. It is
 forked from one that holds the model, and reports by how much its peak of resident memory
 rose. It then counts the most bytes of tensors held at once by torch's profiler, as
-`step_cost` does, and takes time by turns with a training step. All is divided by what a training step of exact DoRA takes: forward and backward pass, without
-the optimizer.
+`step_cost` does, and takes time by turns with a training step. All is divided by what a
+training step of exact DoRA takes: forward and backward pass, without the optimizer.
 
 A product is u^T of the second derivatives of the inner loss in (w, w) and (w, magnitudes),
 at the same random u for all; that they agree with the plain exact product is checked.
@@ -35,6 +35,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
@@ -86,9 +87,7 @@ def main() -> None:
     with tqdm(WAYS, unit="process") as bar:
         for way in bar:
             bar.set_postfix_str(way)
-            # Forked before any backward pass, after which torch refuses to be.
-            with get_context("fork").Pool(1) as child:
-                one = child.apply(measured, (ways, way, batch, arguments.rounds))
+            one = in_a_fork(lambda w=way: measured(ways, w, batch, arguments.rounds))
             product = one.pop("product")
             if product is not None:
                 products[way] = product
@@ -120,6 +119,22 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(layers=12, batch=2, tokens=128)
     parser.add_argument("--rounds", type=int, default=3, help="timings of each")
     return parser.parse_args()
+
+
+def in_a_fork(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run in a process forked from this one, which must have run no backward pass yet."""
+    context = get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: send.send(run()))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        msg = "the measured process failed; its error is above."
+        raise RuntimeError(msg) from None
+    finally:
+        child.join()
 
 
 def measured(ways: Ways, way: str, batch: Batch, rounds: int) -> dict[str, Any]:
