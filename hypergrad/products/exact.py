@@ -226,9 +226,10 @@ class _DoubleBackward(BoundProduct):
 
 @dataclass(frozen=True, repr=False)
 class ForwardOverReverse(Product):
-    """Push a tangent through the gradient (`torch.func.jvp` of `grad`): exact.
+    """Push a tangent through the gradient (`torch.func.jvp` of `vjp`): exact.
 
-    Keeps no graph between products. Never the other way round: reverse-over-forward is
+    Keeps no graph between products, and none of the backward pass: about the memory of
+    two gradients. Never the other way round: reverse-over-forward is
     silently wrong through layer_norm in torch 2.13 (pytorch #196695).
 
     Example:
@@ -289,17 +290,23 @@ class _ForwardOverReverse(BoundProduct):
         self.tally.n_forward += 1
         self.tally.n_backward += 1
         self.tally.n_hvp += 1
-        # The value comes along to be looked at: a loss that ignores its arguments has
-        # derivatives of zeros here.
-        gradient = torch.func.grad_and_value(
-            lambda a, b: problem.inner_loss(a, b, micro.batch), argnums=(0, 1)
-        )
+
+        def gradient(at: Params) -> Any:
+            # torch.func.grad would build the graph of its backward pass too, which
+            # nothing here goes through: half of the memory. The value comes along to
+            # be looked at: a loss that ignores its arguments has derivatives of zeros.
+            loss, pull = torch.func.vjp(
+                lambda a, b: problem.inner_loss(a, b, micro.batch), at, lam
+            )
+            one = torch.ones_like(loss)
+            return pull(one, retain_graph=False, create_graph=False), loss
+
         with (
             replay(problem, micro),
             refuse_recompute(),
             explain_second_order("Take product='exact', which needs no forward mode. "),
         ):
-            pushed: Any = torch.func.jvp(lambda a: gradient(a, lam), (w,), (tangent,))
+            pushed: Any = torch.func.jvp(gradient, (w,), (tangent,))
             (_, loss), ((h, m), _) = pushed
         if loss.requires_grad:
             check_reads_its_arguments(problem, loss, ())
