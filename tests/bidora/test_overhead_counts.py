@@ -89,7 +89,7 @@ def test_an_exact_product_from_a_kept_graph(lora: Any) -> None:
     darts = make_estimator("darts", product="exact")
     opt = BiDoRAOptimizer(model, darts, outer_warmup=0, reuse_graph=True)
     found = iteration(opt, draw_batch(0, device), draw_batch(1, device))
-    assert found["outer"].operations <= 4.2 * lora.operations
+    assert found["outer"].operations <= 4.3 * lora.operations
     assert own_reads(found["outer"]) <= 4
 
 
