@@ -1,0 +1,177 @@
+"""What a value of a label column means, and names of classes that can be compared."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from difflib import get_close_matches
+from typing import Any
+
+from bidora.data.table import Table
+
+__all__ = [
+    "BadValueError",
+    "alike",
+    "class_name",
+    "class_names_of",
+    "count_text",
+    "is_number",
+    "nearest",
+    "ordered",
+    "plain",
+    "shown",
+    "whole_number",
+]
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_WHOLE = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
+
+
+class BadValueError(ValueError):
+    """Report a value that can't be read; the row goes, and the others stay."""
+
+
+def class_name(value: Any) -> str:
+    """Return the name of the class that a value stands for.
+
+    JSON has one kind of number, so `1` and `1.0` are one class; `true` is another.
+
+    Args:
+        value: What the source has: a word, a number, a truth value.
+
+    Returns:
+        A word without blanks around it.
+
+    Raises:
+        BadValueError: If it is missing, not finite, or holds several values.
+
+    Example:
+        >>> class_name(1.0), class_name(1), class_name(True), class_name(" a ")
+        ('1', '1', 'true', 'a')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise BadValueError("holds no label")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise BadValueError(f"holds {value}, which is no class")
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int):
+        try:
+            return str(value)
+        except ValueError:
+            raise BadValueError("holds a number of too many digits") from None
+    if isinstance(value, str):
+        return plain(value, "label")
+    raise BadValueError(
+        f"holds a {type(value).__name__}, and a class is a word or a number"
+    )
+
+
+def plain(value: str, what: str) -> str:
+    """Return a word without the blanks around it.
+
+    Args:
+        value: The word.
+        what: What it is, for the message.
+
+    Raises:
+        BadValueError: If nothing is left, or it is no valid Unicode.
+    """
+    word = value.strip()
+    if not word or (what == "label" and word.lower() == "nan"):
+        raise BadValueError(f"holds no {what}")
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise BadValueError(
+            f"holds half a character (a lone surrogate) in its {what}"
+        ) from None
+    return word
+
+
+def whole_number(name: str) -> str:
+    """Return `1` for `1.0`, and other names as they are.
+
+    Example:
+        >>> whole_number("1.0"), whole_number("1.50"), whole_number("v1.0")
+        ('1', '1.50', 'v1.0')
+    """
+    found = _WHOLE.fullmatch(name)
+    return found[1] if found else name
+
+
+def is_number(name: str) -> bool:
+    """Return whether a name is spelled like a number."""
+    return _NUMBER.fullmatch(name) is not None
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return names in order: numbers by size, then words by the alphabet.
+
+    Example:
+        >>> ordered(["b", "10", "9", "a", "0.5"])
+        ['0.5', '9', '10', 'a', 'b']
+    """
+
+    def key(name: str) -> tuple[int, Decimal, str]:
+        # Not int(): Python refuses words of more than 4,300 digits.
+        return (0, Decimal(name), name) if is_number(name) else (1, Decimal(0), name)
+
+    return sorted(names, key=key)
+
+
+def class_names_of(table: Table, column: str) -> tuple[str, ...] | None:
+    """Return the classes that a column's source lists, in its order; None without."""
+    return dict(table.class_names).get(column)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return ` Did you mean 'x'?`, or nothing where no name is near."""
+    folded = {_fold(n): n for n in names}
+    found = get_close_matches(_fold(name), folded, n=1)
+    return f" Did you mean {folded[found[0]]!r}?" if found else ""
+
+
+def alike(counts: Mapping[str, int]) -> list[list[str]]:
+    """Return groups of names that differ in case, blanks or hyphens alone.
+
+    Example:
+        >>> alike({"Billing": 3, "billing": 2, "other": 5})
+        [['Billing', 'billing']]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in ordered(counts):
+        groups.setdefault(_fold(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def shown(name: str, width: int = 40) -> str:
+    """Return a name for a message, cut where it is long."""
+    return name if len(name) <= width else f"{name[: width - 1]}…"
+
+
+def count_text(parts: Mapping[str, Counter[str]], names: Sequence[str]) -> str:
+    """Return names with their counts in each part, such as `a (train 3, test 1)`.
+
+    Args:
+        parts: Counts by name, by part.
+        names: Names, in the order in which they are told.
+    """
+    told = [
+        f"{shown(name)} ({', '.join(f'{p} {c[name]:,}' for p, c in parts.items())})"
+        for name in names[:20]
+    ]
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    return ", ".join(told + more)
+
+
+def _fold(name: str) -> str:
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    # A number's sign and point are not punctuation: -1 is not 1.
+    return folded if is_number(folded) else re.sub(r"[\s_\-./]+", " ", folded).strip()
