@@ -1,0 +1,387 @@
+"""Tables from local files: csv, tsv or JSON lines, each also compressed with gzip.
+
+A row that can't be read stops nothing: it is told in `Table.bad`, with its line, so
+that all of them are known at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bidora.data.encodings import foreign_bytes, read_text
+from bidora.data.table import Table
+from bidora.errors import UserError
+
+__all__ = [
+    "COLUMN_FILES",
+    "SUFFIXES",
+    "FileTable",
+    "is_table_file",
+    "plain_records",
+    "read_file",
+    "refuse_empty",
+]
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+"""Endings of the files that hold a row a line."""
+
+COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2")
+"""Endings of the files that hold a word a line, sentences apart by empty lines."""
+
+QUOTING = ("auto", "csv", "none")
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+FIELD_LIMIT = 2**31 - 1  # what a C long holds everywhere
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+class FileTable(NamedTuple):
+    """A file's rows, and a sentence if something about the file had to be guessed."""
+
+    table: Table
+    note: str
+
+
+def is_table_file(name: str) -> bool:
+    """Return whether a name ends like a file that `read_file` reads.
+
+    Args:
+        name: A file's name or path.
+
+    Example:
+        >>> is_table_file("mails.csv.gz"), is_table_file("glue/cola")
+        (True, False)
+    """
+    return _suffix(name) in (*SUFFIXES, *COLUMN_FILES) or _is_conll2003(name)
+
+
+def read_file(
+    path: Path,
+    *,
+    column_names: Sequence[str] | None = None,
+    quoting: str = "auto",
+    encoding: str = "auto",
+) -> FileTable:
+    """Read a table from a file, whole.
+
+    Args:
+        path: The file; its name tells its kind. Column files (`.conll`, `.bio`, a
+            `.tsv` or `.txt` with a word and its tag a line) give lists of words.
+        column_names: Names of the columns of a csv or tsv without a header line.
+        quoting: `csv` where fields may be quoted, `none` where quotes are plain
+            text, `auto` for `csv` in csv files and `none` in tsv files.
+        encoding: Python's name of the encoding, or `auto`.
+
+    Returns:
+        The rows that could be read; the others are in the table's `bad`.
+
+    Raises:
+        UserError: If nothing of the file can be read.
+    """
+    if quoting not in QUOTING:
+        raise UserError(f"unknown quoting {quoting!r}; choose one of {QUOTING}.")
+    suffix = _suffix(path.name)
+    if suffix in COLUMN_FILES or _is_conll2003(path.name):
+        return FileTable(_read_column_file(path), "")
+    if suffix not in (*SUFFIXES, ".txt"):
+        raise UserError(
+            f"{path} is not a file this command reads; give a name that ends in "
+            f"{', '.join((*SUFFIXES, *COLUMN_FILES))} (also with .gz)."
+        )
+    text, note = read_text(path, encoding)
+    if suffix in (".tsv", ".txt") and _looks_like_column_file(text):
+        return FileTable(_read_column_file(path), note)
+    if suffix in (".jsonl", ".json"):
+        return FileTable(refuse_empty(_json_table(str(path), text)), note)
+    quoted = quoting == "csv" or (quoting == "auto" and suffix == ".csv")
+    names = tuple(column_names) if column_names else ()
+    delimiter = "\t"
+    if suffix == ".csv":
+        delimiter = _guess_delimiter(text, quoted, len(names))
+    records = (_quoted_records if quoted else plain_records)(text, delimiter)
+    table = _delimited_table(str(path), records, delimiter, names)
+    return FileTable(refuse_empty(table), note)
+
+
+def plain_records(text: str, delimiter: str = "\t") -> Iterator[tuple[int, list[str]]]:
+    """Yield the lines of a table in which quotes are plain text, as fields.
+
+    Args:
+        text: The file's text.
+        delimiter: What divides fields.
+
+    Yields:
+        Number of the line, from 1, and its fields.
+
+    Example:
+        >>> list(plain_records('say "no\\tfalse\\n'))
+        [(1, ['say "no', 'false'])]
+    """
+    # Not str.splitlines, which also divides at signs that texts hold; and a lone
+    # carriage return divides only where it is the file's line end.
+    end = "\n" if "\n" in text else "\r"
+    for number, line in enumerate(text.split(end), start=1):
+        line = line.removesuffix("\r")
+        if line:
+            yield number, line.split(delimiter)
+
+
+def _suffix(name: str) -> str:
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def _is_conll2003(name: str) -> bool:
+    """Return whether it is named like CoNLL's own: `eng.train`, `deu.testa`."""
+    last = Path(name).name.lower().removesuffix(".gz")
+    return re.fullmatch(r"(eng|deu|ned|esp)\.(train|testa|testb)", last) is not None
+
+
+def _looks_like_column_file(text: str) -> bool:
+    """Return whether each of the first lines ends in a tag such as `O` or `B-PER`."""
+    lines = [line for line in text[:20_000].split("\n")[:200] if line.strip()]
+    tags = [line.split()[-1] for line in lines if len(line.split()) > 1]
+    return bool(tags) and all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
+
+
+def _read_column_file(path: Path) -> Table:
+    from bidora.data.formats.conll import read_conll
+
+    return read_conll(path)
+
+
+def refuse_empty(table: Table) -> Table:
+    """Return a table that has rows.
+
+    Args:
+        table: As it was read.
+
+    Returns:
+        The same.
+
+    Raises:
+        UserError: If there are no rows; it tells the first bad ones.
+    """
+    if table.rows:
+        return table
+    if not table.bad:
+        raise UserError(f"{table.origin} has no rows; give a file with examples.")
+    shown = "\n  ".join(table.bad[:3])
+    more = f"\n  and {len(table.bad) - 3:,} more" if len(table.bad) > 3 else ""
+    raise UserError(
+        f"{table.origin}: none of its {len(table.bad):,} row(s) can be read.\n  "
+        f"{shown}{more}"
+    )
+
+
+# -- JSON lines -----------------------------------------------------------------------
+
+
+def _json_table(origin: str, text: str) -> Table:
+    records: list[dict[str, Any]] = []
+    lines: list[str] = []
+    bad: list[str] = []
+    for place, value in _json_values(text):
+        if isinstance(value, _Unreadable):
+            bad.append(f"{origin}, {place}: {value.why}")
+        elif not isinstance(value, dict):
+            bad.append(
+                f"{origin}, {place}: a {type(value).__name__} where an object such as "
+                '{"text": "...", "label": "..."} was expected; put one object in a line.'
+            )
+        else:
+            records.append(value)
+            lines.append(place)
+    columns = tuple(dict.fromkeys(name for record in records for name in record))
+    rows = tuple(tuple(record.get(name) for name in columns) for record in records)
+    return Table(origin, columns, rows, tuple(lines), bad=tuple(bad))
+
+
+class _Unreadable(NamedTuple):
+    why: str
+
+
+def _json_values(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield place and value of each line, or of each item of a file that is a list."""
+    if text.lstrip().startswith("["):
+        whole = _parse_json(text)
+        if isinstance(whole, list) and not all(isinstance(v, str) for v in whole):
+            for number, value in enumerate(whole, start=1):
+                yield f"item {number}", value
+            return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _parse_json(line)
+
+
+def _parse_json(text: str) -> Any:
+    """Return the value, or why there is none."""
+    foreign = foreign_bytes(text)
+    if foreign:
+        return _Unreadable(_NOT_TEXT.format(foreign))
+    try:
+        value = json.loads(text)
+        # An escape such as \ud83d is half an emoji: legal JSON that no tokenizer takes.
+        return _whole_characters(value) if "\\ud" in text.lower() else value
+    except json.JSONDecodeError as error:
+        return _Unreadable(
+            f"not JSON ({error.msg} at sign {error.pos + 1}). A jsonl file holds one "
+            "JSON object a line."
+        )
+    except RecursionError:
+        return _Unreadable("JSON nested too deep to be read; leave that value out.")
+    except ValueError:
+        return _Unreadable(
+            "a number of more digits than Python reads (4,300); shorten it or write "
+            "it as text."
+        )
+
+
+def _whole_characters(value: Any) -> Any:
+    """Return a JSON value with U+FFFD for each half of a surrogate pair."""
+    if isinstance(value, str):
+        return HALF_PAIR.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_whole_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole_characters(k): _whole_characters(v) for k, v in value.items()}
+    return value
+
+
+# -- csv and tsv ----------------------------------------------------------------------
+
+_NOT_TEXT = (
+    "{} does not belong to the file's encoding. Name the encoding with --encoding, or "
+    "repair the row."
+)
+
+
+def _delimited_table(
+    origin: str,
+    records: Iterable[tuple[int, list[str] | str]],
+    delimiter: str,
+    columns: tuple[str, ...],
+) -> Table:
+    """Build the table of records, each a list of fields or why there are none."""
+    rows: list[tuple[str, ...]] = []
+    lines: list[str] = []
+    bad: list[str] = []
+    widths: Counter[int] = Counter()
+    for line, fields in records:
+        if isinstance(fields, str):
+            if not columns:  # the rows below have no names then
+                raise UserError(f"{origin}, line {line}: {fields}")
+            bad.append(f"{origin}, line {line}: {fields}")
+            continue
+        if not any(field.strip() for field in fields):
+            continue
+        if not columns:
+            columns = _header(origin, line, fields)
+            continue
+        joined = "".join(fields)
+        foreign = foreign_bytes(joined)
+        if foreign:
+            bad.append(f"{origin}, line {line}: " + _NOT_TEXT.format(foreign))
+        elif len(fields) != len(columns):
+            widths[len(fields)] += 1
+            bad.append(_ragged(origin, line, fields, columns, delimiter))
+        elif "\0" in joined:
+            bad.append(
+                f"{origin}, line {line}: holds a zero byte, so the file is damaged or "
+                "in UTF-16; repair the row, or name the encoding with --encoding."
+            )
+        else:
+            rows.append(tuple(fields))
+            lines.append(f"line {line}")
+    if not rows and len(widths) == 1 and widths.total() == len(bad) > 1:
+        width = next(iter(widths))
+        raise UserError(
+            f"{origin}: each of its {len(bad):,} rows has {width} field(s), and "
+            f"{len(columns)} columns are named ({', '.join(columns)[:120]}). Name "
+            f"{width} columns in the first line, or, if it holds no names, with "
+            "--column-names."
+        )
+    return Table(origin, columns, tuple(rows), tuple(lines), bad=tuple(bad))
+
+
+def _quoted_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the first line of each record of a csv with its fields, or what's wrong."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num + 1
+        limit = csv.field_size_limit(FIELD_LIMIT)  # of the process: put back each time
+        try:
+            fields: list[str] | str = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lost = reader.line_num - start
+            fields = (
+                f"not readable as csv ({error})"
+                + (f", and {lost:,} line(s) after it are lost with it" if lost else "")
+                + ". If quotes are plain text in this file, say --quoting none."
+            )
+        finally:
+            csv.field_size_limit(limit)
+        yield start, fields
+
+
+def _guess_delimiter(text: str, quoted: bool, width: int) -> str:
+    """Return the sign that divides the first lines alike: many a csv has tabs or `;`.
+
+    Args:
+        text: The file's text.
+        quoted: Whether fields may be quoted.
+        width: Number of columns, if it is known; otherwise 0.
+    """
+    head = text[:100_000]
+    best, best_score = ",", (0, 0)
+    for delimiter in DELIMITERS:
+        records = (_quoted_records if quoted else plain_records)(head, delimiter)
+        first = [fields for _, fields in islice(records, 20)]
+        widths = [
+            len(fields) for fields in first if fields and isinstance(fields, list)
+        ]
+        expected = width or (widths[0] if widths else 0)
+        if expected > 1:
+            score = (sum(w == expected for w in widths), expected)
+            if score > best_score:
+                best, best_score = delimiter, score
+    return best
+
+
+def _header(origin: str, line: int, fields: list[str]) -> tuple[str, ...]:
+    """Return the names of the columns; one without a name is called by its number."""
+    names = tuple(
+        name.strip() or f"column_{number}"
+        for number, name in enumerate(fields, start=1)
+    )
+    foreign = foreign_bytes("".join(names))
+    if foreign:
+        raise UserError(f"{origin}, line {line}: " + _NOT_TEXT.format(foreign))
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(
+            f"{origin}: the first line names {', '.join(map(repr, repeated))} more than "
+            "once. If it is an example rather than a header, give the names with "
+            "--column-names; otherwise rename one of them."
+        )
+    return names
+
+
+def _ragged(
+    origin: str, line: int, fields: list[str], columns: tuple[str, ...], delimiter: str
+) -> str:
+    return (
+        f"{origin}, line {line}: {len(fields)} field(s) where {len(columns)} were "
+        f"expected ({', '.join(columns)[:120]}). The likely cause is a "
+        f"{DELIMITERS[delimiter]} or a quote inside a text: quote such fields "
+        "(--quoting csv), take quotes as plain text (--quoting none), or save the file "
+        "as jsonl."
+    )

@@ -1,0 +1,264 @@
+"""From what a user calls a data set to its rows: a file, a folder, the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from bidora.data.catalog import Entry, find_entry
+from bidora.data.docstrings import docstrings_source
+from bidora.data.files import is_table_file, read_file
+from bidora.data.folder import read_folder, read_official, recognise
+from bidora.data.hub import read_hub
+from bidora.data.source import Source
+from bidora.data.table import Table
+from bidora.errors import UserError
+
+__all__ = ["choose_parts", "is_hub_name", "load_source"]
+
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "category",
+    "target",
+    "score",
+    "tags",
+    "ner_tags",
+    "topics",
+)
+"""Usual names of the column that a hidden part lacks."""
+
+
+def load_source(
+    name: str = "docstrings",
+    *,
+    seed: int = 0,
+    data_dir: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    column_names: Sequence[str] | None = None,
+    quoting: str = "auto",
+    encoding: str = "auto",
+    label_column: str | None = None,
+) -> Source:
+    """Load the examples of a job.
+
+    Args:
+        name: `docstrings`; a file (csv, tsv, jsonl, column file, SGML, also `.gz`); a
+            folder with a train file or with the official files of a known data set;
+            or a data set of the Hub, such as `glue/cola` or `owner/data:config`.
+        seed: Seed of the docstrings' split; nothing else here is random.
+        data_dir: Folder with the files of the data set `name`; with it, nothing is
+            fetched from the network.
+        validation_file: File with the validation examples, for files and folders.
+        test_file: File with the test examples, for files and folders.
+        column_names: Names of the columns of a csv or tsv without a header line.
+        quoting: How a csv or tsv quotes its fields: `auto`, `csv` or `none`.
+        encoding: Python's name of the files' encoding, or `auto`.
+        label_column: Column that a part whose labels are hidden has no values in.
+
+    Returns:
+        The parts that have labels, by `choose_parts`.
+
+    Raises:
+        UserError: If there is no such data set, or its files cannot be read.
+    """
+    given = {
+        "--data-dir": data_dir is not None,
+        "--validation-file": validation_file is not None,
+        "--test-file": test_file is not None,
+        "--column-names": bool(column_names),
+        "--quoting": quoting != "auto",
+        "--encoding": encoding != "auto",
+    }
+    if name == "docstrings":
+        _refuse(name, given, tuple(given))
+        return docstrings_source(seed)
+    place = None if data_dir is None else Path(data_dir).expanduser()
+    local = place is None and not is_hub_name(name)
+    path = Path(name).expanduser()
+    entry = None if local else find_entry(name)
+    if local and path.is_dir():
+        entry, place = recognise(path), path
+    if entry is None and local and _is_sgml(path):
+        from bidora.data.formats.sgml import reuters_source
+
+        _refuse(name, given, ("--validation-file", "--test-file", "--column-names"))
+        return reuters_source(path, "modapte")
+    if entry is not None and entry.name.startswith("reuters/") and place is not None:
+        from bidora.data.formats.sgml import reuters_source
+
+        _refuse(name, given, ("--validation-file", "--test-file", "--column-names"))
+        return reuters_source(place, entry.name.removeprefix("reuters/"))
+
+    reading: dict[str, Any] = {
+        "column_names": column_names,
+        "quoting": quoting,
+        "encoding": encoding,
+    }
+    if place is not None and entry is not None:
+        _refuse(name, given, ("--column-names", "--quoting"))
+        tables, notes = read_official(entry, place, encoding=encoding)
+        notes = [f"the files of {entry.name} in {place}", *notes]
+    elif place is not None:
+        tables, notes = read_folder(place, **reading)
+    elif local:
+        table, note = read_file(path, **reading)
+        tables, notes = {"train": table}, [note] if note else []
+    else:
+        _refuse(name, given, tuple(given))
+        tables, notes = _from_hub(name, entry)
+    given_parts: dict[str, Table] = {}
+    for part, file in (("dev", validation_file), ("test", test_file)):
+        if file is not None:
+            given_parts[part], note = read_file(Path(file).expanduser(), **reading)
+            notes += [note] if note else []
+    hints = {} if entry is None else entry.settings
+    label = label_column or hints.get("label_column")
+    parts, told = choose_parts({**tables, **given_parts}, label, given_parts)
+    _refuse_equal(parts)
+    return Source(name, parts, "; ".join([*notes, *told]), hints)
+
+
+def choose_parts(
+    tables: Mapping[str, Table],
+    label_column: str | None = None,
+    named: Sequence[str] | Mapping[str, Any] = (),
+) -> tuple[dict[str, Table], list[str]]:
+    """Say which table serves for what, wherever the tables come from.
+
+    A part whose labels are hidden is passed over. Where `test` has labels, `dev` is for
+    choosing by and becomes `validation`; otherwise `dev` is what scores are told on and
+    becomes `test`, as in the papers that report on GLUE.
+
+    Args:
+        tables: `train`, and perhaps `dev` and `test`, each perhaps with a second table
+            `dev_mismatched`, `test_mismatched`.
+        label_column: Column of the labels; by default the first usual name that
+            `train` has.
+        named: Tables that the user chose by name, which are never passed over.
+
+    Returns:
+        Tables by the names of a `Source`, and what was chosen, in words.
+
+    Raises:
+        UserError: If a table that the user named has no labels.
+
+    Example:
+        >>> def table(labels):
+        ...     rows = tuple((label,) for label in labels)
+        ...     return Table("t", ("label",), rows, ("",) * len(rows))
+        >>> glue = {"train": table("01"), "dev": table("01"), "test": table(["-1"])}
+        >>> list(choose_parts(glue)[0])
+        ['train', 'test']
+    """
+    train = tables["train"]
+    if label_column is None:
+        label_column = next((c for c in LABEL_COLUMNS if c in train.columns), None)
+    hidden = [part for part in tables if _is_hidden(tables[part], train, label_column)]
+    for part in named:
+        if part in hidden:
+            option = "--validation-file" if part == "dev" else "--test-file"
+            raise UserError(
+                f"{tables[part].origin} ({option}) has no labels in column "
+                f"{label_column!r}. Give a file with labels; one without is what "
+                "`bidora predict` reads."
+            )
+    shown = {part: table for part, table in tables.items() if part not in hidden}
+    names = {"train": "train", "dev": "validation", "test": "test"}
+    if "test" not in shown and "dev" not in named:
+        names["dev"] = "test"
+    parts: dict[str, Table] = {}
+    for part in ("train", "dev", "test"):
+        if part in shown:
+            parts[names[part]] = shown[part]
+    for part in ("dev", "test"):
+        if f"{part}_mismatched" in shown:
+            parts[f"{names[part]}_mismatched"] = shown[f"{part}_mismatched"]
+    told = [f"{part}: {table.origin}" for part, table in parts.items()]
+    told += [f"{tables[part].origin} has no labels and is not used" for part in hidden]
+    return parts, told
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is that of a data set of the Hub.
+
+    Args:
+        name: As `load_source` takes it.
+
+    Returns:
+        True unless it is `docstrings`, or a file or folder, there or not.
+    """
+    is_file = is_table_file(name) or _is_sgml(Path(name)) or _exists(name)
+    looks_local = name.startswith((".", "/", "~"))
+    return not (name == "docstrings" or is_file or looks_local)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError):  # too long a name, a zero byte
+        return False
+
+
+def _is_sgml(path: Path) -> bool:
+    """Return whether it is a file of Reuters-21578, or a folder of them."""
+    if path.is_dir():
+        return any(path.glob("reut2-*.sgm*"))
+    return path.name.lower().removesuffix(".gz").endswith((".sgm", ".sgml"))
+
+
+def _from_hub(name: str, entry: Entry | None) -> tuple[dict[str, Table], list[str]]:
+    if entry is None:
+        repository, _, configuration = name.partition(":")
+        tables, notes = read_hub(name, repository, configuration or None)
+    elif entry.hub is None:
+        raise UserError(
+            f"{entry.name} is read from its files; fetch them from {entry.homepage} and "
+            "say --data-dir FOLDER."
+        )
+    else:
+        tables, notes = read_hub(name, *entry.hub, renamed=entry.hub_renamed)
+    return tables, [f"the Hub's {name}", *notes]
+
+
+def _is_hidden(table: Table, train: Table, column: str | None) -> bool:
+    """Return whether a table has no labels though the training examples have."""
+    if column is None or table is train or column not in train.columns:
+        return False
+    if column not in table.columns:
+        return True
+    values = table.values(column)
+    if not all(_is_blank(value) for value in values):
+        return False
+    # -1 is a class like another where the training examples have it.
+    is_class = any(str(value).strip() == "-1" for value in train.values(column))
+    return not (is_class and any(str(value).strip() == "-1" for value in values))
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_blank(item) for item in value)
+    return value is None or value != value or str(value).strip() in ("", "-1")
+
+
+def _refuse_equal(parts: Mapping[str, Table]) -> None:
+    for (one, first), (other, second) in combinations(parts.items(), 2):
+        if first.columns == second.columns and first.rows == second.rows:
+            raise UserError(
+                f"the {one} and the {other} examples are the same ({first.origin} and "
+                f"{second.origin}), so a score on them would say nothing. Give another "
+                "file, or none: a part of the training examples is then held back."
+            )
+
+
+def _refuse(name: str, given: Mapping[str, bool], options: Sequence[str]) -> None:
+    unused = [option for option in options if given[option]]
+    if unused:
+        raise UserError(
+            f"{', '.join(unused)} does not apply to --task {name}; leave it out, or "
+            "pass a file or folder of your own as --task."
+        )
