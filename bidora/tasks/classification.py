@@ -14,13 +14,15 @@ from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labels import (
     BadValueError,
     alike,
-    class_name,
     class_names_of,
+    class_of,
     count_text,
     is_number,
+    joined_names,
     nearest,
     ordered,
     shown,
+    some_of,
     whole_number,
 )
 from bidora.tasks.metrics import (
@@ -148,7 +150,7 @@ class Classification(TextTask):
 
         def read(value: Any) -> Any:
             try:
-                name = _name(value, given)
+                name = class_of(value, given)
             except BadValueError as error:
                 return BadValueError(f"column {column!r} {error}")
             for spelling in (name, whole_number(name)):
@@ -158,7 +160,7 @@ class Classification(TextTask):
             others = f" ({count:,} rows do)" if count > 1 else ""
             return BadValueError(
                 f"column {column!r} holds {shown(name)!r}{others}, which is no class of "
-                f"the training examples: {_some(names)}.{nearest(name, names)}"
+                f"the training examples: {some_of(names)}.{nearest(name, names)}"
             )
 
         return [read(value) for value in table.values(column)]
@@ -214,29 +216,12 @@ class Classification(TextTask):
         ]
 
 
-def _name(value: Any, given: Sequence[str] | None) -> str:
-    """Return a class's name; numbers count the classes that the source lists."""
-    if given is None:
-        return class_name(value)
-    name = class_name(value)
-    if isinstance(value, str) and name in given:
-        return name
-    if not name.removeprefix("-").isdecimal() or len(name) > 9:
-        return name
-    index = int(name)
-    if index == -1:
-        raise BadValueError("holds -1, which stands for a hidden label")
-    if not 0 <= index < len(given):
-        raise BadValueError(f"holds {name}, and the classes are 0 to {len(given) - 1}")
-    return given[index]
-
-
 def _count(table: Table, column: str) -> Counter[str]:
     given = class_names_of(table, column)
     counts: Counter[str] = Counter()
     for value in table.values(column):
         try:
-            counts[_name(value, given)] += 1
+            counts[class_of(value, given)] += 1
         except BadValueError:
             continue  # told by `rows`, with its place
     return counts
@@ -261,11 +246,6 @@ def _refuse_mixed(table: Table, column: str) -> None:
         )
 
 
-def _some(names: Sequence[str]) -> str:
-    few = ", ".join(repr(shown(n)) for n in names[:8])
-    return few if len(names) <= 8 else f"{few} and {len(names) - 8} more"
-
-
 def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
     names = schema.label_names
     train = counts.get("train", Counter())
@@ -276,7 +256,7 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
         total = sum(sum(parts.values()) for parts in rare.values())
         told.append(
             f"{len(rare)} classes with fewer than {fewest} examples in train are left "
-            f"out, with all their {total:,} examples: {_some(ordered(rare))}."
+            f"out, with all their {total:,} examples: {some_of(ordered(rare))}."
         )
     for part, unknown in schema.details["unknown"].items():
         some = ", ".join(f"{shown(n)!r} ({c:,})" for n, c in list(unknown.items())[:8])
@@ -290,29 +270,16 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
     numbers = [n for n in names if is_number(n)]
     if len(numbers) > 5 and len(numbers) == len(names):
         told.append(
-            f"warning: all {len(names)} classes are numbers ({_some(names)}); if they "
+            f"warning: all {len(names)} classes are numbers ({some_of(names)}); if they "
             "measure something, use --task-type regression."
         )
     joined = joined_names(names)
     if joined:
         told.append(
             f"warning: {len(joined)} classes look like several labels joined "
-            f"({_some(joined)}); if they are, use --task-type multilabel."
+            f"({some_of(joined)}); if they are, use --task-type multilabel."
         )
     empty = [n for n in names if train and not train[n]]
     if empty:
-        told.append(f"warning: no example of {_some(empty)} in train.")
+        told.append(f"warning: no example of {some_of(empty)} in train.")
     return told
-
-
-def joined_names(names: Sequence[str]) -> list[str]:
-    """Return the names that are others, joined by `;`, `|` or `,`."""
-    known = set(names)
-    return [
-        name
-        for name in names
-        for separator in ";|,"
-        if len(parts := [p.strip() for p in name.split(separator)]) > 1
-        and all(parts)
-        and (separator != "," or any(p in known for p in parts))
-    ]

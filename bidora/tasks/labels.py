@@ -18,16 +18,24 @@ __all__ = [
     "alike",
     "class_name",
     "class_names_of",
+    "class_of",
     "count_text",
+    "has_decimal_commas",
     "is_number",
+    "joined_names",
     "nearest",
     "ordered",
     "plain",
+    "read_number",
     "shown",
+    "some_of",
     "whole_number",
 ]
 
+LARGEST = 1e100
+"""Numbers from here on are refused: their squares would leave what a float holds."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _WHOLE = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
 
 
@@ -70,6 +78,82 @@ def class_name(value: Any) -> str:
         return plain(value, "label")
     raise BadValueError(
         f"holds a {type(value).__name__}, and a class is a word or a number"
+    )
+
+
+def class_of(value: Any, given: Sequence[str] | None) -> str:
+    """Return the name of a value's class, where a source may list its classes.
+
+    Args:
+        value: What the source has; numbers count the classes that the source lists.
+        given: Those classes, or None.
+
+    Raises:
+        BadValueError: If it is no class.
+
+    Example:
+        >>> class_of(1, ("no", "yes")), class_of("no", ("no", "yes")), class_of(1, None)
+        ('yes', 'no', '1')
+    """
+    name = class_name(value)
+    if given is None or (isinstance(value, str) and name in given):
+        return name
+    if not name.removeprefix("-").isdecimal() or len(name) > 9:
+        return name
+    index = int(name)
+    if index == -1:
+        raise BadValueError("holds -1, which stands for a hidden label")
+    if not 0 <= index < len(given):
+        raise BadValueError(f"holds {name}, and the classes are 0 to {len(given) - 1}")
+    return given[index]
+
+
+def read_number(value: Any, *, comma: bool = False) -> float:
+    """Return the number that a value is.
+
+    Args:
+        value: What the source has: a number, or a word.
+        comma: Whether words have a decimal comma.
+
+    Raises:
+        BadValueError: If it is none, or not finite.
+
+    Example:
+        >>> read_number("3.5"), read_number("3,5", comma=True), read_number(2)
+        (3.5, 3.5, 2.0)
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadValueError("holds no number")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadValueError(f"holds {shown(repr(value))}, which is no number")
+    word = value.strip() if isinstance(value, str) else value
+    if isinstance(word, str) and comma and "." not in word:
+        word = word.replace(",", ".")
+    if (
+        isinstance(word, str) and "_" in word
+    ):  # Python's own spelling, and nobody's else
+        raise BadValueError(f"holds {shown(repr(word))}, which is no number")
+    try:
+        number = float(word)
+    except (ValueError, OverflowError):
+        raise BadValueError(f"holds {shown(repr(value))}, which is no number") from None
+    if not abs(number) < LARGEST:
+        raise BadValueError(
+            f"holds {shown(repr(value))}, which is not finite or too large"
+        )
+    return number
+
+
+def has_decimal_commas(values: Iterable[Any]) -> bool:
+    """Return whether words have a decimal comma: some do, and none has a point.
+
+    Example:
+        >>> has_decimal_commas(["3,5", "2"]), has_decimal_commas(["3,5", "2.5"])
+        (True, False)
+    """
+    words = [v for v in values if isinstance(v, str)]
+    return any(_COMMA.fullmatch(w.strip()) for w in words) and not any(
+        is_number(w.strip()) and "." in w for w in words
     )
 
 
@@ -169,6 +253,25 @@ def count_text(parts: Mapping[str, Counter[str]], names: Sequence[str]) -> str:
     ]
     more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
     return ", ".join(told + more)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names, quoted, and how many more there are."""
+    few = ", ".join(repr(shown(n)) for n in names[:8])
+    return few if len(names) <= 8 else f"{few} and {len(names) - 8} more"
+
+
+def joined_names(names: Sequence[str]) -> list[str]:
+    """Return the names that are others, joined by `;`, `|` or `,`."""
+    known = set(names)
+    return [
+        name
+        for name in names
+        for separator in ";|,"
+        if len(parts := [p.strip() for p in name.split(separator)]) > 1
+        and all(parts)
+        and (separator != "," or any(p in known for p in parts))
+    ]
 
 
 def _fold(name: str) -> str:

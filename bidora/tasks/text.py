@@ -46,7 +46,7 @@ class TextTask(Task):
 
     peft_type: ClassVar[str] = "SEQ_CLS"
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
-    label_columns_usual: ClassVar[Sequence[str]] = LABEL_COLUMNS
+    usual_label_columns: ClassVar[Sequence[str]] = LABEL_COLUMNS
 
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -104,7 +104,7 @@ class TextTask(Task):
         """
         chosen = self.text_columns(source)
         label = self.label_column or source.hints.get("label_column")
-        usual = [n for n in self.label_columns_usual if n not in chosen.values()]
+        usual = [n for n in self.usual_label_columns if n not in chosen.values()]
         chosen["label_column"] = name_column(
             source.train, label, "--label-column", usual
         )
@@ -132,7 +132,7 @@ class TextTask(Task):
             read["labels"] = self.read_labels(table, schema)
         clean: dict[str, list[Any]] = {key: [] for key in read}
         places: list[str] = []
-        bad = list(table.bad)
+        bad: list[str] = []
         for row, values in enumerate(zip(*read.values(), strict=True)):
             wrong = [str(v) for v in values if isinstance(v, BadValueError)]
             if wrong:
