@@ -110,7 +110,7 @@ def docstrings_source(
         parts={part: _table(part, rows[part]) for part in PARTS if rows[part]},
         note=(
             "first paragraphs of the docstrings of this Python's standard library; "
-            "the label is the package, its name masked in the text"
+            "the label is the package, its name masked in the text."
         ),
         hints={
             "task_type": "classification",

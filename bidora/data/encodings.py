@@ -73,7 +73,7 @@ def read_text(path: Path, encoding: str = "auto") -> Text:
 
 
 def decode(data: bytes, origin: str, encoding: str = "auto") -> Text:
-    """Return the text of a file's bytes.
+    r"""Return the text of a file's bytes.
 
     Args:
         data: The bytes.
@@ -87,7 +87,7 @@ def decode(data: bytes, origin: str, encoding: str = "auto") -> Text:
         UserError: If the bytes are no text of that encoding, or of none that is tried.
 
     Example:
-        >>> decode(b"caf\\xe9", "menu.csv").text
+        >>> decode(b"caf\xe9", "menu.csv").text
         'café'
         >>> decode("café".encode("utf-16"), "menu.csv").text
         'café'
@@ -128,7 +128,7 @@ def decode(data: bytes, origin: str, encoding: str = "auto") -> Text:
 
 
 def foreign_bytes(text: str) -> str:
-    """Return which bytes of a row could not be decoded, for a message; or nothing.
+    r"""Return which bytes of a row could not be decoded, for a message; or nothing.
 
     Args:
         text: A part of what `read_text` returned.
@@ -137,7 +137,7 @@ def foreign_bytes(text: str) -> str:
         Words such as `the byte 0xe9`; empty where all is well.
 
     Example:
-        >>> foreign_bytes(b"caf\\xe9".decode("utf-8", "surrogateescape"))
+        >>> foreign_bytes(b"caf\xe9".decode("utf-8", "surrogateescape"))
         'the byte 0xe9'
     """
     found = ESCAPED.search(text)
@@ -174,15 +174,15 @@ def _decode_as(data: bytes, origin: str, encoding: str) -> str:
             raise
         except UnicodeError:  # utf-16 without a mark, and codecs that know no escapes
             text = data.decode(encoding)
-    except LookupError:
-        raise UserError(
-            f"unknown encoding {encoding!r} (--encoding); Python's names are such as "
-            "utf-8, utf-16, cp1252, latin-1, cp1251, shift_jis or gb18030."
-        ) from None
     except UnicodeError as error:
         raise UserError(
             f"{origin} is not {encoding} text ({error}). Name another encoding with "
             "--encoding, or save it as UTF-8."
+        ) from None
+    except (LookupError, ValueError):
+        raise UserError(
+            f"unknown encoding {encoding!r} (--encoding); Python's names are such as "
+            "utf-8, utf-16, cp1252, latin-1, cp1251, shift_jis or gb18030."
         ) from None
     return text.removeprefix("\ufeff")
 

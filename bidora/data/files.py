@@ -22,6 +22,7 @@ from bidora.errors import UserError
 
 __all__ = [
     "COLUMN_FILES",
+    "NOT_TEXT",
     "SUFFIXES",
     "FileTable",
     "is_table_file",
@@ -38,7 +39,14 @@ COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2")
 
 QUOTING = ("auto", "csv", "none")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+NOT_TEXT = (
+    "{} does not belong to the file's encoding. Name the encoding with --encoding, or "
+    "repair the row."
+)
+"""What to say of a row in which `foreign_bytes` finds some."""
+
 FIELD_LIMIT = 2**31 - 1  # what a C long holds everywhere
+_EXCEL_DELIMITER = re.compile("sep=(.)")  # a first line that Excel writes and reads
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -86,32 +94,38 @@ def read_file(
         UserError: If nothing of the file can be read.
     """
     if quoting not in QUOTING:
-        raise UserError(f"unknown quoting {quoting!r}; choose one of {QUOTING}.")
+        raise UserError(
+            f"unknown quoting {quoting!r} (--quoting); choose one of {', '.join(QUOTING)}."
+        )
     suffix = _suffix(path.name)
-    if suffix in COLUMN_FILES or _is_conll2003(path.name):
-        return FileTable(_read_column_file(path), "")
+    if _is_column_file(path, suffix):
+        return _read_column_file(path, encoding)
     if suffix not in (*SUFFIXES, ".txt"):
         raise UserError(
             f"{path} is not a file this command reads; give a name that ends in "
             f"{', '.join((*SUFFIXES, *COLUMN_FILES))} (also with .gz)."
         )
     text, note = read_text(path, encoding)
-    if suffix in (".tsv", ".txt") and _looks_like_column_file(text):
-        return FileTable(_read_column_file(path), note)
+    origin = str(path)
     if suffix in (".jsonl", ".json"):
-        return FileTable(refuse_empty(_json_table(str(path), text)), note)
-    quoted = quoting == "csv" or (quoting == "auto" and suffix == ".csv")
-    names = tuple(column_names) if column_names else ()
+        return FileTable(refuse_empty(_json_table(origin, text)), note)
+    names = tuple(column_names or ())
+    first = text.split("\n", maxsplit=1)[0].rstrip("\r")
+    in_quotes = all(re.fullmatch('".*"', name) for name in first.split("\t"))
+    quoted = quoting == "csv" or (quoting == "auto" and (suffix == ".csv" or in_quotes))
     delimiter = "\t"
     if suffix == ".csv":
         delimiter = _guess_delimiter(text, quoted, len(names))
     records = (_quoted_records if quoted else plain_records)(text, delimiter)
-    table = _delimited_table(str(path), records, delimiter, names)
+    if _EXCEL_DELIMITER.fullmatch(first):
+        next(records)
+    clean = not foreign_bytes(text) and "\0" not in text
+    table = _delimited_table(origin, records, delimiter, names, clean=clean)
     return FileTable(refuse_empty(table), note)
 
 
 def plain_records(text: str, delimiter: str = "\t") -> Iterator[tuple[int, list[str]]]:
-    """Yield the lines of a table in which quotes are plain text, as fields.
+    r"""Yield the lines of a table in which quotes are plain text, as fields.
 
     Args:
         text: The file's text.
@@ -121,7 +135,7 @@ def plain_records(text: str, delimiter: str = "\t") -> Iterator[tuple[int, list[
         Number of the line, from 1, and its fields.
 
     Example:
-        >>> list(plain_records('say "no\\tfalse\\n'))
+        >>> list(plain_records('say "no\tfalse\n'))
         [(1, ['say "no', 'false'])]
     """
     # Not str.splitlines, which also divides at signs that texts hold; and a lone
@@ -143,17 +157,28 @@ def _is_conll2003(name: str) -> bool:
     return re.fullmatch(r"(eng|deu|ned|esp)\.(train|testa|testb)", last) is not None
 
 
-def _looks_like_column_file(text: str) -> bool:
-    """Return whether each of the first lines ends in a tag such as `O` or `B-PER`."""
-    lines = [line for line in text[:20_000].split("\n")[:200] if line.strip()]
-    tags = [line.split()[-1] for line in lines if len(line.split()) > 1]
-    return bool(tags) and all(re.fullmatch(r"O|[BIESLU]-\S+", tag) for tag in tags)
+def _is_column_file(path: Path, suffix: str) -> bool:
+    if suffix in COLUMN_FILES or _is_conll2003(path.name):
+        return True
+    if suffix in (".csv", ".jsonl", ".json"):
+        return False
+    from bidora.data.formats.conll import is_conll
+
+    try:
+        # A table's classes may look like tags too; empty lines between rows do not.
+        return is_conll(path) and (
+            suffix != ".tsv" or re.search("\n\r?\n", read_text(path).text) is not None
+        )
+    except UserError:
+        return False  # told when it is read, perhaps in an encoding that was named
 
 
-def _read_column_file(path: Path) -> Table:
+def _read_column_file(path: Path, encoding: str) -> FileTable:
     from bidora.data.formats.conll import read_conll
 
-    return read_conll(path)
+    return FileTable(
+        read_conll(path, encoding=encoding), read_text(path, encoding).note
+    )
 
 
 def refuse_empty(table: Table) -> Table:
@@ -211,7 +236,7 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
     """Yield place and value of each line, or of each item of a file that is a list."""
     if text.lstrip().startswith("["):
         whole = _parse_json(text)
-        if isinstance(whole, list) and not all(isinstance(v, str) for v in whole):
+        if isinstance(whole, list):
             for number, value in enumerate(whole, start=1):
                 yield f"item {number}", value
             return
@@ -224,7 +249,7 @@ def _parse_json(text: str) -> Any:
     """Return the value, or why there is none."""
     foreign = foreign_bytes(text)
     if foreign:
-        return _Unreadable(_NOT_TEXT.format(foreign))
+        return _Unreadable(NOT_TEXT.format(foreign))
     try:
         value = json.loads(text)
         # An escape such as \ud83d is half an emoji: legal JSON that no tokenizer takes.
@@ -256,19 +281,30 @@ def _whole_characters(value: Any) -> Any:
 
 # -- csv and tsv ----------------------------------------------------------------------
 
-_NOT_TEXT = (
-    "{} does not belong to the file's encoding. Name the encoding with --encoding, or "
-    "repair the row."
-)
-
 
 def _delimited_table(
     origin: str,
     records: Iterable[tuple[int, list[str] | str]],
     delimiter: str,
     columns: tuple[str, ...],
+    *,
+    clean: bool,
 ) -> Table:
-    """Build the table of records, each a list of fields or why there are none."""
+    """Build the table of records, each a list of fields or why there are none.
+
+    Args:
+        origin: The file.
+        records: Line and fields, or what is wrong with them.
+        delimiter: What divides fields, for messages.
+        columns: Names of the columns; none to take them from the first record.
+        clean: Whether all bytes of the file could be decoded and none is zero.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: If there is no header, or all rows have another width than it.
+    """
     rows: list[tuple[str, ...]] = []
     lines: list[str] = []
     bad: list[str] = []
@@ -279,26 +315,22 @@ def _delimited_table(
                 raise UserError(f"{origin}, line {line}: {fields}")
             bad.append(f"{origin}, line {line}: {fields}")
             continue
-        if not any(field.strip() for field in fields):
+        if len(fields) < max(len(columns), 2) and not "".join(fields).strip():
             continue
         if not columns:
             columns = _header(origin, line, fields)
             continue
-        joined = "".join(fields)
-        foreign = foreign_bytes(joined)
-        if foreign:
-            bad.append(f"{origin}, line {line}: " + _NOT_TEXT.format(foreign))
+        damage = "" if clean else _damage("".join(fields))
+        if damage:
+            bad.append(f"{origin}, line {line}: {damage}")
         elif len(fields) != len(columns):
             widths[len(fields)] += 1
             bad.append(_ragged(origin, line, fields, columns, delimiter))
-        elif "\0" in joined:
-            bad.append(
-                f"{origin}, line {line}: holds a zero byte, so the file is damaged or "
-                "in UTF-16; repair the row, or name the encoding with --encoding."
-            )
         else:
             rows.append(tuple(fields))
             lines.append(f"line {line}")
+    while rows and not "".join(rows[-1]).strip():  # as spreadsheets leave them
+        del rows[-1], lines[-1]
     if not rows and len(widths) == 1 and widths.total() == len(bad) > 1:
         width = next(iter(widths))
         raise UserError(
@@ -341,6 +373,9 @@ def _guess_delimiter(text: str, quoted: bool, width: int) -> str:
         width: Number of columns, if it is known; otherwise 0.
     """
     head = text[:100_000]
+    chosen = _EXCEL_DELIMITER.match(head)
+    if chosen and chosen[1] in DELIMITERS:
+        return chosen[1]
     best, best_score = ",", (0, 0)
     for delimiter in DELIMITERS:
         records = (_quoted_records if quoted else plain_records)(head, delimiter)
@@ -356,6 +391,18 @@ def _guess_delimiter(text: str, quoted: bool, width: int) -> str:
     return best
 
 
+def _damage(row: str) -> str:
+    foreign = foreign_bytes(row)
+    if foreign:
+        return NOT_TEXT.format(foreign)
+    if "\0" in row:
+        return (
+            "holds a zero byte, so the file is damaged or in UTF-16; repair the row, or "
+            "name the encoding with --encoding."
+        )
+    return ""
+
+
 def _header(origin: str, line: int, fields: list[str]) -> tuple[str, ...]:
     """Return the names of the columns; one without a name is called by its number."""
     names = tuple(
@@ -364,7 +411,7 @@ def _header(origin: str, line: int, fields: list[str]) -> tuple[str, ...]:
     )
     foreign = foreign_bytes("".join(names))
     if foreign:
-        raise UserError(f"{origin}, line {line}: " + _NOT_TEXT.format(foreign))
+        raise UserError(f"{origin}, line {line}: " + NOT_TEXT.format(foreign))
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(

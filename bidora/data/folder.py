@@ -9,7 +9,7 @@ from typing import Any
 from bidora.data.catalog import CATALOG, Entry, Layout
 from bidora.data.encodings import foreign_bytes, read_text
 from bidora.data.files import (
-    COLUMN_FILES,
+    NOT_TEXT,
     SUFFIXES,
     plain_records,
     read_file,
@@ -38,8 +38,8 @@ def read_folder(
     """Read the train, dev and test files of a folder.
 
     Args:
-        folder: With a file `train.csv`, `.tsv`, `.jsonl` or a column file, and perhaps
-            `validation` (also `valid`, `val`, `dev`) and `test` beside it.
+        folder: With a file `train.csv`, `.tsv` or `.jsonl`, and perhaps `validation`
+            (also `valid`, `val`, `dev`) and `test` beside it.
         column_names: As for `read_file`.
         quoting: As for `read_file`.
         encoding: As for `read_file`.
@@ -50,6 +50,8 @@ def read_folder(
     Raises:
         UserError: If there is no train file, or two files for one part.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} (looked from {Path.cwd()}).")
     tables: dict[str, Table] = {}
     notes: list[str] = []
     for part in STEMS:
@@ -130,16 +132,14 @@ def read_official(
     notes: list[str] = []
     for part, path in paths.items():
         if layout.column_files:
-            tables[part] = read_file(path, encoding=encoding).table
-            continue
-        tables[part], note = _official_table(path, entry, layout, encoding)
+            tables[part], note = read_file(path, encoding=encoding)
+        else:
+            tables[part], note = _official_table(path, entry, layout, encoding)
         notes += [note] if note else []
-        other = _official_file(folder, layout.fallback.get(part, ""))
-        if other is not None and "label" not in tables[part].columns:
-            tables[part], _ = _official_table(other, entry, layout, encoding)
     for part, name in layout.fallback.items():
         other = _official_file(folder, name)
-        if part not in tables and other is not None:
+        labelled = part in tables and "label" in tables[part].columns
+        if other is not None and not labelled:
             tables[part], _ = _official_table(other, entry, layout, encoding)
     return tables, notes
 
@@ -173,10 +173,9 @@ def _official_file(folder: Path, name: str) -> Path | None:
 
 
 def _own_file(folder: Path, part: str) -> Path | None:
-    suffixes = (*SUFFIXES, *COLUMN_FILES, ".txt")
     found: dict[str, Path] = {}
     for stem in STEMS[part]:
-        for suffix in suffixes:
+        for suffix in SUFFIXES:
             path = _official_file(folder, stem + suffix)
             if path is not None:
                 found[stem + suffix] = path
@@ -215,6 +214,7 @@ def _official_table(
 ) -> tuple[Table, str]:
     """Read one official tsv: the texts and the label, by our names."""
     text, note = read_text(path, encoding)
+    clean = not foreign_bytes(text)
     records = plain_records(text)
     line, first = next(records, (0, []))
     label = next(own for own, ours in layout.renamed.items() if ours == "label")
@@ -239,12 +239,9 @@ def _official_table(
     bad: list[str] = []
     torn = 0
     for line, fields in records:
-        foreign = foreign_bytes("".join(fields))
+        foreign = "" if clean else foreign_bytes("".join(fields))
         if foreign:
-            bad.append(
-                f"{path}, line {line}: {foreign} does not belong to the file's encoding; "
-                "fetch the file again, or name the encoding with --encoding."
-            )
+            bad.append(f"{path}, line {line}: {NOT_TEXT.format(foreign)}")
         elif not (
             len(fields) == len(header)
             or (layout.open_ended and len(fields) > len(header))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ LABEL_COLUMNS = (
     "topics",
 )
 """Usual names of the column that a hidden part lacks."""
+
+_FILE_OPTIONS = ("--validation-file", "--test-file", "--column-names", "--quoting")
 
 
 def load_source(
@@ -78,49 +81,61 @@ def load_source(
         _refuse(name, given, tuple(given))
         return docstrings_source(seed)
     place = None if data_dir is None else Path(data_dir).expanduser()
-    local = place is None and not is_hub_name(name)
-    path = Path(name).expanduser()
-    entry = None if local else find_entry(name)
-    if local and path.is_dir():
-        entry, place = recognise(path), path
-    if entry is None and local and _is_sgml(path):
+    if is_hub_name(name):
+        entry = find_entry(name)
+    elif place is None:
+        place = Path(name).expanduser()
+        entry = recognise(place) if place.is_dir() else None
+    else:
+        raise UserError(
+            f"--data-dir goes with the name of a data set, and {name} is a file or "
+            "folder; leave --data-dir out."
+        )
+
+    if place is not None and _is_reuters(place, entry):
         from bidora.data.formats.sgml import reuters_source
 
-        _refuse(name, given, ("--validation-file", "--test-file", "--column-names"))
-        return reuters_source(path, "modapte")
-    if entry is not None and entry.name.startswith("reuters/") and place is not None:
-        from bidora.data.formats.sgml import reuters_source
-
-        _refuse(name, given, ("--validation-file", "--test-file", "--column-names"))
-        return reuters_source(place, entry.name.removeprefix("reuters/"))
+        _refuse(name, given, _FILE_OPTIONS)
+        split = "modapte" if entry is None else entry.name.removeprefix("reuters/")
+        source = reuters_source(place, split)
+        return replace(source, name=name, note=f"{source.note}.")
 
     reading: dict[str, Any] = {
         "column_names": column_names,
         "quoting": quoting,
         "encoding": encoding,
     }
-    if place is not None and entry is not None:
+    hints = {} if entry is None else entry.settings
+    if place is None:
+        _refuse(name, given, tuple(given))
+        tables, notes = _from_hub(name, entry)
+    elif entry is not None:
         _refuse(name, given, ("--column-names", "--quoting"))
         tables, notes = read_official(entry, place, encoding=encoding)
         notes = [f"the files of {entry.name} in {place}", *notes]
-    elif place is not None:
+    elif _is_column_folder(place):
+        from bidora.data.formats.conll import conll_source
+
+        _refuse(name, given, ("--column-names", "--quoting"))
+        source = conll_source(place, encoding=encoding)
+        tables = {p.replace("validation", "dev"): t for p, t in source.parts.items()}
+        notes = [source.note]
+    elif place.is_dir():
         tables, notes = read_folder(place, **reading)
-    elif local:
-        table, note = read_file(path, **reading)
-        tables, notes = {"train": table}, [note] if note else []
     else:
-        _refuse(name, given, tuple(given))
-        tables, notes = _from_hub(name, entry)
+        table, note = read_file(place, **reading)
+        tables, notes = {"train": table}, [note] if note else []
     given_parts: dict[str, Table] = {}
     for part, file in (("dev", validation_file), ("test", test_file)):
         if file is not None:
             given_parts[part], note = read_file(Path(file).expanduser(), **reading)
             notes += [note] if note else []
-    hints = {} if entry is None else entry.settings
+    if not hints and _is_tagged(tables["train"]):
+        hints = {"task_type": "tagging"}
     label = label_column or hints.get("label_column")
     parts, told = choose_parts({**tables, **given_parts}, label, given_parts)
     _refuse_equal(parts)
-    return Source(name, parts, "; ".join([*notes, *told]), hints)
+    return Source(name, parts, "; ".join([*notes, *told]) + ".", hints)
 
 
 def choose_parts(
@@ -192,7 +207,7 @@ def is_hub_name(name: str) -> bool:
     Returns:
         True unless it is `docstrings`, or a file or folder, there or not.
     """
-    is_file = is_table_file(name) or _is_sgml(Path(name)) or _exists(name)
+    is_file = is_table_file(name) or _is_sgml(name) or _exists(name)
     looks_local = name.startswith((".", "/", "~"))
     return not (name == "docstrings" or is_file or looks_local)
 
@@ -204,11 +219,37 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _is_sgml(path: Path) -> bool:
-    """Return whether it is a file of Reuters-21578, or a folder of them."""
-    if path.is_dir():
-        return any(path.glob("reut2-*.sgm*"))
-    return path.name.lower().removesuffix(".gz").endswith((".sgm", ".sgml"))
+def _is_reuters(place: Path, entry: Entry | None) -> bool:
+    """Return whether it is Reuters-21578: by its name, or by the files' names."""
+    if entry is not None:
+        return entry.name.startswith("reuters/")
+    if not place.is_dir():
+        return _is_sgml(place.name)
+    from bidora.data.formats.sgml import is_reuters
+
+    return is_reuters(place)
+
+
+def _is_sgml(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith(".sgm")
+
+
+def _is_column_folder(place: Path) -> bool:
+    if not place.is_dir():
+        return False
+    from bidora.data.formats.conll import is_conll
+
+    try:
+        return is_conll(place)
+    except UserError:
+        return False  # told when the file is read
+
+
+def _is_tagged(table: Table) -> bool:
+    """Return whether the rows are lists of words, each with its tag."""
+    if not {"tokens", "tags"} <= set(table.columns):
+        return False
+    return isinstance(table.values("tags")[0], list)
 
 
 def _from_hub(name: str, entry: Entry | None) -> tuple[dict[str, Table], list[str]]:
