@@ -45,6 +45,7 @@ NOT_TEXT = (
 )
 """What to say of a row in which `foreign_bytes` finds some."""
 
+MAX_DEPTH = 100
 FIELD_LIMIT = 2**31 - 1  # what a C long holds everywhere
 _EXCEL_DELIMITER = re.compile("sep=(.)")  # a first line that Excel writes and reads
 HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -223,6 +224,8 @@ def _json_table(origin: str, text: str) -> Table:
         else:
             records.append(value)
             lines.append(place)
+    if not records:
+        _refuse_spread(origin, text)
     columns = tuple(dict.fromkeys(name for record in records for name in record))
     rows = tuple(tuple(record.get(name) for name in columns) for record in records)
     return Table(origin, columns, rows, tuple(lines), bad=tuple(bad))
@@ -245,6 +248,19 @@ def _json_values(text: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", _parse_json(line)
 
 
+def _refuse_spread(origin: str, text: str) -> None:
+    """Say what a file is whose lines are none by themselves: JSON over several."""
+    lines = text.split()
+    if len(lines) < 2 or lines[0] not in ("[", "{"):
+        return
+    whole = _parse_json(text)
+    what = whole.why if isinstance(whole, _Unreadable) else "it is one object."
+    raise UserError(
+        f"{origin} holds JSON over several lines, but no list of objects: {what} Put "
+        "one object in a line, or a list of them in the file."
+    )
+
+
 def _parse_json(text: str) -> Any:
     """Return the value, or why there is none."""
     foreign = foreign_bytes(text)
@@ -252,20 +268,38 @@ def _parse_json(text: str) -> Any:
         return _Unreadable(NOT_TEXT.format(foreign))
     try:
         value = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+            raise RecursionError
         # An escape such as \ud83d is half an emoji: legal JSON that no tokenizer takes.
         return _whole_characters(value) if "\\ud" in text.lower() else value
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
         return _Unreadable(
-            f"not JSON ({error.msg} at sign {error.pos + 1}). A jsonl file holds one "
+            f"not JSON ({error.msg}: {line}sign {error.colno}). A jsonl file holds one "
             "JSON object a line."
         )
     except RecursionError:
-        return _Unreadable("JSON nested too deep to be read; leave that value out.")
+        return _Unreadable(
+            f"JSON nested deeper than {MAX_DEPTH} levels; leave that value out."
+        )
     except ValueError:
         return _Unreadable(
             "a number of more digits than Python reads (4,300); shorten it or write "
             "it as text."
         )
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether what is done with a value later may exceed Python's stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, list | dict)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _whole_characters(value: Any) -> Any:

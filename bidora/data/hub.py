@@ -74,14 +74,13 @@ def _fetch(name: str, repository: str, configuration: str | None) -> dict[str, A
     """Return the data set's parts by name."""
     import datasets
 
-    arguments = (repository,) if configuration is None else (repository, configuration)
     try:
         try:
-            parts: Any = datasets.load_dataset(*arguments)
+            parts: Any = datasets.load_dataset(repository, configuration)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            parts = datasets.load_dataset(*arguments, revision=CONVERTED)
+            parts = datasets.load_dataset(repository, configuration, revision=CONVERTED)
         return {str(part): rows for part, rows in parts.items()}
     except Exception as error:  # many kinds: network, name, script, configuration
         lines = str(error).strip().split("\n")
@@ -96,26 +95,22 @@ def _fetch(name: str, repository: str, configuration: str | None) -> dict[str, A
 
 
 def _table(part: Any, origin: str, renamed: dict[str, str]) -> Table:
-    names = tuple(part.column_names)
+    names = [str(name) for name in part.column_names]
+    ours = [renamed.get(name, name) for name in names]
     class_names: list[tuple[str, tuple[str, ...]]] = []
     values: list[list[Any]] = []
-    for name in names:
+    for name, our in zip(names, ours, strict=True):
         column = list(part[name])
         feature = part.features[name]
-        item = getattr(feature, "feature", None)  # of a list
+        item: Any = getattr(feature, "feature", None)  # of a list
         if hasattr(feature, "int2str"):
-            class_names.append((renamed.get(name, name), tuple(feature.names)))
+            class_names.append((our, tuple(feature.names)))
         elif hasattr(item, "int2str"):
             column = [_words(indices, item.names) for indices in column]
         values.append(column)
     rows = tuple(zip(*values, strict=True))
-    return Table(
-        origin,
-        tuple(renamed.get(name, name) for name in names),
-        rows,
-        tuple(f"row {number}" for number in range(len(rows))),
-        tuple(class_names),
-    )
+    lines = tuple(f"row {number}" for number in range(len(rows)))
+    return Table(origin, tuple(ours), rows, lines, tuple(class_names))
 
 
 def _words(indices: list[int] | None, names: list[str]) -> list[str | None] | None:
