@@ -48,6 +48,7 @@ NOT_TEXT = (
 MAX_DEPTH = 100
 FIELD_LIMIT = 2**31 - 1  # what a C long holds everywhere
 _EXCEL_DELIMITER = re.compile("sep=(.)")  # a first line that Excel writes and reads
+LONE_RETURN = re.compile("\r(?!\n)")
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -139,13 +140,17 @@ def plain_records(text: str, delimiter: str = "\t") -> Iterator[tuple[int, list[
         >>> list(plain_records('say "no\tfalse\n'))
         [(1, ['say "no', 'false'])]
     """
-    # Not str.splitlines, which also divides at signs that texts hold; and a lone
-    # carriage return divides only where it is the file's line end.
-    end = "\n" if "\n" in text else "\r"
-    for number, line in enumerate(text.split(end), start=1):
+    # Not str.splitlines, which also divides at signs that texts hold.
+    for number, line in enumerate(text.split(_line_end(text)), start=1):
         line = line.removesuffix("\r")
         if line:
             yield number, line.split(delimiter)
+
+
+def _line_end(text: str) -> str:
+    """Return the last sign of a line: the carriage return in files from old Macs."""
+    returns = text.count("\r") - text.count("\r\n")
+    return "\r" if returns > text.count("\n") else "\n"
 
 
 def _suffix(name: str) -> str:
@@ -349,7 +354,9 @@ def _delimited_table(
                 raise UserError(f"{origin}, line {line}: {fields}")
             bad.append(f"{origin}, line {line}: {fields}")
             continue
-        if len(fields) < max(len(columns), 2) and not "".join(fields).strip():
+        if not fields:
+            continue
+        if (not columns or len(fields) < len(columns)) and not "".join(fields).strip():
             continue
         if not columns:
             columns = _header(origin, line, fields)
@@ -378,6 +385,11 @@ def _delimited_table(
 
 def _quoted_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield the first line of each record of a csv with its fields, or what's wrong."""
+    stand_in = ""
+    if "\r" in text and _line_end(text) == "\n" and LONE_RETURN.search(text):
+        # Part of a text where lines end otherwise; the csv module ends a row there.
+        stand_in = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+        text = LONE_RETURN.sub(stand_in, text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
@@ -395,6 +407,8 @@ def _quoted_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] 
             )
         finally:
             csv.field_size_limit(limit)
+        if stand_in and isinstance(fields, list):
+            fields = [field.replace(stand_in, "\r") for field in fields]
         yield start, fields
 
 
