@@ -147,6 +147,7 @@ class Classification(TextTask):
         known: dict[str, Any] = {name: i for i, name in enumerate(names)}
         known |= dict.fromkeys(schema.details["rare"], SKIP)
         counts = _count(table, column)
+        unknown: dict[str, BadValueError] = {}
 
         def read(value: Any) -> Any:
             try:
@@ -156,12 +157,16 @@ class Classification(TextTask):
             for spelling in (name, whole_number(name)):
                 if spelling in known:
                     return known[spelling]
-            count = counts[name]
-            others = f" ({count:,} rows do)" if count > 1 else ""
-            return BadValueError(
-                f"column {column!r} holds {shown(name)!r}{others}, which is no class of "
-                f"the training examples: {some_of(names)}.{nearest(name, names)}"
-            )
+            if name not in unknown:
+                count = counts[name]
+                others = f" ({count:,} rows do)" if count > 1 else ""
+                # A search for the nearest name takes a while where there are many.
+                near = nearest(name, names) if len(unknown) < 20 else ""
+                unknown[name] = BadValueError(
+                    f"column {column!r} holds {shown(name)!r}{others}, which is no class "
+                    f"of the training examples: {some_of(names)}.{near}"
+                )
+            return unknown[name]
 
         return [read(value) for value in table.values(column)]
 

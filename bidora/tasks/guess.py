@@ -90,8 +90,11 @@ def guess_task_type(source: Source, settings: Mapping[str, Any]) -> tuple[str, s
 
 
 def _texts(source: Source, given: Mapping[str, Any]) -> set[str]:
-    settings = {name: given.get(name) for name in ("text_column", "text_pair_column")}
-    return set(Classification(**settings).text_columns(source).values())
+    task = Classification(
+        text_column=given.get("text_column"),
+        text_pair_column=given.get("text_pair_column"),
+    )
+    return set(task.text_columns(source).values())
 
 
 def _tagged(table: Table, known: Mapping[str, Any]) -> str:
@@ -174,7 +177,7 @@ def _by_numbers(
         and high == low + len(distinct) - 1
         and len(distinct) <= FEW
     ):
-        return "classification", f"{found}, each whole number once"
+        return "classification", f"{found}, all of them in between"
     raise UserError(
         f"{table.origin}: {found} in {rows:,} rows, and whether they name classes or "
         "measure something can't be known. Choose --task-type classification "

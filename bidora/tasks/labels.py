@@ -217,6 +217,8 @@ def class_names_of(table: Table, column: str) -> tuple[str, ...] | None:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?`, or nothing where no name is near."""
+    if len(name) > 100:  # no slip of the pen, and slow to compare
+        return ""
     folded = {_fold(n): n for n in names}
     found = get_close_matches(_fold(name), folded, n=1)
     return f" Did you mean {folded[found[0]]!r}?" if found else ""

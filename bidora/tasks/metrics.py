@@ -109,7 +109,8 @@ def classification_scores(
     macro = f1_score(truth, chosen, average="macro", zero_division=_ZERO)
     scores = {"accuracy": accuracy_score(truth, chosen), "f1_macro": macro}
     if metric == "matthews_correlation":
-        scores[metric] = matthews_corrcoef(truth, chosen)
+        is_one = len({*truth.tolist(), *chosen.tolist()}) < 2
+        scores[metric] = 0.0 if is_one else matthews_corrcoef(truth, chosen)
     elif metric == "f1":
         scores[metric] = f1_score(
             truth, chosen, labels=[1], average="macro", zero_division=_ZERO
@@ -139,7 +140,7 @@ def regression_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, flo
         linear: Any = stats.pearsonr(predicted, truth)  # the stubs know tuples alone
         monotone: Any = stats.spearmanr(predicted, truth)
         scores = {"pearson": linear.statistic, "spearman": monotone.statistic}
-    scores["mse"] = np.mean((predicted - truth) ** 2)
+    scores["mse"] = float(np.mean((predicted - truth) ** 2))
     return {name: float(score) for name, score in scores.items()}
 
 
