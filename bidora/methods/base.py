@@ -48,12 +48,14 @@ class TrainerParts:
         given: What every Trainer takes: model, datasets, collator, metrics.
         split: Indices of the training examples for the directions, and of those held
             back for the magnitudes.
+        whole_batches: Whether the last, smaller batch of an epoch is left out.
     """
 
     settings: TrainSettings
     arguments: dict[str, Any]
     given: dict[str, Any]
     split: tuple[list[int], list[int]]
+    whole_batches: bool
 
 class Method(ABC):
     """How to train: a subclass has a name, one line that says what it is, and no state.
@@ -123,12 +125,14 @@ class Method(ABC):
         args = TrainingArguments(**parts.arguments)
         use_one_device(args)
         settings = parts.settings
-        return OneGrouping(
+        trainer = OneGrouping(
             args=args,
             magnitude_rate=settings.outer_learning_rate,
             magnitude_decay=settings.outer_weight_decay,
             **parts.given,
         )
+        trainer.whole_batches = parts.whole_batches
+        return trainer
 
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:

@@ -69,8 +69,11 @@ class BiDoRA(PeftDora):
         Args:
             parts: What it is made of.
         """
-        from bidora.methods.training import use_one_device
+        from bidora.methods.training import WholeBatches, use_one_device
         from bidora.trainer import BiDoRATrainer, BiDoRATrainingArguments
+
+        class InWholeBatches(WholeBatches, BiDoRATrainer):
+            """The trainer of the job."""
 
         settings = parts.settings
         own = {name: getattr(settings, name) for name in PASSED_ON}
@@ -82,7 +85,9 @@ class BiDoRA(PeftDora):
             estimator_settings=settings.estimator_settings or None,
         )
         use_one_device(args)
-        return BiDoRATrainer(args=args, **parts.given, **self.levels(parts))
+        trainer = InWholeBatches(args=args, **parts.given, **self.levels(parts))
+        trainer.whole_batches = parts.whole_batches
+        return trainer
 
     def levels(self, parts: TrainerParts) -> dict[str, Any]:
         """Return which examples each level learns on, as the trainer takes it.

@@ -148,7 +148,7 @@ class Houlsby(Method):
             names: `folder`.
         """
         return f"""\
-from bidora.runs import load_run
+from bidora import load_run
 
 model, tokenizer = load_run({names["folder"]!r})
 """

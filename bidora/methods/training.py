@@ -11,7 +11,7 @@ from transformers import Trainer
 from bidora.dora import magnitudes
 from bidora.trainer.upstream import use_one_device
 
-__all__ = ["OneGrouping", "parameter_groups", "use_one_device"]
+__all__ = ["OneGrouping", "WholeBatches", "parameter_groups", "use_one_device"]
 
 
 def parameter_groups(
@@ -62,7 +62,26 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-class OneGrouping(Trainer):
+class WholeBatches:
+    """Let a Trainer leave out the last, smaller batch of an epoch, in training alone.
+
+    `dataloader_drop_last` leaves examples out of evaluations too.
+    """
+
+    args: Any
+    whole_batches: bool = False
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader, with whole batches alone where that is asked for."""
+        held = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = held or self.whole_batches
+        try:
+            return super().get_train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self.args.dataloader_drop_last = held
+
+
+class OneGrouping(WholeBatches, Trainer):
     """A Trainer whose AdamW has the groups of `parameter_groups`.
 
     Args:

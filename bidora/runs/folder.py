@@ -18,6 +18,7 @@ MARKER = "settings.json"
 
 RUN_FILES = (
     "settings.json",
+    "task.json",
     "split.json",
     "metrics.json",
     "history.jsonl",
@@ -37,6 +38,7 @@ class RunFolder:
         path: The folder.
         overwrite: Whether an earlier run in it may be replaced.
         resume: Whether the run in it goes on.
+        look: Whether nothing will be written, so that it may hold anything.
 
     Raises:
         UserError: If the folder holds an earlier run, or files of something else; with
@@ -44,12 +46,19 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, overwrite: bool = False, *, resume: bool = False
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        *,
+        resume: bool = False,
+        look: bool = False,
     ) -> None:
         """Check the folder; nothing is written before `open`."""
         self.path = Path(path).expanduser()
         self.resume = resume
         self._history: IO[str] | None = None
+        if look:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(
                 f"--output-dir {self.path} is a file; name a folder that does not "

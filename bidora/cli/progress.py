@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from bidora.report import Listener
+from bidora.runs.results import Listener
 
 __all__ = ["ProgressListener"]
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bidora.comparison_settings import CompareSettings
 from bidora.errors import UserError
+from bidora.methods import make_method
 from bidora.models import find_model
 from bidora.optimizer import BiDoRAOptimizer
-from bidora.preparation import Prepared, find_device, prepare
-from bidora.report import Listener, environment
-from bidora.rundir import RunFolder
-from bidora.tasks import BatchStream
+from bidora.runs.comparison_settings import CompareSettings
+from bidora.runs.examples import read_examples
+from bidora.runs.folder import RunFolder
+from bidora.runs.job import Prepared, find_device, prepare
+from bidora.runs.results import Listener, environment
+from bidora.trainer.data import OuterStream
 from hypergrad import HypergradEstimator, NonFiniteError
 from hypergrad.compare import Comparison, compare_estimators
 from hypergrad.estimators import Unrolled
@@ -50,7 +54,7 @@ def compare(
     training examples that is theirs; the magnitudes stay. Then every estimator computes
     the magnitudes' gradient, from the last inner batch and one held-back batch.
 
-    The folder `settings.train.output_dir` then holds `settings.json`, `split.json`,
+    The folder `settings.folder` then holds `settings.json`, `split.json`,
     `history.jsonl` (the losses of the steps), `comparison.json`, `comparison.csv` and
     `comparison.png`. The global random numbers are as before afterwards.
 
@@ -67,15 +71,17 @@ def compare(
     started = time.perf_counter()
     listener = listener or Listener()
     estimators = settings.make()
-    folder = RunFolder(settings.train.output_dir, settings.train.overwrite)
-    device = find_device(settings.train.device)
-    source = find_model(settings.train.model)
+    folder = RunFolder(settings.folder, settings.overwrite)
+    method = make_method("bidora")
+    examples = read_examples(settings, listener, searches=True)
+    device = find_device(settings.device)
+    source = find_model(settings.model)
     with torch.random.fork_rng():
-        prepared = prepare(settings.train, source, device, listener)
+        prepared = prepare(settings, method, source, examples, device, listener)
         folder.open()
         try:
             folder.write_json("settings.json", settings.as_dict())
-            folder.write_json("split.json", prepared.split())
+            folder.write_json("split.json", examples.record())
             optimizer = _warm_up(settings, prepared, folder, listener)
             found = _compare(settings, prepared, optimizer, estimators, listener)
             seconds = time.perf_counter() - started
@@ -89,18 +95,18 @@ def _warm_up(
     settings: CompareSettings, prepared: Prepared, folder: RunFolder, listener: Listener
 ) -> BiDoRAOptimizer:
     """Take the inner steps, and return the optimizer with the records of the last."""
-    train = settings.train
     optimizer = BiDoRAOptimizer(
         prepared.model,
         Unrolled(settings.lookback),
-        inner_lr=train.inner_lr,
-        inner_weight_decay=train.inner_weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        orthogonality=train.orthogonality,
+        inner_lr=settings.rate,
+        inner_weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        orthogonality=settings.orthogonality,
         reuse_graph=False,  # no one estimator is spared what the others compute
     )
-    stream = _stream(prepared, prepared.inner_indices, train.batch_size, train.seed)
-    torch.manual_seed(train.seed)
+    size = settings.per_device_train_batch_size
+    stream = _stream(prepared, prepared.examples.inner, size, settings.seed)
+    torch.manual_seed(settings.seed)
     prepared.model.train()
     listener.phase("warm-up", settings.steps)
     for number in range(1, settings.steps + 1):
@@ -109,7 +115,7 @@ def _warm_up(
         except NonFiniteError as error:
             raise UserError(
                 f"step {number} of the warm-up: {error} The learning rate is probably "
-                "too high; lower --inner-lr."
+                "too high; lower --learning-rate."
             ) from error
         loss = report.inner_loss or 0.0
         folder.append_history(
@@ -131,11 +137,9 @@ def _compare(
     estimators: dict[str, HypergradEstimator],
     listener: Listener,
 ) -> Comparison:
-    train = settings.train
     steps = optimizer.recorded_steps
-    outer = _stream(
-        prepared, prepared.outer_indices, train.outer_batch_size, train.seed + 1
-    )
+    size = settings.per_device_outer_batch_size or settings.per_device_train_batch_size
+    outer = _stream(prepared, prepared.examples.outer, size, settings.seed + 1)
     in_all = 0
 
     def tell(done: int, total: int, label: str) -> None:
@@ -162,9 +166,16 @@ def _compare(
 
 def _stream(
     prepared: Prepared, indices: list[int], batch_size: int, seed: int
-) -> BatchStream:
-    device = next(prepared.model.parameters()).device
-    return BatchStream(prepared.train_set.select(indices), batch_size, seed, device)
+) -> Callable[[], Any]:
+    """Return what draws shuffled batches without end, on the model's device."""
+    data = prepared.sets["train"].select(indices)
+    size = min(batch_size, len(data))
+    stream = OuterStream(data, prepared.collate, size, seed)
+
+    def draw() -> dict[str, Any]:
+        return {name: t.to(prepared.device) for name, t in stream().items()}
+
+    return draw
 
 
 def _save(

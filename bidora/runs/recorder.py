@@ -11,15 +11,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from bidora.errors import UserError
-from bidora.evaluation import Scores, evaluate, probe
-from bidora.report import Listener, PhaseResult
-from bidora.settings import TrainSettings
-from bidora.tasks import Encoded
+from bidora.runs.results import Listener, PhaseResult
 
-__all__ = ["CURVE_EXAMPLES", "Record", "Recorder", "too_high"]
+__all__ = ["Record", "Recorder", "too_high"]
 
-CURVE_EXAMPLES = 120
-"""Examples of each set that the curves are measured on; the end takes all of them."""
+NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
 
 Record = dict[str, Any]
 
@@ -28,12 +24,12 @@ class Recorder(TrainerCallback):
     """Write down what a Trainer does, and stop it where it diverges.
 
     Needs `logging_steps=1`: a step is recorded with what is logged after it, and before
-    a checkpoint of it is saved.
+    a checkpoint of it is saved. The points of the curves are the Trainer's own
+    evaluations.
 
     Args:
-        settings: Of the run.
         trainer: The Trainer; in a `BiDoRATrainer`, its `phase` names the phase.
-        sets: What the curves are measured on, by phase and by name.
+        sets: What the end of a phase is scored on, by name; `test` is among them.
         listener: Told of phases and steps.
         record: Called with each record as it comes.
         history: Records of the run that this one goes on from.
@@ -45,14 +41,12 @@ class Recorder(TrainerCallback):
 
     def __init__(
         self,
-        settings: TrainSettings,
         trainer: Any,
-        sets: dict[str, dict[str, Encoded]],
+        sets: dict[str, Any],
         listener: Listener,
         record: Callable[[Record], None],
         history: Sequence[Record] = (),
     ) -> None:
-        self.settings = settings
         self.trainer = trainer
         self.sets = sets
         self.listener = listener
@@ -80,17 +74,17 @@ class Recorder(TrainerCallback):
         self._skipped = [r["skipped"] for r in earlier if r.get("skipped")]
         self._notes = [r["note"] for r in earlier if r.get("note")]
         self.listener.phase(self.phase, state.max_steps)
-        if state.global_step == 0:
-            self._record_scores(0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock; a phase ends with a point of the curves."""
         self._step_seconds = time.perf_counter() - self._started
         self._seconds += self._step_seconds
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
     def on_log(
         self,
@@ -100,14 +94,19 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record a step.
+        """Record a step, or a point of the curves.
 
         Raises:
-            UserError: If its loss or gradient is not finite.
+            UserError: If the loss or gradient of a step is not finite.
         """
-        if logs is None or "loss" not in logs:
+        if logs is None:
             return
         step = state.global_step
+        scores = _evaluations(logs)
+        if scores:
+            self.record({"phase": self.phase, "step": step, "evaluation": scores})
+        if "loss" not in logs:
+            return
         entry: Record = {
             "phase": self.phase,
             "step": step,
@@ -121,23 +120,23 @@ class Recorder(TrainerCallback):
         self.record(entry)
         shown = {"train": entry["inner_loss"], "validation": entry.get("outer_loss")}
         self.listener.step(step, {n: x for n, x in shown.items() if x is not None})
-        if step % self.settings.eval_every == 0 or step == state.max_steps:
-            self._record_scores(step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score the phase on all examples."""
+        """Score the phase on all examples of each part."""
         started = time.perf_counter()
-        test = evaluate(self.trainer.model, self.sets[self.phase]["test"])
-        held = self.sets[self.phase].get("validation")
-        validation = None if held is None else evaluate(self.trainer.model, held)
+        scores = {}
+        for name, data in self.sets.items():
+            if name == "held_back" and self.phase != "search":
+                continue  # it is trained on
+            found = self.trainer.predict(data, metric_key_prefix=name).metrics
+            scores[name] = _scores(found, f"{name}_")
         self._evaluating += time.perf_counter() - started
         result = PhaseResult(
             self.phase,
             state.global_step,
             self._seconds,
             self._evaluating,
-            test,
-            validation,
+            scores,
             self._outer_steps,
             tuple(self._skipped),
             self._notes[-1] if self._notes else "",
@@ -175,20 +174,6 @@ class Recorder(TrainerCallback):
             f"{too_high(self.phase)}"
         )
 
-    def _record_scores(self, step: int) -> None:
-        """Record a point of the curves."""
-        started = time.perf_counter()
-        scores = {
-            name: dataclasses.asdict(
-                evaluate(
-                    self.trainer.model, probe(data, CURVE_EXAMPLES, self.settings.seed)
-                )
-            )
-            for name, data in self.sets[self.phase].items()
-        }
-        self.record({"phase": self.phase, "step": step, "evaluation": scores})
-        self._evaluating += time.perf_counter() - started
-
 
 def too_high(phase: str) -> str:
     """Return the remedy for a phase that diverges.
@@ -196,15 +181,28 @@ def too_high(phase: str) -> str:
     Args:
         phase: Its name.
     """
-    option = "--retrain-lr" if phase == "retrain" else "--inner-lr"
+    option = "--retrain-learning-rate" if phase == "retrain" else "--learning-rate"
     return f"The learning rate is probably too high; lower {option}."
+
+
+def _evaluations(logs: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return the scores of an evaluation by the set's name."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in logs.items():
+        _, mark, rest = key.rpartition("eval_")
+        if not mark:
+            continue
+        for name in ("train", "held_back", "validation"):
+            if rest.startswith(f"{name}_"):
+                found.setdefault(name, {})[rest.removeprefix(f"{name}_")] = value
+    return {name: _scores(values, "") for name, values in found.items()}
+
+
+def _scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    return {k: float(v) for k, v in own.items() if not k.endswith(NOT_SCORES)}
 
 
 def _result(saved: Record) -> PhaseResult:
     """Return the result that a record holds."""
-    values = dict(saved)
-    for name in ("test", "validation"):
-        if values[name] is not None:
-            values[name] = Scores(**values[name])
-    values["skipped"] = tuple(values["skipped"])
-    return PhaseResult(**values)
+    return PhaseResult(**{**saved, "skipped": tuple(saved["skipped"])})

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
-
-import torch
-
-from bidora.evaluation import Scores
 
 __all__ = ["Listener", "PhaseResult", "RunResult", "environment"]
 
@@ -67,8 +63,9 @@ class PhaseResult:
         steps: Optimizer steps.
         seconds: Seconds of training, without evaluation.
         evaluation_seconds: Seconds of evaluation.
-        test: Scores on all test examples after the phase.
-        validation: Scores on the part held back from the directions, if any.
+        scores: Loss and metrics on all examples of each part, by the part's name:
+            `test`, and where they exist `test_mismatched`, `validation` and, in a
+            search, `held_back`.
         outer_steps: Steps of the magnitudes.
         skipped: Why an outer step was skipped, once for each that was.
         note: What the estimator last said about the trustworthiness of its result.
@@ -78,11 +75,15 @@ class PhaseResult:
     steps: int
     seconds: float
     evaluation_seconds: float
-    test: Scores
-    validation: Scores | None = None
+    scores: dict[str, dict[str, float]]
     outer_steps: int = 0
     skipped: tuple[str, ...] = ()
     note: str = ""
+
+    @property
+    def test(self) -> dict[str, float]:
+        """Scores on all test examples after the phase."""
+        return self.scores["test"]
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,22 @@ class RunResult:
 
     Args:
         folder: The run's folder.
-        phases: One result a phase, the last being that of the saved adapter.
-        num_labels: Number of classes.
+        phases: One result a phase, the last being that of what was saved.
         seconds: Seconds of the whole run.
+        metric: The main metric, a key of `PhaseResult.test`.
+        loading_code: Lines of Python that load what was saved.
+        facts: What a dry run found out: parameters, seconds, bytes.
     """
 
     folder: str
     phases: tuple[PhaseResult, ...]
-    num_labels: int
     seconds: float
+    metric: str
+    loading_code: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: Any) -> dict[str, Any]:
     """Return versions, platform and threads, for the record.
 
     Args:
@@ -111,6 +116,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     Returns:
         What JSON can hold; the version of a package that is not installed is None.
     """
+    import torch
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
