@@ -260,8 +260,8 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
         fewest = schema.settings["min_examples_per_class"]
         total = sum(sum(parts.values()) for parts in rare.values())
         told.append(
-            f"{len(rare)} classes with fewer than {fewest} examples in train are left "
-            f"out, with all their {total:,} examples: {some_of(ordered(rare))}."
+            f"classes with fewer than {fewest} examples in train are left out, with all "
+            f"their {total:,} examples: {some_of(ordered(rare))}."
         )
     for part, unknown in schema.details["unknown"].items():
         some = ", ".join(f"{shown(n)!r} ({c:,})" for n, c in list(unknown.items())[:8])

@@ -253,8 +253,13 @@ def iterative_split(
 ) -> tuple[list[int], list[int]]:
     """Split examples in two parts that keep each label's share, rare labels first.
 
-    Iterative stratification [STV11, Algorithm 1]. Differs from it in that examples are
-    dealt in random order: in the file's order, the second part would be its end.
+    Iterative stratification [STV11, Algorithm 1]. Differs from it in two things. Each
+    example goes where the counts of its labels, and that of all examples, come nearest
+    to their shares in squares; there, it goes where the rarest label is lacking in
+    number, so that rare labels all go to the larger part. And examples are dealt in
+    random order: in the file's order, the second part would be its end.
+
+    Where no example has two labels, each count is within one of its share.
 
     Args:
         labels: The labels of each example.
@@ -280,31 +285,32 @@ def iterative_split(
     dealer = random.Random(seed)
     order = list(range(len(labels)))
     dealer.shuffle(order)
-    shares = (1 - fraction, fraction)
-    wanted = [share * len(labels) for share in shares]
     left: dict[int, dict[int, None]] = {}
     for example in order:
         for label in labels[example]:
             left.setdefault(label, {})[example] = None
-    wanted_of = {n: [share * len(held) for share in shares] for n, held in left.items()}
+    # How many more went to the second part than its share is, by label and of all.
+    excess: dict[int | None, float] = dict.fromkeys((None, *left), 0.0)
     parts: tuple[list[int], list[int]] = ([], [])
 
-    def deal(example: int, need: Sequence[float]) -> None:
-        side = max((0, 1), key=lambda s: (need[s], wanted[s], dealer.random()))
+    def deal(example: int) -> None:
+        counts = (None, *labels[example])
+        # (e + 1 - f)² < (e - f)², summed, is: the mean of e is below f - 1/2.
+        mean = sum(excess[c] for c in counts) / len(counts)
+        side = int(mean < fraction - 0.5)
         parts[side].append(example)
-        wanted[side] -= 1
+        for count in counts:
+            excess[count] += side - fraction
         for label in labels[example]:
-            wanted_of[label][side] -= 1
-            left[label].pop(example, None)
+            del left[label][example]
 
-    while any(left.values()):
-        rarest = min((n for n in left if left[n]), key=lambda n: (len(left[n]), n))
-        for example in list(left[rarest]):
-            deal(example, wanted_of[rarest])
-    dealt = {*parts[0], *parts[1]}
+    # The dict's order is random: labels of like number come in no order of names.
+    while rest := [label for label in left if left[label]]:
+        for example in list(left[min(rest, key=lambda label: len(left[label]))]):
+            deal(example)
     for example in order:
-        if example not in dealt:
-            deal(example, wanted)
+        if not labels[example]:
+            deal(example)
     if not all(parts):
         raise UserError(
             f"{len(labels)} examples are too few to hold a share of {fraction} back; "
@@ -422,15 +428,15 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
     if rare:
         fewest = schema.settings["min_examples_per_class"]
         told.append(
-            f"{len(rare)} labels with fewer than {fewest} examples in train are left out "
-            f"({some_of(ordered(rare))}); their examples stay, without them."
+            f"labels with fewer than {fewest} examples in train are left out: "
+            f"{some_of(ordered(rare))}; their examples stay, without them."
         )
     for part, unknown in schema.details["unknown"].items():
         some = ", ".join(f"{shown(n)!r} ({c:,})" for n, c in list(unknown.items())[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         told.append(
-            f"{part} has {len(unknown)} labels that train lacks, {sum(unknown.values())} "
-            f"times: {some}. No model can learn them; they are left out of the truth, as "
-            "is usual, and their examples stay."
+            f"{part} has labels that train lacks: {some}{more}. No model can learn them; "
+            "they are left out of the truth, as is usual, and their examples stay."
         )
     for part, found in counts.items():
         missing = [n for n in names if not found[n]]

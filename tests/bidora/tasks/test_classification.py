@@ -274,7 +274,7 @@ def test_rare_classes_are_left_out_of_every_part_and_told() -> None:
     assert rows.places == ["test.csv, line 2", "test.csv, line 4"]
     assert not rows.bad
     assert (
-        "1 classes with fewer than 3 examples in train are left out, with all their "
+        "classes with fewer than 3 examples in train are left out, with all their "
         "3 examples: 'c'." in told(task, examples)
     )
 

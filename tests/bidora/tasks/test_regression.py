@@ -189,7 +189,7 @@ def test_an_outlier_and_ties_do_not_hinder_a_split() -> None:
     rows = Rows({"labels": [0.0] * 39 + [1e9]}, [""] * 40)
     first, second = Regression().split(rows, plain_schema(), 0.2, 0)
     assert (len(first), len(second)) == (32, 8)
-    assert len(set(Regression().strata(rows, plain_schema()))) == 4  # pyright: ignore[reportArgumentType]
+    assert len(set(Regression().strata(rows, plain_schema()))) == 4
 
 
 # Scores
