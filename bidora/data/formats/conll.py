@@ -29,9 +29,8 @@ STEMS = {
 """Names under which a folder's parts are looked for, without suffix, in this order."""
 
 _DOCUMENT_LINES = ("-DOCSTART-", "###MEDLINE:")
-# CoNLL-U and MultiCoNER tell what a sentence is in lines such as `# id = 7`.
-_COMMENT = re.compile(r"#\s*(?:\w+\s*=|id\b)")
-_BLANKS = re.compile(r"[ \t]+")
+# CoNLL-U and MultiCoNER tell what a sentence is: `# sent_id = 7`, `# id 7 domain=en`.
+_COMMENT = re.compile(r"# (?:\w+ =(?: |$)|id \S+ domain=)")
 _TAG = re.compile(r"O|[BI](?:-\S+)?")
 
 _Words = list[tuple[int, list[str]]]
@@ -83,10 +82,9 @@ def is_conll(path: Path) -> bool:
         return found is not None and is_conll(found)
     if not path.is_file():
         return False
-    head = read_text(path).text.split("\n", 500)[:500]
-    lines = [line for s in _sentences("\n".join(head)) for _, line in s]
-    last = [_fields(line, _has_tabs(lines))[1:][-1:] for line in lines]
-    tagged = sum(1 for field in last if field and _TAG.fullmatch(field[0]))
+    head = "\n".join(read_text(path).text.split("\n", 500)[:500])
+    lines = [fields for words in _split_sentences(head) for _, fields in words]
+    tagged = sum(len(f) > 1 and _TAG.fullmatch(f[-1]) is not None for f in lines)
     return bool(lines) and tagged >= 0.9 * len(lines)
 
 
@@ -139,25 +137,19 @@ def _read(
 ) -> tuple[Table, str]:
     """Return a file's table, and a sentence where its encoding had to be guessed."""
     text, note = read_text(path, encoding)
-    numbered = list(_sentences(text))
-    lines = [line for sentence in numbered for _, line in sentence]
-    if not lines:
+    sentences = _split_sentences(text)
+    if not sentences:
         raise UserError(
             f"{path} has no sentences; a column file holds one word a line, its tag "
             "beside it, and a blank line between sentences."
         )
-    tabs = _has_tabs(lines)
-    sentences = [[(n, _fields(line, tabs)) for n, line in s] for s in numbered]
     widths = Counter(len(fields) for sentence in sentences for _, fields in sentence)
     width = widths.most_common(1)[0][0]
     chosen = _columns(path, width, token_column, tag_column)
     rows: list[tuple[list[str], ...]] = []
     places: list[str] = []
     bad: list[str] = []
-    for sentence in sentences:
-        words = _without_comments(sentence, width)
-        if not words:
-            continue
+    for words in sentences:
         fault = _fault(words, width, chosen)
         if fault:
             bad.append(f"{path}, {fault}")
@@ -184,15 +176,21 @@ def _sentences(text: str) -> Iterator[list[tuple[int, str]]]:
         yield sentence
 
 
-def _has_tabs(lines: list[str]) -> bool:
-    return 2 * sum("\t" in line.strip() for line in lines) >= max(len(lines), 1)
+def _split_sentences(text: str) -> list[_Words]:
+    """Return the lines of each sentence as fields, without comments before it."""
+    sentences = list(_sentences(text))
+    tabs = [("\t" in line.strip()) for sentence in sentences for _, line in sentence]
+    divided = 2 * sum(tabs) >= len(tabs)
+    split = ([(n, _fields(line, divided)) for n, line in s] for s in sentences)
+    return list(filter(None, map(_without_comments, split)))
 
 
 def _fields(line: str, tabs: bool) -> list[str]:
-    # Not str.split(): a no-break space may be part of a word.
+    # Not split() without a sign: a no-break space may be part of a word.
     if tabs:
         return [field.strip(" ") for field in line.rstrip(" \t").split("\t")]
-    return _BLANKS.split(line.strip(" \t"))
+    fields = line.strip(" \t").replace("\t", " ").split(" ")
+    return list(filter(None, fields)) if "" in fields else fields
 
 
 def _columns(path: Path, width: int, token: int, tag: int) -> tuple[int, ...]:
@@ -213,9 +211,9 @@ def _columns(path: Path, width: int, token: int, tag: int) -> tuple[int, ...]:
     return columns[:1]
 
 
-def _without_comments(sentence: _Words, width: int) -> _Words:
+def _without_comments(sentence: _Words) -> _Words:
     for index, (_, fields) in enumerate(sentence):
-        if len(fields) == width or not _COMMENT.match(" ".join(fields)):
+        if not _COMMENT.match(" ".join(fields)):
             return sentence[index:]
     return []
 
