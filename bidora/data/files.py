@@ -102,7 +102,7 @@ def read_file(
     suffix = _suffix(path.name)
     if _is_column_file(path, suffix):
         return _read_column_file(path, encoding)
-    if suffix not in (*SUFFIXES, ".txt"):
+    if suffix not in (*SUFFIXES, ".txt") and path.exists():
         raise UserError(
             f"{path} is not a file this command reads; give a name that ends in "
             f"{', '.join((*SUFFIXES, *COLUMN_FILES))} (also with .gz)."

@@ -50,8 +50,6 @@ def read_folder(
     Raises:
         UserError: If there is no train file, or two files for one part.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} (looked from {Path.cwd()}).")
     tables: dict[str, Table] = {}
     notes: list[str] = []
     for part in STEMS:
@@ -134,13 +132,18 @@ def read_official(
         if layout.column_files:
             tables[part], note = read_file(path, encoding=encoding)
         else:
-            tables[part], note = _official_table(path, entry, layout, encoding)
+            tables[part], note = _official_table(
+                path, entry, layout, encoding, labelled=part not in layout.optional
+            )
         notes += [note] if note else []
     for part, name in layout.fallback.items():
         other = _official_file(folder, name)
         labelled = part in tables and "label" in tables[part].columns
         if other is not None and not labelled:
-            tables[part], _ = _official_table(other, entry, layout, encoding)
+            tables[part], note = _official_table(
+                other, entry, layout, encoding, labelled=True
+            )
+            notes += [note] if note else []
     return tables, notes
 
 
@@ -189,8 +192,6 @@ def _own_file(folder: Path, part: str) -> Path | None:
 
 
 def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "it is not there"
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "it is empty"
@@ -210,7 +211,7 @@ def _fits(path: Path, layout: Layout) -> bool:
 
 
 def _official_table(
-    path: Path, entry: Entry, layout: Layout, encoding: str
+    path: Path, entry: Entry, layout: Layout, encoding: str, *, labelled: bool
 ) -> tuple[Table, str]:
     """Read one official tsv: the texts and the label, by our names."""
     text, note = read_text(path, encoding)
@@ -218,8 +219,8 @@ def _official_table(
     records = plain_records(text)
     line, first = next(records, (0, []))
     label = next(own for own, ours in layout.renamed.items() if ours == "label")
-    texts = [own for own in layout.renamed if own != label]
-    if set(texts) <= set(first):
+    needed = set(layout.renamed) - (set() if labelled else {label})
+    if needed <= set(first):
         header = tuple(first)
     elif layout.headerless and len(first) >= len(layout.headerless):
         header = layout.headerless
@@ -262,7 +263,10 @@ def _official_table(
             )
             lines.append(f"line {line}")
     if torn and layout.torn:
-        note = f"{torn:,} row(s) of {path} are torn in the official file and left out"
+        left_out = (
+            f"{torn:,} row(s) of {path} are torn in the official file and left out"
+        )
+        note = f"{note}; {left_out}" if note else left_out
     names = (("label", entry.class_names),) if entry.class_names else ()
     table = Table(str(path), columns, tuple(rows), tuple(lines), names, tuple(bad))
     return refuse_empty(table), note

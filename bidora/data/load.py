@@ -83,6 +83,10 @@ def load_source(
     place = None if data_dir is None else Path(data_dir).expanduser()
     if is_hub_name(name):
         entry = find_entry(name)
+        if place is not None and entry is None and not place.is_dir():
+            raise UserError(
+                f"there is no folder {place} (--data-dir, looked from {Path.cwd()})."
+            )
     elif place is None:
         place = Path(name).expanduser()
         entry = recognise(place) if place.is_dir() else None
@@ -178,9 +182,9 @@ def choose_parts(
         if part in hidden:
             option = "--validation-file" if part == "dev" else "--test-file"
             raise UserError(
-                f"{tables[part].origin} ({option}) has no labels in column "
-                f"{label_column!r}. Give a file with labels; one without is what "
-                "`bidora predict` reads."
+                f"{tables[part].origin} ({option}) has no labels"
+                + (f" in column {label_column!r}" if label_column else "")
+                + ". Give a file with labels; one without is what `bidora predict` reads."
             )
     shown = {part: table for part, table in tables.items() if part not in hidden}
     names = {"train": "train", "dev": "validation", "test": "test"}
@@ -268,7 +272,10 @@ def _from_hub(name: str, entry: Entry | None) -> tuple[dict[str, Table], list[st
 
 def _is_hidden(table: Table, train: Table, column: str | None) -> bool:
     """Return whether a table has no labels though the training examples have."""
-    if column is None or table is train or column not in train.columns:
+    if column is None:  # perhaps one column for each label
+        lacking = set(train.columns) - set(table.columns)
+        return any({str(v) for v in train.values(c)} <= {"0", "1"} for c in lacking)
+    if table is train or column not in train.columns:
         return False
     if column not in table.columns:
         return True
