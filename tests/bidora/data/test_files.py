@@ -25,7 +25,7 @@ HEADER = "text,label\n"
 def table(path: Path, content: str | bytes, **settings: str) -> Table:
     """Write a file and read it."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_file(path, **settings).table  # pyright: ignore[reportArgumentType]
+    return read_file(path, **settings).table
 
 
 def written(

@@ -35,13 +35,17 @@ def part(
     return Dataset.from_dict({**texts, "label": labels}, features=Features(features))
 
 
+def parts_of(**parts: Dataset) -> DatasetDict:
+    return DatasetDict(parts)
+
+
 COLA = ["unacceptable", "acceptable"]
 
 
 def test_glue_is_tested_on_its_validation_part_in_its_own_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = DatasetDict(
+    parts = parts_of(
         train=part([0, 1, 1], COLA, sentence=["a", "b", "c"]),
         validation=part([1], COLA, sentence=["d"]),
         test=part([-1], COLA, sentence=["e"]),
@@ -65,7 +69,7 @@ def test_mnli_has_two_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [f"{text} {i}" for i in range(len(labels))]
         return part(labels, names, premise=texts, hypothesis=texts)
 
-    parts = DatasetDict(
+    parts = parts_of(
         train=pairs([0, 1, 2], "train"),
         validation_matched=pairs([0, 1], "one"),
         validation_mismatched=pairs([2], "two"),
@@ -81,7 +85,7 @@ def test_mnli_has_two_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores_stay_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"sentence1": ["a"], "sentence2": ["b"]}
-    parts = DatasetDict(train=part([2.5], **texts), validation=part([5.0], **texts))
+    parts = parts_of(train=part([2.5], **texts), validation=part([5.0], **texts))
     hub(monkeypatch, parts)
     source = load_source("glue/stsb")
     assert source.train.rows == (("a", "b", 2.5),)
@@ -90,7 +94,7 @@ def test_scores_stay_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_data_set_by_its_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = DatasetDict(
+    parts = parts_of(
         train=part([0], COLA, text=["a"]),
         valid=part([1], COLA, text=["b"]),
         test=part([1], COLA, text=["c"]),
@@ -111,7 +115,7 @@ def test_tags_are_words_and_scripts_have_a_converted_copy(
     features = Features({"tokens": datasets.List(Value("string")), "ner_tags": tags})
     rows = {"tokens": [["Ada", "sings"], ["No"]], "ner_tags": [[1, 0], [-1]]}
     script = RuntimeError("Dataset scripts are no longer supported, but found c.py")
-    parts = DatasetDict(train=Dataset.from_dict(rows, features=features))
+    parts = parts_of(train=Dataset.from_dict(rows, features=features))
     asked = hub(monkeypatch, script, parts)
     source = load_source("conll2003")
     assert asked == [
@@ -132,8 +136,8 @@ def test_tags_are_words_and_scripts_have_a_converted_copy(
         ),
         ("owner/none", FileNotFoundError("404"), "cannot be fetched.*404"),
         ("owner/x", RuntimeError(""), "cannot be fetched"),
-        ("owner/x", DatasetDict(dev=part([0], COLA, text=["a"])), "no part named tr"),
-        ("owner/x", DatasetDict(train=part([], COLA, text=[])), "has no rows"),
+        ("owner/x", parts_of(dev=part([0], COLA, text=["a"])), "no part named tr"),
+        ("owner/x", parts_of(train=part([], COLA, text=[])), "has no rows"),
         ("glue/other", None, "choose one of glue/cola"),
     ],
 )

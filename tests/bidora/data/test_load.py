@@ -251,9 +251,14 @@ def test_the_training_file_is_no_test_file(tmp_path: Path) -> None:
     packed = tmp_path / "b.csv.gz"
     packed.write_bytes(gzip.compress(TRAIN.encode()))
     for other in (path, tmp_path / "." / "a.csv", packed):
-        for option in ("test_file", "validation_file"):
-            with pytest.raises(UserError, match="are the same"):
-                load_source(str(path), **{option: str(other)})
+        with pytest.raises(
+            UserError, match="the train and the test examples are the s"
+        ):
+            load_source(str(path), test_file=str(other))
+        with pytest.raises(
+            UserError, match="train and the validation examples are the"
+        ):
+            load_source(str(path), validation_file=str(other))
 
 
 def test_named_files_need_labels(tmp_path: Path) -> None:
