@@ -74,7 +74,7 @@ class Classification(TextTask):
         columns = self.columns(source)
         column = columns["label_column"]
         counts = {
-            part: _count(table, column)
+            part: _count(_names(table, column))
             for part, table in source.parts.items()
             if column in table.columns
         }
@@ -143,17 +143,15 @@ class Classification(TextTask):
         column = name_column(
             table, schema.settings["label_column"], "--label-column", ()
         )
-        given = class_names_of(table, column)
         known: dict[str, Any] = {name: i for i, name in enumerate(names)}
         known |= dict.fromkeys(schema.details["rare"], SKIP)
-        counts = _count(table, column)
+        found = _names(table, column)
+        counts = _count(found)
         unknown: dict[str, BadValueError] = {}
 
-        def read(value: Any) -> Any:
-            try:
-                name = class_of(value, given)
-            except BadValueError as error:
-                return BadValueError(f"column {column!r} {error}")
+        def index(name: str | BadValueError) -> Any:
+            if isinstance(name, BadValueError):
+                return name
             for spelling in (name, whole_number(name)):
                 if spelling in known:
                     return known[spelling]
@@ -168,7 +166,7 @@ class Classification(TextTask):
                 )
             return unknown[name]
 
-        return [read(value) for value in table.values(column)]
+        return [index(name) for name in found]
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Tell columns, classes with their counts, and what looks odd."""
@@ -221,15 +219,20 @@ class Classification(TextTask):
         ]
 
 
-def _count(table: Table, column: str) -> Counter[str]:
+def _names(table: Table, column: str) -> list[str | BadValueError]:
     given = class_names_of(table, column)
-    counts: Counter[str] = Counter()
+    found: list[str | BadValueError] = []
     for value in table.values(column):
         try:
-            counts[class_of(value, given)] += 1
-        except BadValueError:
-            continue  # told by `rows`, with its place
-    return counts
+            found.append(class_of(value, given))
+        except BadValueError as error:
+            found.append(BadValueError(f"column {column!r} {error}"))
+    return found
+
+
+def _count(found: Sequence[str | BadValueError]) -> Counter[str]:
+    # What is wrong with the others is told by `rows`, with their places.
+    return Counter(name for name in found if isinstance(name, str))
 
 
 def _as_whole(counts: Counter[str]) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -180,8 +181,11 @@ class MultiLabel(TextTask):
 
     def targets(self, labels: Sequence[Any], schema: Schema) -> list[Any]:
         """Return one number a label: 1.0 where it holds, as the loss takes it."""
-        width = len(schema.label_names)
-        return [[float(i in set(held)) for i in range(width)] for held in labels]
+        made = [[0.0] * len(schema.label_names) for _ in labels]
+        for row, held in zip(made, labels, strict=True):
+            for label in held:
+                row[label] = 1.0
+        return made
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Tell columns, labels with their counts, and what looks odd."""
@@ -351,15 +355,16 @@ def as_list(value: Any) -> list[Any] | None:
     """Return a list, also one that a word spells; None for what is no list."""
     if isinstance(value, list | tuple):
         return list(value)
-    if (
-        isinstance(value, str)
-        and value.strip()[:1] == "["
-        and value.strip()[-1:] == "]"
-    ):
+    if not isinstance(value, str):
+        return None
+    word = value.strip()
+    if word[:1] != "[" or word[-1:] != "]":
+        return None
+    for parse in (json.loads, ast.literal_eval):  # as JSON, and as Python, writes it
         try:
-            found = ast.literal_eval(value.strip())
+            found = parse(word)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
+            continue
         return found if isinstance(found, list) else None
     return None
 

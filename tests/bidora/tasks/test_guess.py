@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
+from bidora.tasks.base import Schema
 from bidora.tasks.guess import guess_task_type
+from bidora.tasks.registry import make_task
 
 
 def source(
@@ -140,3 +143,23 @@ def test_rows_are_read_before_anything_large_is_loaded() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "given"),
+    [
+        (["a", "b", "c"] * 5, "classification", {"min_examples_per_class": 2}),
+        (SCORES, "regression", {}),
+        (["a;b", "b", "a"] * 5, "multilabel", {"allow_empty": True}),
+        ([["a"], ["b"]] * 5, "multilabel", {"min_examples_per_class": 2}),
+    ],
+)
+def test_a_saved_schema_makes_the_task_again(
+    labels: list[Any], name: str, given: dict[str, Any]
+) -> None:
+    examples = source(labels)
+    schema = make_task(name, **given).schema(examples)
+    saved = Schema.from_dict(json.loads(json.dumps(schema.to_dict())))
+    again = make_task(saved.task, **saved.settings)
+    assert again.schema(examples) == schema
+    assert len(again.rows(examples.train, saved, labelled=False)) == len(labels)

@@ -67,6 +67,7 @@ def told(task: MultiLabel, examples: Source) -> str:
         ["a, b", "a", "b"],
         ["a;b;", " a ", "b;b"],
         ["['b', 'a']", '["a"]', "['b']"],
+        ['["b", "a"]', '["\\u0061"]', '["b"]'],
     ],
 )
 def test_labels_are_lists_or_joined_words(labels: list[Any]) -> None:
