@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bidora.data.encodings import foreign_bytes, read_text
+from bidora.data.files import refuse_empty
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
@@ -128,6 +129,7 @@ def conll_source(
             "column file holds a word and its tag in each line, divided by a blank or "
             "a tab."
         )
+    refuse_empty(parts["train"])
     tagged = {part: table for part, table in parts.items() if "tags" in table.columns}
     return Source(str(path), tagged, "; ".join(notes), {"task_type": "tagging"})
 
@@ -179,7 +181,7 @@ def _sentences(text: str) -> Iterator[list[tuple[int, str]]]:
 def _split_sentences(text: str) -> list[_Words]:
     """Return the lines of each sentence as fields, without comments before it."""
     sentences = list(_sentences(text))
-    tabs = [("\t" in line.strip()) for sentence in sentences for _, line in sentence]
+    tabs = ["\t" in line.rstrip() for sentence in sentences for _, line in sentence]
     divided = 2 * sum(tabs) >= len(tabs)
     split = ([(n, _fields(line, divided)) for n, line in s] for s in sentences)
     return list(filter(None, map(_without_comments, split)))

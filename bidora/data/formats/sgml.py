@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bidora.data.encodings import foreign_bytes, read_text
-from bidora.data.files import read_file
+from bidora.data.files import read_file, refuse_empty
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
@@ -121,6 +121,7 @@ def reuters_source(path: Path, split: str = "modapte") -> Source:
         for part in rows
         if rows[part] or part == "train"
     }
+    refuse_empty(tables["train"])
     hints = {
         "task_type": "multilabel",
         "text_column": "text",

@@ -22,6 +22,7 @@ from bidora.data.formats import (
 )
 from bidora.data.formats.conll import SUFFIXES
 from bidora.data.formats.sgml import EMPTY_TEXT
+from bidora.data.source import PARTS
 from bidora.errors import UserError
 from tests.shared import shared_data
 
@@ -157,9 +158,9 @@ def test_columns_may_be_chosen(tmp_path: Path) -> None:
     path = write(tmp_path / "eng.train", CONLL)
     assert read_conll(path, tag_column=1).rows[1] == (WORDS[1], ["PRP", "VBZ"])
     assert read_conll(path, token_column=-4, tag_column=2).rows[0][0] == WORDS[0]
-    for columns in ({"tag_column": 4}, {"token_column": -5}):
+    for token, tag in ((0, 4), (-5, -1)):
         with pytest.raises(UserError, match=r"has 4 column\(s\).*count from 0"):
-            read_conll(path, **columns)
+            read_conll(path, token_column=token, tag_column=tag)
     with pytest.raises(UserError, match="are the same of its 4 columns"):
         read_conll(path, token_column=3)
 
@@ -224,7 +225,6 @@ def test_what_is_written_is_read_back(
     assert starts == [1 + sum(lengths[:i]) for i in range(len(sentences))]
 
 
-PARTS = ("train", "validation", "test")
 LAYOUTS = {
     "conll2003": ("eng.train", "eng.testa", "eng.testb"),
     "packed": ("eng.train.gz", "eng.testa.gz", "eng.testb.gz"),
@@ -240,7 +240,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folders_in_their_layouts(tmp_path: Path, layout: str) -> None:
-    files = dict(zip(PARTS, LAYOUTS[layout], strict=True))
+    files: dict[str, str] = dict(zip(PARTS, LAYOUTS[layout], strict=True))
     texts = (CONLL, CONLL.replace("Ada", "Eve"), CONLL.replace("Ada", "Ida"))
     for name, text in zip(files.values(), texts, strict=True):
         if name:
@@ -249,7 +249,7 @@ def test_folders_in_their_layouts(tmp_path: Path, layout: str) -> None:
     source = conll_source(tmp_path)
     assert source.hints == {"task_type": "tagging"}
     first = {part: table.rows[0][0][0] for part, table in source.parts.items()}
-    words = dict(zip(PARTS, ("Ada", "Eve", "Ida"), strict=True))
+    words: dict[str, str] = dict(zip(PARTS, ("Ada", "Eve", "Ida"), strict=True))
     assert first == {part: words[part] for part, name in files.items() if name}
     for part, table in source.parts.items():
         assert table.origin == str(tmp_path / files[part])
@@ -282,6 +282,12 @@ def test_a_guessed_encoding_is_told(tmp_path: Path) -> None:
     named = conll_source(tmp_path, encoding="latin-1")
     assert "Windows" not in named.note
     assert named.train.rows == source.train.rows
+
+
+def test_sentences_that_are_all_damaged_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.tsv", "\tO\n\n\tB-X\n")
+    with pytest.raises(UserError, match=r"(?s)none of its 2.*line 1: an empty field"):
+        conll_source(path)
 
 
 def test_folders_that_lack_a_file_or_have_two(tmp_path: Path) -> None:
