@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bidora.errors import UserError
 
-__all__ = ["Text", "decode", "foreign_bytes", "read_text"]
+__all__ = ["NOT_TEXT", "Text", "decode", "foreign_bytes", "read_text"]
 
 BYTE_ORDER_MARKS = (
     (b"\xff\xfe\x00\x00", "utf-32"),  # before UTF-16's, with which it begins
@@ -33,6 +33,13 @@ FOREIGN_FILES = (
 
 ESCAPED = re.compile("[\udc80-\udcff]")
 """What stands in a text for a byte that could not be decoded."""
+
+
+NOT_TEXT = (
+    "{} does not belong to the file's encoding. Name the encoding with --encoding, or "
+    "repair the row."
+)
+"""What to say of a row in which `foreign_bytes` finds some."""
 
 
 class Text(NamedTuple):

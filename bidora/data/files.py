@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bidora.data.encodings import foreign_bytes, read_text
+from bidora.data.encodings import NOT_TEXT, foreign_bytes, read_text
+from bidora.data.json_lines import json_table
 from bidora.data.table import Table
 from bidora.errors import UserError
 
 __all__ = [
     "COLUMN_FILES",
-    "NOT_TEXT",
     "SUFFIXES",
     "FileTable",
     "is_table_file",
@@ -38,18 +37,10 @@ COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2")
 """Endings of the files that hold a word a line, sentences apart by empty lines."""
 
 QUOTING = ("auto", "csv", "none")
-DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
-NOT_TEXT = (
-    "{} does not belong to the file's encoding. Name the encoding with --encoding, or "
-    "repair the row."
-)
-"""What to say of a row in which `foreign_bytes` finds some."""
-
-MAX_DEPTH = 100
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 FIELD_LIMIT = 2**31 - 1  # what a C long holds everywhere
 _EXCEL_DELIMITER = re.compile("sep=(.)")  # a first line that Excel writes and reads
 LONE_RETURN = re.compile("\r(?!\n)")
-HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class FileTable(NamedTuple):
@@ -110,7 +101,7 @@ def read_file(
     text, note = read_text(path, encoding)
     origin = str(path)
     if suffix in (".jsonl", ".json"):
-        return FileTable(refuse_empty(_json_table(origin, text)), note)
+        return FileTable(refuse_empty(json_table(origin, text)), note)
     names = tuple(column_names or ())
     first = text.split("\n", maxsplit=1)[0].rstrip("\r")
     in_quotes = all(re.fullmatch('".*"', name) for name in first.split("\t"))
@@ -209,113 +200,6 @@ def refuse_empty(table: Table) -> Table:
         f"{table.origin}: none of its {len(table.bad):,} row(s) can be read.\n  "
         f"{shown}{more}"
     )
-
-
-# -- JSON lines -----------------------------------------------------------------------
-
-
-def _json_table(origin: str, text: str) -> Table:
-    records: list[dict[str, Any]] = []
-    lines: list[str] = []
-    bad: list[str] = []
-    for place, value in _json_values(text):
-        if isinstance(value, _Unreadable):
-            bad.append(f"{origin}, {place}: {value.why}")
-        elif not isinstance(value, dict):
-            bad.append(
-                f"{origin}, {place}: a {type(value).__name__} where an object such as "
-                '{"text": "...", "label": "..."} was expected; put one object in a line.'
-            )
-        else:
-            records.append(value)
-            lines.append(place)
-    if not records:
-        _refuse_spread(origin, text)
-    columns = tuple(dict.fromkeys(name for record in records for name in record))
-    rows = tuple(tuple(record.get(name) for name in columns) for record in records)
-    return Table(origin, columns, rows, tuple(lines), bad=tuple(bad))
-
-
-class _Unreadable(NamedTuple):
-    why: str
-
-
-def _json_values(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield place and value of each line, or of each item of a file that is a list."""
-    if text.lstrip().startswith("["):
-        whole = _parse_json(text)
-        if isinstance(whole, list):
-            for number, value in enumerate(whole, start=1):
-                yield f"item {number}", value
-            return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _parse_json(line)
-
-
-def _refuse_spread(origin: str, text: str) -> None:
-    """Say what a file is whose lines are none by themselves: JSON over several."""
-    lines = text.split()
-    if len(lines) < 2 or lines[0] not in ("[", "{"):
-        return
-    whole = _parse_json(text)
-    what = whole.why if isinstance(whole, _Unreadable) else "it is one object."
-    raise UserError(
-        f"{origin} holds JSON over several lines, but no list of objects: {what} Put "
-        "one object in a line, or a list of them in the file."
-    )
-
-
-def _parse_json(text: str) -> Any:
-    """Return the value, or why there is none."""
-    foreign = foreign_bytes(text)
-    if foreign:
-        return _Unreadable(NOT_TEXT.format(foreign))
-    try:
-        value = json.loads(text)
-        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
-            raise RecursionError
-        # An escape such as \ud83d is half an emoji: legal JSON that no tokenizer takes.
-        return _whole_characters(value) if "\\ud" in text.lower() else value
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text else ""
-        return _Unreadable(
-            f"not JSON ({error.msg}: {line}sign {error.colno}). A jsonl file holds one "
-            "JSON object a line."
-        )
-    except RecursionError:
-        return _Unreadable(
-            f"JSON nested deeper than {MAX_DEPTH} levels; leave that value out."
-        )
-    except ValueError:
-        return _Unreadable(
-            "a number of more digits than Python reads (4,300); shorten it or write "
-            "it as text."
-        )
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether what is done with a value later may exceed Python's stack."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, list | dict)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
-
-
-def _whole_characters(value: Any) -> Any:
-    """Return a JSON value with U+FFFD for each half of a surrogate pair."""
-    if isinstance(value, str):
-        return HALF_PAIR.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [_whole_characters(item) for item in value]
-    if isinstance(value, dict):
-        return {_whole_characters(k): _whole_characters(v) for k, v in value.items()}
-    return value
 
 
 # -- csv and tsv ----------------------------------------------------------------------

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bidora.data.catalog import CATALOG, Entry, Layout
-from bidora.data.encodings import foreign_bytes, read_text
+from bidora.data.encodings import NOT_TEXT, foreign_bytes, read_text
 from bidora.data.files import (
-    NOT_TEXT,
     SUFFIXES,
     plain_records,
     read_file,

@@ -51,6 +51,7 @@ SAME = {
     "mac.csv": PLAIN.replace("\r\n", "\r").encode(),
     "cut.csv": PLAIN.rstrip().encode(),
     "semicolons.csv": PLAIN.replace(",", ";").encode(),
+    "bars.csv": PLAIN.replace(",", "|").encode(),
     "excel.csv": ("sep=;\r\n" + PLAIN.replace(",", ";")).encode(),
     "tabs.csv": PLAIN.replace(",", "\t").encode(),
     "mark.csv": PLAIN.encode("utf-8-sig"),
@@ -345,11 +346,13 @@ def test_all_bad_lines_of_a_jsonl_are_told_at_once(tmp_path: Path) -> None:
         deep,
         '{"text": ' + "[" * 150 + "]" * 150 + "}",
         '{"text": ' + "1" * 5000 + "}",
+        '{"text": "one", "text": "other"}',
+        "{}",
         '{"text": "two"}',
     ]
     found = table(tmp_path / "a.jsonl", "\n".join(lines))
     assert found.rows == (("one",), ("two",))
-    assert found.lines == ("line 1", "line 8")
+    assert found.lines == ("line 1", "line 10")
     told = [bad.split("a.jsonl, ")[1] for bad in found.bad]
     starts = [
         "line 2: not JSON",
@@ -358,6 +361,8 @@ def test_all_bad_lines_of_a_jsonl_are_told_at_once(tmp_path: Path) -> None:
         "line 5: JSON nested deeper",
         "line 6: JSON nested deeper",
         "line 7: a number of more digits",
+        "line 8: an object names 'text' twice",
+        "line 9: an empty object where",
     ]
     assert [t[: len(s)] for t, s in zip(told, starts, strict=True)] == starts
 

@@ -36,7 +36,7 @@ def part(
 
 
 def parts_of(**parts: Dataset) -> DatasetDict:
-    return DatasetDict(parts)
+    return DatasetDict(list(parts.items()))
 
 
 COLA = ["unacceptable", "acceptable"]
