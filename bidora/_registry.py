@@ -27,13 +27,19 @@ class Registry:
         base: What each must derive from, as `module:Class`.
 
     Example:
-        >>> kinds = Registry("task type", "bidora.tasks", {"one": "fractions:Fraction"},
-        ...                  base="numbers:Number")
+        >>> kinds = Registry(
+        ...     "task type",
+        ...     "bidora.tasks",
+        ...     {"one": "fractions:Fraction"},
+        ...     base="numbers:Number",
+        ... )
         >>> kinds.get("one").__name__
         'Fraction'
     """
 
-    def __init__(self, kind: str, group: str, ours: dict[str, str], *, base: str) -> None:
+    def __init__(
+        self, kind: str, group: str, ours: dict[str, str], *, base: str
+    ) -> None:
         self.kind = kind
         self.group = group
         self._homes = dict(ours)
@@ -85,7 +91,8 @@ class Registry:
                 f"unknown {self.kind} {name!r}; choose one of {', '.join(known)}.{hint}"
             )
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise TypeError(f"the {self.kind} {name!r} is {found!r}, not a {base.__name__}.")
+            wanted = base.__name__
+            raise TypeError(f"the {self.kind} {name!r} is {found!r}, not a {wanted}.")
         return found
 
 

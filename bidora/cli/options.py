@@ -21,7 +21,9 @@ NOT_OPTIONS = ("trainer",)
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, cls: type[JobSettings], leave_out: Sequence[str] = ()
+    parser: argparse.ArgumentParser,
+    cls: type[JobSettings],
+    leave_out: Sequence[str] = (),
 ) -> None:
     """Add an option for each setting, under the heading that it names.
 
@@ -66,7 +68,9 @@ def _words(f: Any) -> dict[str, Any]:
             if name == "dict":
                 words["action"] = "append"
             return words
-    raise TypeError(f"setting {f.name} has the type {kind}, which no option is made for.")
+    raise TypeError(
+        f"setting {f.name} has the type {kind}, which no option is made for."
+    )
 
 
 def _shown(default: Any) -> str:
@@ -92,13 +96,18 @@ def literal(text: str) -> Any:
         return text
 
 
-def pairs(words: Sequence[str], option: str, example: str = "num_terms=5") -> dict[str, Any]:
+def pairs(
+    words: Sequence[str], option: str, example: str = "num_terms=5"
+) -> dict[str, Any]:
     """Turn `NAME=VALUE` words into a dict; values are Python literals or words.
 
     Args:
         words: The words.
         option: Where they stood, for messages.
         example: One that is right, for messages.
+
+    Returns:
+        Values by name.
 
     Raises:
         UserError: If a word has another form.

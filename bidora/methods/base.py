@@ -38,6 +38,7 @@ SEARCH_ONLY = (
 OF_MAGNITUDES = ("outer_learning_rate", "outer_weight_decay")
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 
+
 @dataclass(frozen=True)
 class TrainerParts:
     """What a Trainer is made of, whatever the method.
@@ -56,6 +57,7 @@ class TrainerParts:
     given: dict[str, Any]
     split: tuple[list[int], list[int]]
     whole_batches: bool
+
 
 class Method(ABC):
     """How to train: a subclass has a name, one line that says what it is, and no state.
@@ -125,14 +127,13 @@ class Method(ABC):
         args = TrainingArguments(**parts.arguments)
         use_one_device(args)
         settings = parts.settings
-        trainer = OneGrouping(
+        return OneGrouping(
             args=args,
             magnitude_rate=settings.outer_learning_rate,
             magnitude_decay=settings.outer_weight_decay,
+            whole_batches=parts.whole_batches,
             **parts.given,
         )
-        trainer.whole_batches = parts.whole_batches
-        return trainer
 
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:
@@ -160,7 +161,9 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+
 def _options(names: list[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
+
 
 Loader = Callable[..., Any]

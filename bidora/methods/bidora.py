@@ -69,11 +69,8 @@ class BiDoRA(PeftDora):
         Args:
             parts: What it is made of.
         """
-        from bidora.methods.training import WholeBatches, use_one_device
+        from bidora.methods.training import use_one_device
         from bidora.trainer import BiDoRATrainer, BiDoRATrainingArguments
-
-        class InWholeBatches(WholeBatches, BiDoRATrainer):
-            """The trainer of the job."""
 
         settings = parts.settings
         own = {name: getattr(settings, name) for name in PASSED_ON}
@@ -85,7 +82,7 @@ class BiDoRA(PeftDora):
             estimator_settings=settings.estimator_settings or None,
         )
         use_one_device(args)
-        trainer = InWholeBatches(args=args, **parts.given, **self.levels(parts))
+        trainer = BiDoRATrainer(args=args, **parts.given, **self.levels(parts))
         trainer.whole_batches = parts.whole_batches
         return trainer
 

@@ -52,8 +52,13 @@ def insert(model: nn.Module, size: int) -> list[str]:
     Example:
         >>> import torch
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
-        ...                     num_attention_heads=2, intermediate_size=8)
+        >>> config = BertConfig(
+        ...     vocab_size=9,
+        ...     hidden_size=8,
+        ...     num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ...     intermediate_size=8,
+        ... )
         >>> insert(BertModel(config), size=2)
         ['encoder.layer.0.attention.output.dense', 'encoder.layer.0.output.dense']
     """
@@ -69,7 +74,9 @@ class Houlsby(Method):
     """Bottleneck adapters in a frozen model; the head is trained with them."""
 
     name: ClassVar[str] = "houlsby"
-    summary: ClassVar[str] = "Houlsby's adapters: two bottlenecks of width lora_r a layer"
+    summary: ClassVar[str] = (
+        "Houlsby's adapters: two bottlenecks of width lora_r a layer"
+    )
     ignores: ClassVar[tuple[str, ...]] = (
         *SEARCH_ONLY,
         *OF_MAGNITUDES,
@@ -126,6 +133,9 @@ class Houlsby(Method):
         Args:
             base: The loaded model.
             folder: Where they are.
+
+        Raises:
+            UserError: If they belong to another model.
         """
         from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""LoRA and its kin, by PEFT: LoRA, rank-stabilised LoRA, DoRA as PEFT has it, exact DoRA."""
+"""LoRA and its kin, by PEFT: LoRA, rank-stabilised LoRA, DoRA with either forward."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from bidora.dora import magnitudes
+from bidora.trainer.data import without_rest
 from bidora.trainer.upstream import use_one_device
 
-__all__ = ["OneGrouping", "WholeBatches", "parameter_groups", "use_one_device"]
+__all__ = ["OneGrouping", "parameter_groups", "use_one_device"]
 
 
 def parameter_groups(
@@ -62,32 +64,15 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-class WholeBatches:
-    """Let a Trainer leave out the last, smaller batch of an epoch, in training alone.
-
-    `dataloader_drop_last` leaves examples out of evaluations too.
-    """
-
-    args: Any
-    whole_batches: bool = False
-
-    def get_train_dataloader(self) -> Any:
-        """Return the Trainer's loader, with whole batches alone where that is asked for."""
-        held = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = held or self.whole_batches
-        try:
-            return super().get_train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
-        finally:
-            self.args.dataloader_drop_last = held
-
-
-class OneGrouping(WholeBatches, Trainer):
+class OneGrouping(Trainer):
     """A Trainer whose AdamW has the groups of `parameter_groups`.
 
     Args:
         args: As for the Trainer.
         magnitude_rate: See `parameter_groups`.
         magnitude_decay: Likewise.
+        whole_batches: Whether the last, smaller batch of an epoch is left out, in
+            training alone.
         kwargs: As for the Trainer.
     """
 
@@ -96,11 +81,18 @@ class OneGrouping(WholeBatches, Trainer):
         *args: Any,
         magnitude_rate: float | None = None,
         magnitude_decay: float | None = None,
+        whole_batches: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.magnitude_rate = magnitude_rate
         self.magnitude_decay = magnitude_decay
+        self.whole_batches = whole_batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the Trainer's loader."""
+        with without_rest(self.args, self.whole_batches):
+            return super().get_train_dataloader()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer that the arguments name, over those groups.
@@ -108,6 +100,9 @@ class OneGrouping(WholeBatches, Trainer):
         Args:
             args: As for the Trainer.
             kwargs: As for the Trainer.
+
+        Returns:
+            The optimizer.
         """
         if self.optimizer is None:
             model: Any = self.model

@@ -83,7 +83,9 @@ def _text(
         f"| {name} | `{_plain(changed[name])}` |"
         for name in sorted(settings.differs() - {"output_dir", "overwrite", "trainer"})
     ]
-    phases = "; ".join(f"{p.name} {p.steps} steps, {p.seconds:.0f} s" for p in result.phases)
+    phases = "; ".join(
+        f"{p.name} {p.steps} steps, {p.seconds:.0f} s" for p in result.phases
+    )
     return f"""\
 # {_plain(source.name)}, fine-tuned on {_plain(examples.source.name)}
 
@@ -113,7 +115,7 @@ word (transformers' doing), so load the base first, as above. `bidora predict FO
 
 ## Settings that were changed
 
-{chr(10).join(["| setting | value |", "|---|---|", *rows]) if rows else "None: all defaults."}
+{chr(10).join(["| setting | value |", "|---|---|", *rows])}
 """
 
 

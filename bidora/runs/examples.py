@@ -94,7 +94,9 @@ def read_examples(
         first, second = task.split(rows["train"], schema, TEST_FRACTION, settings.seed)
         rows["test"] = rows["train"].select(second)
         rows["train"] = rows["train"].select(first)
-        note += f" {TEST_FRACTION:.0%} of it (seed {settings.seed}) held back for testing."
+        note += (
+            f" {TEST_FRACTION:.0%} of it (seed {settings.seed}) held back for testing."
+        )
     found = Examples(source, task, schema, rows, skipped)
     found.inner = list(range(len(rows["train"])))
     if searches:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
+from bidora.runs.encoding import encode
 from bidora.runs.examples import Examples, read_examples
 from bidora.runs.folder import RunFolder
 from bidora.runs.results import Listener, RunResult, environment
@@ -191,7 +192,8 @@ def prepare(
     usual = examples.source.hints.get("max_length")
     length = settings.tokens_kept(longest_input(base.model), usual)
     sets = {
-        part: encode(examples, part, tokenizer, length) for part in examples.rows
+        part: encode(rows, task, schema, tokenizer, length)
+        for part, rows in examples.rows.items()
     }
     cut = _cut(sets["train"], length)
     if cut:
@@ -200,30 +202,6 @@ def prepare(
             "tokens that are kept; longer ones are cut (--max-length)."
         )
     return Prepared(settings, examples, source, tokenizer, model, sets, length)
-
-
-def encode(examples: Examples, part: str, tokenizer: Any, length: int) -> Any:
-    """Return the features of a part as a `datasets.Dataset`.
-
-    Args:
-        examples: The data.
-        part: Name of the part.
-        tokenizer: The model's tokenizer.
-        length: Tokens kept of an example.
-    """
-    from datasets import Dataset
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    rows = Dataset.from_dict(examples.rows[part].columns)
-    task, schema = examples.task, examples.schema
-    return rows.map(
-        lambda batch: task.features(batch, tokenizer, schema, length),
-        batched=True,
-        remove_columns=rows.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-    )
 
 
 def _cut(data: Any, length: int) -> int:
@@ -294,7 +272,9 @@ class _Job(Prepared):
             search = arguments_of_phase(args, "search").max_steps
             outer = max(0, search - own["outer_warmup_steps"]) / own["outer_every"]
             small = own["per_device_outer_batch_size"] / size
-            steps = search + outer * outer_step_cost(args.make_estimator()) * min(1, small)
+            steps = search + outer * outer_step_cost(args.make_estimator()) * min(
+                1, small
+            )
             if "retrain" in self.method.phases and own["retrain"] != "none":
                 steps += arguments_of_phase(args, "retrain").max_steps
         points = settings.max_steps / max(1, args.eval_steps) + 1
@@ -410,7 +390,9 @@ class _Job(Prepared):
             "train_dataset": self.sets["train"],
             "eval_dataset": self._curve_sets(),
             "data_collator": self.collate,
-            "compute_metrics": lambda p: task.metrics(p.predictions, p.label_ids, schema),
+            "compute_metrics": lambda p: task.metrics(
+                p.predictions, p.label_ids, schema
+            ),
         }
         parts = TrainerParts(
             settings,
@@ -509,7 +491,9 @@ def _trainer_fields(given: dict[str, Any], ours: dict[str, Any]) -> dict[str, An
         raise UserError(
             f"trainer.{taken[0]} is the job's own: its record depends on it. Leave it out."
         )
-    settings = {f: f"--{f.replace('_', '-')}" for f in TrainSettings.__dataclass_fields__}
+    settings = {
+        f: f"--{f.replace('_', '-')}" for f in TrainSettings.__dataclass_fields__
+    }
     double = sorted(n for n in given if n in settings and n in ours)
     if double:
         raise UserError(f"trainer.{double[0]} is {settings[double[0]]} here; use that.")

@@ -110,7 +110,9 @@ def _draw_evaluations(
                 [r["step"] for r in points],
                 [r["evaluation"][name][score] for r in points],
                 markersize=3.5,
-                label=LABELS.get((phase, name), LABELS.get(name, f"{name} (all of it)")),
+                label=LABELS.get(
+                    (phase, name), LABELS.get(name, f"{name} (all of it)")
+                ),
                 **STYLES.get(name, {}),
             )
 

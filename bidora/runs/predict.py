@@ -12,6 +12,7 @@ from typing import Any
 from bidora.data.files import read_file
 from bidora.errors import UserError
 from bidora.methods import make_method
+from bidora.runs.encoding import encode
 from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.tasks.base import Rows, Schema, Task
@@ -180,19 +181,17 @@ def _answers(
     """Return the task's answers, by the Trainer's own loop."""
     import tempfile
 
-    from datasets import Dataset
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+        TrainingArguments,
+    )
 
     from bidora.methods.training import use_one_device
 
     length = settings.tokens_kept(None)  # as it was in the training
-    data = Dataset.from_dict(rows.columns)
-    features = data.map(
-        lambda batch: task.features(batch, tokenizer, schema, length),
-        batched=True,
-        remove_columns=data.column_names,
-        keep_in_memory=True,
-    )
+    features = encode(rows, task, schema, tokenizer, length)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             scratch,
@@ -238,6 +237,8 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
         temporary.write_text(text.getvalue(), "utf-8", newline="")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}).") from error
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror})."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -56,6 +56,11 @@ class Recorder(TrainerCallback):
         self.results = {
             r["phase"]: _result(r["result"]) for r in history if "result" in r
         }
+        self._seen = {
+            (r["phase"], r["step"], name)
+            for r in history
+            for name in r.get("evaluation", ())
+        }
         self._started = self._seconds = self._evaluating = 0.0
         self._step_seconds = 0.0
         self._outer_steps = 0
@@ -102,8 +107,13 @@ class Recorder(TrainerCallback):
         if logs is None:
             return
         step = state.global_step
-        scores = _evaluations(logs)
+        scores = {
+            name: values
+            for name, values in _evaluations(logs).items()
+            if (self.phase, step, name) not in self._seen  # again, after a resume
+        }
         if scores:
+            self._seen |= {(self.phase, step, name) for name in scores}
             self.record({"phase": self.phase, "step": step, "evaluation": scores})
         if "loss" not in logs:
             return
@@ -199,7 +209,9 @@ def _evaluations(logs: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    own = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    own = {
+        k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)
+    }
     return {k: float(v) for k, v in own.items() if not k.endswith(NOT_SCORES)}
 
 

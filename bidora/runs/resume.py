@@ -68,7 +68,9 @@ def settings_of_run(**given: Any) -> TrainSettings:
             f"--resume: {'; '.join(other)}. A run goes on with the settings it was "
             "started with; leave the options out, or start anew in another folder."
         )
-    found = {n: _find(n, getattr(saved, n), started_in) for n in PATHS if n not in moved}
+    found = {
+        n: _find(n, getattr(saved, n), started_in) for n in PATHS if n not in moved
+    }
     return TrainSettings.from_dict({**saved.as_dict(), **found, **moved})
 
 

@@ -44,8 +44,8 @@ def option(
         The field of a dataclass.
     """
     metadata = {"help": help_text, "group": group, "shown": shown, "metavar": metavar}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -100,7 +100,11 @@ class JobSettings:
         None, "column of the text", DATA, shown="by name", metavar="NAME"
     )
     text_pair_column: str | None = option(
-        None, "column of a second text, for pairs", DATA, shown="by name", metavar="NAME"
+        None,
+        "column of a second text, for pairs",
+        DATA,
+        shown="by name",
+        metavar="NAME",
     )
     label_column: str | None = option(
         None, "column of the label", DATA, shown="by name", metavar="NAME"
@@ -144,7 +148,9 @@ class JobSettings:
     )
 
     lora_r: int = option(4, "rank of the change of a weight", ADAPTER)
-    lora_alpha: float = option(8.0, "the change is scaled by lora_alpha / lora_r", ADAPTER)
+    lora_alpha: float = option(
+        8.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
+    )
     lora_dropout: float = option(0.0, "dropout in front of the change", ADAPTER)
     target_modules: tuple[str, ...] | None = option(
         None,
@@ -165,7 +171,10 @@ class JobSettings:
     max_grad_norm: float = option(1.0, "clip gradients at this norm", TRAINING)
 
     per_device_outer_batch_size: int | None = option(
-        None, "held-back examples of a step of the magnitudes", SEARCH, shown="by budget"
+        None,
+        "held-back examples of a step of the magnitudes",
+        SEARCH,
+        shown="by budget",
     )
     validation_fraction: float = option(
         defaults.VALIDATION_FRACTION,
@@ -261,7 +270,9 @@ class JobSettings:
             UserError: If there is no such setting, or one is out of range.
 
         Example:
-            >>> TrainSettings.from_dict({"max_steps": 20, "target_modules": ["query"]}).max_steps
+            >>> TrainSettings.from_dict(
+            ...     {"max_steps": 20, "target_modules": ["query"]}
+            ... ).max_steps
             20
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -281,7 +292,9 @@ class JobSettings:
         try:
             return cls(**made)
         except TypeError as error:  # a word where a number belongs
-            raise UserError(f"a setting has a value of the wrong kind: {error}.") from error
+            raise UserError(
+                f"a setting has a value of the wrong kind: {error}."
+            ) from error
 
     def _checks(self, *counts: tuple[Any, ...]) -> None:
         for least, *names in counts:
@@ -364,7 +377,7 @@ class TrainSettings(JobSettings):
         shown="by budget",
     )
     estimator_settings: dict[str, Any] = option(
-        {},
+        dict,
         "settings of the estimator, such as num_terms=5",
         SEARCH,
         metavar="NAME=VALUE",
@@ -410,7 +423,7 @@ class TrainSettings(JobSettings):
     push_to_hub: bool = option(False, "upload the result to the Hub", OUTPUT)
     hub_model_id: str | None = option(None, "where on the Hub, as OWNER/NAME", OUTPUT)
     trainer: dict[str, Any] = option(
-        {}, "other fields of transformers.TrainingArguments", OUTPUT, metavar="X"
+        dict, "other fields of transformers.TrainingArguments", OUTPUT, metavar="X"
     )
 
     def __post_init__(self) -> None:
@@ -421,13 +434,21 @@ class TrainSettings(JobSettings):
         self._choose("budget", BUDGETS)
         self._choose("retrain", (None, *RETRAININGS))
         self._checks(
-            (1, "max_steps", "gradient_accumulation_steps", "outer_every", "eval_steps"),
+            (
+                1,
+                "max_steps",
+                "gradient_accumulation_steps",
+                "outer_every",
+                "eval_steps",
+            ),
             (1, "retrain_max_steps"),
             (0, "outer_warmup_steps", "audit_every"),
         )
         for name in ("outer_learning_rate", "retrain_learning_rate"):
             self._check(name, lambda x: x > 0, "a finite number above 0")
-        self._check("outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more")
+        self._check(
+            "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
+        )
         self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
         if self.hub_model_id and not self.push_to_hub:
             raise UserError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "select",
     "split_indices",
     "split_of",
+    "without_rest",
 ]
 
 LABEL_COLUMNS = ("labels", "label")
@@ -298,3 +300,21 @@ def outer_stream(trainer: Any, dataset: Any) -> OuterStream:
         args.process_index,
         args.world_size,
     )
+
+
+@contextmanager
+def without_rest(args: Any, wanted: bool) -> Iterator[None]:
+    """Let a Trainer make a loader that leaves out the last, smaller batch of an epoch.
+
+    `dataloader_drop_last` itself leaves examples out of evaluations too, in silence.
+
+    Args:
+        args: the Trainer's arguments; as before afterwards.
+        wanted: whether to leave it out.
+    """
+    held = args.dataloader_drop_last
+    args.dataloader_drop_last = held or wanted
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = held

@@ -31,6 +31,7 @@ from bidora.trainer.data import (
     outer_stream,
     select,
     split_of,
+    without_rest,
 )
 from bidora.trainer.levels import (
     SteppedElsewhere,
@@ -137,6 +138,7 @@ class BiDoRAMixin(PrivateTrainer):
         self._queue: list[tuple[Any, float]] = []
         self._notes: dict[str, Any] = {}
         self._order = torch.Generator()
+        self.whole_batches = self._in_whole_batches = False
         self._log = StepLog()
         self._judged_at: int | None = None
         self._goes_on_from: Checkpoint | None = None
@@ -237,8 +239,8 @@ class BiDoRAMixin(PrivateTrainer):
                     self.search_state = read_state(folder)
                     continue
                 found = None
-            if phase == "search" and plan is not None and plan.drop_last:
-                self.args.dataloader_drop_last = True
+            divided = phase == "search" and plan is not None and plan.drop_last
+            self._in_whole_batches = divided or self.whole_batches
             self.train_dataset = inner if phase == "search" else data
             self._progress = Progress(phase, settings, *self._indices)
             output = self._run(phase, outer, found, kwargs)
@@ -318,7 +320,8 @@ class BiDoRAMixin(PrivateTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's own loader; an order at random follows the epoch."""
-        loader = super().get_train_dataloader()
+        with without_rest(self.args, self._in_whole_batches):
+            loader = super().get_train_dataloader()
         choose_order(loader, self._order)
         return loader
 
