@@ -178,6 +178,8 @@ class Classification(TextTask):
         }
         lines = super().describe(rows, schema)
         lines.insert(1, f"{len(names)} classes: {count_text(counts, names)}")
+        if schema.metric == "f1":
+            lines.append(f"f1 is that of class {shown(names[1])!r}.")
         return [*lines, *_oddities(counts, schema)]
 
     def strata(self, rows: Rows, schema: Schema) -> Sequence[Hashable]:

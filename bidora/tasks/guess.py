@@ -11,20 +11,19 @@ from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.classification import Classification
 from bidora.tasks.labels import (
+    SEPARATORS,
     BadValueError,
+    as_list,
     class_name,
     class_names_of,
     has_decimal_commas,
+    indicator_columns,
     ordered,
+    parts_of,
     read_number,
     some_of,
 )
-from bidora.tasks.multilabel import (
-    SEPARATORS,
-    MultiLabel,
-    as_list,
-    indicator_columns,
-)
+from bidora.tasks.multilabel import MultiLabel
 from bidora.tasks.regression import Regression
 
 __all__ = ["guess_task_type"]
@@ -189,15 +188,9 @@ def _by_numbers(
 def _by_parts(table: Table, where: str, names: Counter[str]) -> tuple[str, str] | None:
     """Say whether words are several labels, joined; ask where that is doubtful."""
     for separator in SEPARATORS:
-        parts = {
-            name: [p.strip() for p in name.split(separator) if p.strip()]
-            for name in names
-        }
-        joined = [name for name, found in parts.items() if len(found) > 1]
+        joined, again, labels = parts_of(names, separator)
         if not joined:
             continue
-        seen = Counter(part for found in parts.values() for part in set(found))
-        again = [name for name in joined if all(seen[p] > 1 for p in parts[name])]
         rows = sum(names[name] for name in joined)
         found = (
             f"{where} holds {some_of(ordered(joined))} and such in {rows:,} of "
@@ -209,7 +202,7 @@ def _by_parts(table: Table, where: str, names: Counter[str]) -> tuple[str, str] 
         if separator != ",":
             raise UserError(
                 f"{table.origin}: {found}; whether {separator!r} joins several labels "
-                f"can't be known. Choose --task-type multilabel ({len(seen)} labels) or "
+                f"can't be known. Choose --task-type multilabel ({len(labels)} labels) or "
                 f"--task-type classification ({len(names)} classes)."
             )
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 import re
 import unicodedata
@@ -14,27 +16,43 @@ from typing import Any
 from bidora.data.table import Table
 
 __all__ = [
+    "SEPARATORS",
     "BadValueError",
     "alike",
+    "as_list",
     "class_name",
     "class_names_of",
     "class_of",
     "count_text",
+    "guess_separator",
     "has_decimal_commas",
+    "indicator_columns",
     "is_number",
     "joined_names",
     "nearest",
     "ordered",
+    "parts_of",
     "plain",
     "read_number",
     "shown",
     "some_of",
+    "truth",
     "whole_number",
 ]
 
 LARGEST = 1e100
 """Numbers from here on are refused: their squares would leave what a float holds."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+SEPARATORS = (";", "|", ",")
+"""What joins several labels in one cell, the likeliest first."""
+_TRUTHS = {
+    "0": False,
+    "0.0": False,
+    "false": False,
+    "1": True,
+    "1.0": True,
+    "true": True,
+}
 _COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _WHOLE = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
 
@@ -215,6 +233,92 @@ def class_names_of(table: Table, column: str) -> tuple[str, ...] | None:
     return dict(table.class_names).get(column)
 
 
+def indicator_columns(table: Table, texts: set[str]) -> list[str]:
+    """Return the columns that hold zeros and ones alone, if there are several.
+
+    Args:
+        table: The rows.
+        texts: Columns of texts, which are passed over.
+    """
+    found = [
+        column
+        for column in table.columns
+        if column not in texts
+        and {truth(v) for v in table.values(column)} == {False, True}
+    ]
+    return found if len(found) > 1 else []
+
+
+def guess_separator(values: Sequence[Any]) -> str | None:
+    """Return what seems to join the labels of some words; None where nothing does.
+
+    Args:
+        values: The words, or what else a column holds.
+
+    Example:
+        >>> guess_separator(["Law, tax;Energy", "Law, tax", "Energy"])
+        ';'
+    """
+    words = [v for v in values if isinstance(v, str)]
+    for separator in SEPARATORS:
+        joined, again, _ = parts_of(words, separator)
+        if joined and 2 * len(again) >= len(joined):
+            return separator
+    counts = {s: len(parts_of(words, s)[0]) for s in SEPARATORS}
+    best = max(SEPARATORS, key=lambda s: counts[s])
+    return best if counts[best] else None
+
+
+def parts_of(
+    names: Iterable[str], separator: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Return what a separator makes of names.
+
+    Args:
+        names: Words of a label column.
+        separator: What may join labels in them.
+
+    Returns:
+        The different names that have several parts; those of them whose parts all
+        occur in other names too, as labels do; and the different parts.
+
+    Example:
+        >>> parts_of(["a;b", "a", "b", "c;d"], ";")
+        (['a;b', 'c;d'], ['a;b'], ['a', 'b', 'c', 'd'])
+    """
+    parts = {
+        name: {part for one in name.split(separator) if (part := one.strip())}
+        for name in names
+    }
+    seen = Counter(part for found in parts.values() for part in found)
+    joined = [name for name, found in parts.items() if len(found) > 1]
+    again = [name for name in joined if all(seen[part] > 1 for part in parts[name])]
+    return joined, again, ordered(seen)
+
+
+def truth(value: Any) -> bool | None:
+    """Return what 0, 1, true or false says; None for another value."""
+    return _TRUTHS.get(str(value).strip().lower())
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """Return a list, also one that a word spells; None for what is no list."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if not isinstance(value, str):
+        return None
+    word = value.strip()
+    if word[:1] != "[" or word[-1:] != "]":
+        return None
+    for parse in (json.loads, ast.literal_eval):  # as JSON, and as Python, writes it
+        try:
+            found = parse(word)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return found if isinstance(found, list) else None
+    return None
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?`, or nothing where no name is near."""
     if len(name) > 100:  # no slip of the pen, and slow to compare
@@ -264,15 +368,14 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def joined_names(names: Sequence[str]) -> list[str]:
-    """Return the names that are others, joined by `;`, `|` or `,`."""
+    """Return the names that seem to be others, joined by one of `SEPARATORS`."""
     known = set(names)
     return [
         name
-        for name in names
-        for separator in ";|,"
-        if len(parts := [p.strip() for p in name.split(separator)]) > 1
-        and all(parts)
-        and (separator != "," or any(p in known for p in parts))
+        for separator in SEPARATORS
+        for name in parts_of(names, separator)[0]
+        # A comma is part of many a name.
+        if separator != "," or any(p.strip() in known for p in name.split(","))
     ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,14 +13,19 @@ from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labels import (
+    SEPARATORS,
     BadValueError,
     alike,
+    as_list,
     class_names_of,
     class_of,
     count_text,
+    guess_separator,
+    indicator_columns,
     ordered,
     shown,
     some_of,
+    truth,
 )
 from bidora.tasks.metrics import (
     MULTILABEL_METRICS,
@@ -35,24 +38,7 @@ from bidora.tasks.text import LABEL_COLUMNS, TextTask
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "SEPARATORS",
-    "MultiLabel",
-    "as_list",
-    "guess_separator",
-    "indicator_columns",
-    "iterative_split",
-]
-
-SEPARATORS = (";", "|", ",")
-_TRUTHS = {
-    "0": False,
-    "0.0": False,
-    "false": False,
-    "1": True,
-    "1.0": True,
-    "true": True,
-}
+__all__ = ["MultiLabel", "iterative_split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +56,8 @@ class MultiLabel(TextTask):
         label_column: Column of the labels; None for one with a usual name.
         label_columns: Columns of zeros and ones, one a label; None to find them where
             there is no `label_column`.
-        label_separator: What joins labels in one column; None for the one of `;`, `|`
-            and `,` that is most in use.
+        label_separator: What joins labels in one column; None for that of `;`, `|`
+            and `,` that seems to.
         metric: `f1_micro` or `f1_macro`; None for the data set's own, or else micro F1.
         min_examples_per_class: Labels with fewer examples in train are left out; their
             examples stay, without them.
@@ -323,52 +309,6 @@ def iterative_split(
     return sorted(parts[0]), sorted(parts[1])
 
 
-def indicator_columns(table: Table, texts: set[str]) -> list[str]:
-    """Return the columns that hold zeros and ones alone, if there are several.
-
-    Args:
-        table: The rows.
-        texts: Columns of texts, which are passed over.
-    """
-    found = [
-        column
-        for column in table.columns
-        if column not in texts
-        and {_truth(v) for v in table.values(column)} == {False, True}
-    ]
-    return found if len(found) > 1 else []
-
-
-def guess_separator(values: Sequence[Any]) -> str | None:
-    """Return the separator that most words hold; None where none does."""
-    words = [v for v in values if isinstance(v, str)]
-    counts = {s: sum(s in w for w in words) for s in SEPARATORS}
-    best = max(SEPARATORS, key=lambda s: counts[s])
-    return best if counts[best] else None
-
-
-def _truth(value: Any) -> bool | None:
-    return _TRUTHS.get(str(value).strip().lower())
-
-
-def as_list(value: Any) -> list[Any] | None:
-    """Return a list, also one that a word spells; None for what is no list."""
-    if isinstance(value, list | tuple):
-        return list(value)
-    if not isinstance(value, str):
-        return None
-    word = value.strip()
-    if word[:1] != "[" or word[-1:] != "]":
-        return None
-    for parse in (json.loads, ast.literal_eval):  # as JSON, and as Python, writes it
-        try:
-            found = parse(word)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        return found if isinstance(found, list) else None
-    return None
-
-
 def _has_labels(table: Table, settings: Mapping[str, Any]) -> bool:
     wanted = settings.get("label_columns") or [settings["label_column"]]
     return set(wanted) <= set(table.columns)
@@ -396,7 +336,7 @@ def _read(table: Table, settings: Mapping[str, Any]) -> list[Any]:
 def _held(
     columns: Sequence[str], values: Sequence[Any], settings: Mapping[str, Any]
 ) -> set[str] | BadValueError:
-    truths = [_truth(value) for value in values]
+    truths = [truth(value) for value in values]
     if None in truths:
         at = truths.index(None)
         return BadValueError(

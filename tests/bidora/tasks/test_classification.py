@@ -305,6 +305,11 @@ def test_odd_classes_are_warned_of(labels: list[str], warning: str) -> None:
     assert warning in told(Classification(), source(table(labels)))
 
 
+def test_the_class_that_binary_f1_scores_is_told() -> None:
+    text = told(Classification(metric="f1"), source(table(["spam", "ham"] * 6)))
+    assert "f1 is that of class 'spam'." in text
+
+
 def test_plus_and_minus_one_are_not_alike() -> None:
     assert "warning" not in told(Classification(), source(table([1, -1] * 6)))
 
