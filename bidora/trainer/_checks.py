@@ -84,8 +84,7 @@ def check_trainer(trainer: Any) -> None:
         msg = (
             f"this is one of {launched} processes, and transformers was not told: each "
             f"would train by itself, into the same {args.output_dir}. Start one process, "
-            "or several by torchrun (on CPUs: accelerate launch --cpu --num_processes 2 "
-            "starts such a group)."
+            "or several by torchrun."
         )
         raise ValueError(msg)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:

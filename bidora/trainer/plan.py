@@ -89,7 +89,7 @@ def _plan(trainer: Any, dataset: Any) -> Plan:
         if not outer_steps_due(every=usual[0], warmup=usual[1], **due):
             logger.warning(
                 "outer_every=%d with outer_warmup_steps=%d leaves no outer step in the %d "
-                "steps of the search: they are %d and %d here, for %d outer step(s).",
+                "steps of the search: they are scaled to %d and %d, for %d outer step(s).",
                 *(*usual, steps, every, warmup),
                 outer_steps_due(every=every, warmup=warmup, **due),
             )
