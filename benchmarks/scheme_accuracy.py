@@ -115,9 +115,14 @@ class Bench:
         return BiDoRAOptimizer(
             self.model,
             estimator,
-            outer_warmup=0,
-            **self.settings,
-            **more,
+            **{
+                "outer_every": 1,
+                "outer_warmup": 0,
+                "orthogonality": 0.0,
+                "max_grad_norm": None,
+                **self.settings,
+                **more,
+            },
         )
 
     def copied(self) -> Bench:

@@ -8,7 +8,7 @@ docstrings of the standard library, which need nothing, are the only task. Write
 benchmarks/results/time_to_quality.json and docs/images/benchmarks/time_to_quality.png.
 
 Methods: LoRA, DoRA (exact, magnitudes and directions together on all data), and BiDoRA by
-its two recipes, `full` (the paper's) and `economical`. Each is the job of `bidora train`
+its two budgets, `full` (the paper's) and `economical`. Each is the job of `bidora train`
 on the bundled encoder, from the same seeds, splits and first weights, one after the other
 within a seed, so that times are compared in pairs. The number of steps is LoRA's own: of
 those offered, the one that it scores best with on a seed that is not used again. All
@@ -55,8 +55,8 @@ QUESTION = "What quality does each method reach, in how much time?"
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora"},
     "DoRA": {"method": "dora"},
-    "BiDoRA, full": {"recipe": "full"},
-    "BiDoRA, economical": {"recipe": "economical"},
+    "BiDoRA, full": {"budget": "full"},
+    "BiDoRA, economical": {"budget": "economical"},
 }
 COLOURS = dict(zip(METHODS, (GREY, "#2e7d4f", ORANGE, BLUE), strict=True))
 TUNING_SEED = 1000

@@ -48,6 +48,14 @@ def own_reads(counts: Any) -> int:
     )
 
 
+BARE: dict[str, Any] = {
+    "outer_warmup": 0,
+    "orthogonality": 0.0,
+    "max_grad_norm": None,
+}
+"""No penalty and no clipping: what the levels cost by themselves."""
+
+
 @pytest.fixture(scope="module")
 def base() -> Any:
     model = small_bert(12, torch.device("cpu"))
@@ -62,7 +70,7 @@ def test_steps(label: str, base: Any) -> None:
     name, settings = ESTIMATORS[label]
     device = torch.device("cpu")
     model = small_bert(12, device)
-    opt = BiDoRAOptimizer(model, make_estimator(name, **settings), outer_warmup=0)
+    opt = BiDoRAOptimizer(model, make_estimator(name, **settings), **BARE)
     found = iteration(opt, draw_batch(0, device), draw_batch(1, device))
     most, reads = BARS[label]
     assert found["outer"].operations <= most * base.operations
@@ -76,7 +84,7 @@ def test_an_exact_product_from_a_kept_graph(base: Any) -> None:
     device = torch.device("cpu")
     model = small_bert(12, device)
     darts = make_estimator("darts", product="exact")
-    opt = BiDoRAOptimizer(model, darts, outer_warmup=0, reuse_graph=True)
+    opt = BiDoRAOptimizer(model, darts, reuse_graph=True, **BARE)
     found = iteration(opt, draw_batch(0, device), draw_batch(1, device))
     assert found["outer"].operations <= 2.9 * base.operations
     assert own_reads(found["outer"]) <= 4
