@@ -103,6 +103,11 @@ def read_file(
     if suffix in (".jsonl", ".json"):
         return FileTable(refuse_empty(json_table(origin, text)), note)
     names = tuple(column_names or ())
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--column-names gives a name twice ({', '.join(names)}); columns need "
+            "different names."
+        )
     first = text.split("\n", maxsplit=1)[0].rstrip("\r")
     in_quotes = all(re.fullmatch('".*"', name) for name in first.split("\t"))
     quoted = quoting == "csv" or (quoting == "auto" and (suffix == ".csv" or in_quotes))

@@ -154,6 +154,12 @@ def test_long_fields_are_read_and_the_limit_is_put_back(
     assert csv.field_size_limit() == before
 
 
+def test_given_names_differ(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(PLAIN)
+    with pytest.raises(UserError, match=r"--column-names gives a name twice \(a, a\)"):
+        read_file(tmp_path / "a.csv", column_names=("a", "a"))
+
+
 def test_columns_without_a_name_are_numbered(tmp_path: Path) -> None:
     found = table(tmp_path / "a.csv", ",text,label\n0,crow,b\n1,iron,m\n")
     assert found.columns == ("column_1", "text", "label")
@@ -398,6 +404,32 @@ def test_other_unreadable_files(tmp_path: Path) -> None:
         table(tmp_path / "a.csv", PLAIN, quoting="loud")
     with pytest.raises(UserError, match="cannot be read"):
         read_file(Path("a\0b.csv"))
+
+
+MARKS = [b"\xff\xfe", b"\xef\xbb\xbf", b"sep=", b'"a":', b"\\ud800", b"\xc3", b"\xa9"]
+SIGNS = [bytes([sign]) for sign in b'",;\t\n\r\0{}[]1O ']
+pieces = st.sampled_from(MARKS + SIGNS)
+
+
+@given(
+    name=st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.conll"]),
+    content=st.lists(pieces, max_size=40).map(b"".join) | st.binary(max_size=60),
+    quoting=st.sampled_from(["auto", "csv", "none"]),
+)
+def test_whatever_the_bytes_there_is_a_table_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, quoting: str
+) -> None:
+    path = tmp_path_factory.mktemp("bytes") / name
+    path.write_bytes(content)
+    try:
+        found = read_file(path, quoting=quoting).table
+    except UserError:
+        return
+    assert len(found.rows) == len(found.lines) > 0
+    assert all(len(row) == len(found.columns) for row in found.rows)
+    assert len(set(found.columns)) == len(found.columns)
+    assert all(bad.startswith(str(path)) for bad in found.bad)
+    repr(found).encode()
 
 
 def test_names_of_tables() -> None:
