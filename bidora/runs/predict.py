@@ -207,7 +207,7 @@ def _answers(
             trainer.remove_callback(callback)
         found = trainer.predict(features)  # pyright: ignore[reportArgumentType]
     listener.working_on(len(rows), "")
-    return task.answers(found.predictions, rows, schema)  # pyright: ignore[reportArgumentType]
+    return task.answers(found.predictions, rows, schema)
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

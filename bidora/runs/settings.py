@@ -43,10 +43,14 @@ def option(
     Returns:
         The field of a dataclass.
     """
-    metadata = {"help": help_text, "group": group, "shown": shown, "metavar": metavar}
-    if default is dict:
-        return field(default_factory=dict, metadata=metadata)
+    metadata = _described(help_text, group, shown=shown, metavar=metavar)
     return field(default=default, metadata=metadata)
+
+
+def _described(
+    help_text: str, group: str, *, shown: str = "", metavar: str = ""
+) -> dict[str, str]:
+    return {"help": help_text, "group": group, "shown": shown, "metavar": metavar}
 
 
 WHAT = "what to train, and on what"
@@ -283,7 +287,7 @@ class JobSettings:
             near = get_close_matches(unknown[0], fields, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"there is no setting named {', '.join(unknown)}.{hint}")
-        made = {
+        made: dict[str, Any] = {
             name: tuple(value)
             if isinstance(value, list) and "tuple" in str(fields[name].type)
             else value
@@ -376,11 +380,13 @@ class TrainSettings(JobSettings):
         SEARCH,
         shown="by budget",
     )
-    estimator_settings: dict[str, Any] = option(
-        dict,
-        "settings of the estimator, such as num_terms=5",
-        SEARCH,
-        metavar="NAME=VALUE",
+    estimator_settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_described(
+            "settings of the estimator, such as num_terms=5",
+            SEARCH,
+            metavar="NAME=VALUE",
+        ),
     )
     outer_every: int | None = option(
         None, "inner steps for each step of the magnitudes", SEARCH, shown="by budget"
@@ -422,8 +428,9 @@ class TrainSettings(JobSettings):
     )
     push_to_hub: bool = option(False, "upload the result to the Hub", OUTPUT)
     hub_model_id: str | None = option(None, "where on the Hub, as OWNER/NAME", OUTPUT)
-    trainer: dict[str, Any] = option(
-        dict, "other fields of transformers.TrainingArguments", OUTPUT, metavar="X"
+    trainer: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_described("other fields of transformers.TrainingArguments", OUTPUT),
     )
 
     def __post_init__(self) -> None:

@@ -75,11 +75,10 @@ def test_printed_scores_are_those_of_the_metrics(
 
 
 def test_options_reach_the_settings(run: Run, tmp_path: Path) -> None:
-    options = (
-        "--lora-r 2 --lora-alpha 3 --target-modules query,key --outer-every 2 --seed 5"
-    )
-    options += " --outer-learning-rate 0.001 --estimator neumann --estimator-setting num_terms=2"
-    options += " --estimator-setting product=exact --per-device-train-batch-size 4 --max-length 9"
+    options = "--lora-r 2 --lora-alpha 3 --target-modules query,key --outer-every 2"
+    options += " --seed 5 --outer-learning-rate 0.001 --estimator neumann"
+    options += " --estimator-setting num_terms=2 --estimator-setting product=exact"
+    options += " --per-device-train-batch-size 4 --max-length 9"
     assert run(*options.split()) == 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     wanted = {
