@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.data.source import Source
@@ -173,6 +174,10 @@ class MultiLabel(TextTask):
                 row[label] = 1.0
         return made
 
+    def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return a collator that pads texts, and gives labels as the loss takes them."""
+        return partial(_as_floats, super().collator(processor))
+
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Tell columns, labels with their counts, and what looks odd."""
         names = schema.label_names
@@ -307,6 +312,16 @@ def iterative_split(
             "add examples, or choose another fraction."
         )
     return sorted(parts[0]), sorted(parts[1])
+
+
+def _as_floats(
+    pad: Callable[[list[Any]], dict[str, Any]], features: list[Any]
+) -> dict[str, Any]:
+    batch = pad(features)
+    # `Dataset.map` keeps the type of a column that was there: lists of whole numbers.
+    if "labels" in batch:
+        batch["labels"] = batch["labels"].float()
+    return batch
 
 
 def _has_labels(table: Table, settings: Mapping[str, Any]) -> bool:

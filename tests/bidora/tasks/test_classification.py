@@ -439,6 +439,7 @@ def test_answers_are_a_class_and_every_probability() -> None:
 
 
 def test_features_make_batches_that_a_model_learns_from(tiny_encoder: Path) -> None:
+    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     task = Classification()
@@ -453,8 +454,13 @@ def test_features_make_batches_that_a_model_learns_from(tiny_encoder: Path) -> N
     # [CLS] a small apple [SEP] is five, the next eight.
     assert task.count_over_long(rows, tokenizer, 6) == 1
     assert task.count_over_long(rows, tokenizer, 8) == 0
-    examples = [dict(zip(features, v, strict=True)) for v in zip(*features.values())]  # noqa: B905
-    batch = task.collator(tokenizer)(examples)
+    data = Dataset.from_dict(rows.columns)
+    examples = data.map(
+        lambda batch: task.features(batch, tokenizer, schema, 6),
+        batched=True,
+        remove_columns=data.column_names,
+    )
+    batch = task.collator(tokenizer)(list(examples))
     model = AutoModelForSequenceClassification.from_pretrained(
         tiny_encoder, **task.model_kwargs(schema)
     )

@@ -243,6 +243,7 @@ def test_features_make_batches_that_a_model_learns_from(
     tiny_encoder: Path, size: int
 ) -> None:
     import torch
+    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     task = Regression()
@@ -256,10 +257,13 @@ def test_features_make_batches_that_a_model_learns_from(
     deviation = math.sqrt(200 / 3)
     assert features["labels"] == pytest.approx([-10 / deviation, 10 / deviation, 0])
     assert 1 in features["token_type_ids"][0]
-    examples = [
-        {name: values[i] for name, values in features.items()} for i in range(size)
-    ]
-    batch = task.collator(tokenizer)(examples)
+    data = Dataset.from_dict(rows.columns)
+    examples = data.map(
+        lambda batch: task.features(batch, tokenizer, schema, 16),
+        batched=True,
+        remove_columns=data.column_names,
+    )
+    batch = task.collator(tokenizer)(list(examples)[:size])
     assert batch["labels"].dtype == torch.float32
     model = AutoModelForSequenceClassification.from_pretrained(
         tiny_encoder, **task.model_kwargs(schema)
