@@ -178,9 +178,8 @@ def _is_column_file(path: Path, suffix: str) -> bool:
 def _read_column_file(path: Path, encoding: str) -> FileTable:
     from bidora.data.formats.conll import read_conll
 
-    return FileTable(
-        read_conll(path, encoding=encoding), read_text(path, encoding).note
-    )
+    table = refuse_empty(read_conll(path, encoding=encoding))
+    return FileTable(table, read_text(path, encoding).note)
 
 
 def refuse_empty(table: Table) -> Table:
