@@ -280,17 +280,19 @@ def _is_hidden(table: Table, train: Table, column: str | None) -> bool:
     if column not in table.columns:
         return True
     values = table.values(column)
-    if not all(_is_blank(value) for value in values):
-        return False
-    # -1 is a class like another where the training examples have it.
-    is_class = any(str(value).strip() == "-1" for value in train.values(column))
-    return not (is_class and any(str(value).strip() == "-1" for value in values))
+    # -1 is a label like another where the training examples have it.
+    given = any(map(_is_minus_one, train.values(column)))
+    return all(_is_blank(v) or (not given and _is_minus_one(v)) for v in values)
 
 
 def _is_blank(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(_is_blank(item) for item in value)
-    return value is None or value != value or str(value).strip() in ("", "-1")
+    if isinstance(value, list):  # of tags; an empty list of labels is one
+        return bool(value) and all(_is_blank(v) or _is_minus_one(v) for v in value)
+    return value is None or value != value or not str(value).strip()
+
+
+def _is_minus_one(value: Any) -> bool:
+    return str(value).strip() in ("-1", "-1.0")
 
 
 def _refuse_equal(parts: Mapping[str, Table]) -> None:

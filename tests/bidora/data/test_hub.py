@@ -85,11 +85,16 @@ def test_mnli_has_two_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores_stay_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"sentence1": ["a"], "sentence2": ["b"]}
-    parts = parts_of(train=part([2.5], **texts), validation=part([5.0], **texts))
+    parts = parts_of(
+        train=part([2.5], **texts),
+        validation=part([5.0], **texts),
+        test=part([-1.0], **texts),
+    )
     hub(monkeypatch, parts)
     source = load_source("glue/stsb")
     assert source.train.rows == (("a", "b", 2.5),)
     assert source.train.class_names == ()
+    assert source.parts["test"].values("label") == [5.0]
     assert source.hints["task_type"] == "regression"
 
 

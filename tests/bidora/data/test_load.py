@@ -69,6 +69,10 @@ def test_hidden_parts_are_passed_over(
 def test_minus_one_is_a_class_where_train_has_it() -> None:
     tables = {"train": labelled("-1", "1"), "test": labelled("-1")}
     assert choose_parts(tables)[0] == tables
+    numbers = {"train": labelled(-1.0, 0.5), "test": labelled(-1.0)}
+    assert choose_parts(numbers)[0] == numbers
+    hidden = {"train": labelled(0.0, 0.5), "test": labelled(-1.0, None)}
+    assert list(choose_parts(hidden)[0]) == ["train"]
 
 
 def test_one_label_is_enough_and_empty_lists_are_labels() -> None:
