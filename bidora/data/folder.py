@@ -10,6 +10,7 @@ from bidora.data.catalog import CATALOG, Entry, Layout
 from bidora.data.encodings import NOT_TEXT, foreign_bytes, read_text
 from bidora.data.files import (
     SUFFIXES,
+    FileTable,
     plain_records,
     read_file,
     refuse_empty,
@@ -33,6 +34,7 @@ def read_folder(
     column_names: Sequence[str] | None = None,
     quoting: str = "auto",
     encoding: str = "auto",
+    label_column: str | None = None,
 ) -> tuple[dict[str, Table], list[str]]:
     """Read the train, dev and test files of a folder.
 
@@ -42,6 +44,7 @@ def read_folder(
         column_names: As for `read_file`.
         quoting: As for `read_file`.
         encoding: As for `read_file`.
+        label_column: The one of `column_names` that a test file may lack.
 
     Returns:
         Tables by part (`train`, `dev`, `test`), and what had to be guessed.
@@ -54,10 +57,9 @@ def read_folder(
     for part in STEMS:
         path = _own_file(folder, part)
         if path is not None:
-            table, note = read_file(
-                path, column_names=column_names, quoting=quoting, encoding=encoding
-            )
-            tables[part] = table
+            names = list(column_names or ())
+            optional = label_column if part != "train" else None
+            tables[part], note = _read_part(path, names, optional, quoting, encoding)
             notes += [note] if note else []
     if "train" not in tables:
         raise UserError(
@@ -188,6 +190,24 @@ def _own_file(folder: Path, part: str) -> Path | None:
             f"wanted; move the other away, or name files with {option}."
         )
     return next(iter(found.values()), None)
+
+
+def _read_part(
+    path: Path, names: list[str], optional: str | None, quoting: str, encoding: str
+) -> FileTable:
+    """Read a file by the names given, or by those without one that it may lack."""
+    try:
+        return read_file(path, column_names=names, quoting=quoting, encoding=encoding)
+    except UserError as error:
+        if optional not in names:
+            raise
+        names = [name for name in names if name != optional]
+        try:
+            return read_file(
+                path, column_names=names, quoting=quoting, encoding=encoding
+            )
+        except UserError:
+            raise error from None
 
 
 def _listing(folder: Path) -> str:

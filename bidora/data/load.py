@@ -125,7 +125,9 @@ def load_source(
         tables = {p.replace("validation", "dev"): t for p, t in source.parts.items()}
         notes = [source.note]
     elif place.is_dir():
-        tables, notes = read_folder(place, **reading)
+        usual = (c for c in LABEL_COLUMNS if c in (column_names or ()))
+        label = label_column or next(usual, None)
+        tables, notes = read_folder(place, **reading, label_column=label)
     else:
         table, note = read_file(place, **reading)
         tables, notes = {"train": table}, [note] if note else []

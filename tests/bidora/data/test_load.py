@@ -167,6 +167,18 @@ def test_settings_reach_every_file(tmp_path: Path) -> None:
     assert source.parts["test"].rows == (('test.tsvcaf\xe9 "x', "a"),)
 
 
+def test_hidden_parts_without_a_header_are_passed_over(tmp_path: Path) -> None:
+    files = {"train_tsv": "a\tx\nb\ty\n", "dev_tsv": "c\tx\n", "test_tsv": "d\n"}
+    folder = str(write(tmp_path, **files))
+    source = load_source(folder, column_names=("text", "label"))
+    assert sizes(source) == {"train": 2, "test": 1}
+    named = load_source(folder, column_names=("text", "mood"), label_column="mood")
+    assert sizes(named) == {"train": 2, "test": 1}
+    write(tmp_path, test_tsv="d\te\tf\n")
+    with pytest.raises(UserError, match=r"3 field\(s\) where 2 were expected"):
+        load_source(folder, column_names=("text", "label"))
+
+
 def test_a_guessed_encoding_is_in_the_note(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(TRAIN.replace("text 1", "caf\xe9").encode("cp1252"))
