@@ -123,8 +123,10 @@ class Houlsby(Method):
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        size = str(next(m.down.out_features for m in model.modules()
-                        if isinstance(m, _bottleneck_class())))  # fmt: skip
+        inserted: list[Any] = [
+            m for m in model.modules() if isinstance(m, _bottleneck_class())
+        ]
+        size = str(inserted[0].down.out_features)
         save_file(trained, str(folder / FILE), metadata={"size": size})
 
     def load(self, base: Base, folder: Path) -> nn.Module:

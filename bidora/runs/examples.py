@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +84,7 @@ def read_examples(
         encoding=settings.encoding,
         label_column=settings.label_column,
     )
-    task = _task(settings, source)
+    task = _task(settings, source, listener)
     schema = task.schema(source)
     rows = {part: task.rows(table, schema) for part, table in source.parts.items()}
     skipped = _bad_rows(source, rows, settings)
@@ -107,9 +106,6 @@ def read_examples(
     listener.message(f"Task   {source.name}: {task.name}, {sizes} examples")
     for line in task.describe(rows, schema):
         listener.message(f"       {line}")
-    shared = _shared(rows)
-    if shared:
-        listener.message(f"       {shared}")
     if skipped:
         listener.message(
             f"       {len(skipped)} bad row(s) left out, such as: {skipped[0]}"
@@ -117,12 +113,12 @@ def read_examples(
     return found
 
 
-def _task(settings: JobSettings, source: Source) -> Task:
+def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
     """Make the task with the settings that its type has; the user's go before hints."""
     name = settings.task_type or source.hints.get("task_type")
     if name is None:
         name, why = guess_task_type(source, settings.as_dict())
-        del why
+        listener.message(f"Type   {name}: {why}")
     fields = TASKS.get(name).__dataclass_fields__
     hinted = {k: v for k, v in source.hints.items() if k in fields}
     given = {
@@ -162,23 +158,6 @@ def _bad_rows(
             f"{bad[0] if bad else 'none'}"
         )
     return bad
-
-
-def _shared(rows: dict[str, Rows]) -> str:
-    """Say how many test examples are training examples too, if any."""
-    inputs = [n for n in rows["train"].columns if n != "labels"]
-
-    def keys(part: Rows) -> Sequence[Any]:
-        return [str([part.columns[n][i] for n in inputs]) for i in range(len(part))]
-
-    known = set(keys(rows["train"]))
-    both = sum(key in known for key in keys(rows["test"]))
-    if not both:
-        return ""
-    return (
-        f"Careful: {both} of {len(rows['test'])} test examples have inputs that the "
-        "training examples have too; the score is too good by that."
-    )
 
 
 def _words(part: str) -> str:

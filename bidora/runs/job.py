@@ -195,19 +195,13 @@ def prepare(
         part: encode(rows, task, schema, tokenizer, length)
         for part, rows in examples.rows.items()
     }
-    cut = _cut(sets["train"], length)
+    cut = task.count_over_long(examples.rows["train"], tokenizer, length)
     if cut:
         listener.message(
-            f"       {cut} of {len(sets['train'])} training examples fill all {length} "
-            "tokens that are kept; longer ones are cut (--max-length)."
+            f"       {cut} of {len(sets['train'])} training examples are longer than the "
+            f"{length} tokens that are kept (--max-length)."
         )
     return Prepared(settings, examples, source, tokenizer, model, sets, length)
-
-
-def _cut(data: Any, length: int) -> int:
-    if "input_ids" not in data.column_names:
-        return 0
-    return sum(len(ids) >= length for ids in data["input_ids"])
 
 
 @dataclass

@@ -82,12 +82,14 @@ def predict(
     if output.suffix not in (".csv", ".tsv", ".jsonl"):
         raise UserError(f"--output {output} must end in .csv, .tsv or .jsonl.")
     task = make_task(schema.task, **schema.settings)
-    table = read_file(
+    table, note = read_file(
         Path(input_file).expanduser(),
         column_names=column_names,
         quoting=quoting,
         encoding=encoding,
-    ).table
+    )
+    if note:
+        listener.message(note)
     rows = task.rows(table, schema, labelled=False)
     bad = [*table.bad, *rows.bad]
     if bad and on_bad_row == "error":
@@ -207,7 +209,7 @@ def _answers(
             trainer.remove_callback(callback)
         found = trainer.predict(features)  # pyright: ignore[reportArgumentType]
     listener.working_on(len(rows), "")
-    return task.answers(found.predictions, rows, schema)
+    return task.answers(found.predictions, rows, schema, found.label_ids)
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

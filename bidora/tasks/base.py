@@ -87,7 +87,10 @@ class Rows:
             ['line 2']
         """
         return Rows(
-            {name: [values[i] for i in indices] for name, values in self.columns.items()},
+            {
+                name: [values[i] for i in indices]
+                for name, values in self.columns.items()
+            },
             [self.places[i] for i in indices],
         )
 
@@ -198,7 +201,11 @@ class Task(ABC):
 
     @abstractmethod
     def features(
-        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema, length: int
+        self,
+        batch: Mapping[str, list[Any]],
+        processor: Any,
+        schema: Schema,
+        length: int,
     ) -> dict[str, list[Any]]:
         """Turn columns of `rows` into model inputs, for `Dataset.map(batched=True)`.
 
@@ -211,6 +218,17 @@ class Task(ABC):
         Returns:
             One list an input, `labels` among them where they are known.
         """
+
+    def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
+        """Return how many examples are cut; 0 for tasks that cut none.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer or image processor.
+            length: Tokens kept of an example.
+        """
+        del rows, processor, length
+        return 0
 
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
@@ -234,7 +252,11 @@ class Task(ABC):
 
     @abstractmethod
     def answers(
-        self, predictions: np.ndarray, rows: Rows, schema: Schema
+        self,
+        predictions: np.ndarray,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Turn outputs into what a user reads: labels, probabilities, numbers, spans.
 
@@ -242,6 +264,8 @@ class Task(ABC):
             predictions: The model's outputs, one row an example of `rows`.
             rows: What they are predictions of.
             schema: Of the training data.
+            labels: What the collator made of the rows, for tasks that need it to tell
+                which outputs belong to what; `Trainer.predict` returns it.
 
         Returns:
             One dict an example, with the same keys for all.

@@ -206,10 +206,14 @@ class Classification(TextTask):
         return classification_scores(chosen, labels, schema.metric)
 
     def answers(
-        self, predictions: np.ndarray, rows: Rows, schema: Schema
+        self,
+        predictions: np.ndarray,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Return the class, its probability `p`, and `p(NAME)` for every class."""
-        del rows
+        del rows, labels
         names = schema.label_names
         return [
             {

@@ -227,12 +227,16 @@ class MultiLabel(TextTask):
         return multilabel_scores((outputs(predictions) > 0).astype(int), labels)
 
     def answers(
-        self, predictions: np.ndarray, rows: Rows, schema: Schema
+        self,
+        predictions: np.ndarray,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Return the labels, and `p(NAME)`, the probability of each."""
         from scipy.special import expit
 
-        del rows
+        del rows, labels
         names = schema.label_names
         return [
             {

@@ -175,10 +175,14 @@ class Regression(TextTask):
         return regression_scores(_scaled(predictions, schema), _scaled(labels, schema))
 
     def answers(
-        self, predictions: np.ndarray, rows: Rows, schema: Schema
+        self,
+        predictions: np.ndarray,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
     ) -> list[dict[str, Any]]:
         """Return the predicted number."""
-        del rows
+        del rows, labels
         return [{"prediction": float(n)} for n in _scaled(predictions, schema)]
 
 

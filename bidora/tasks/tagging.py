@@ -124,7 +124,7 @@ class Tagging(Task):
             tags, given = table.values(label), class_names_of(table, label)
         indices = {name: index for index, name in enumerate(schema.label_names)}
         places: list[str] = []
-        bad = list(table.bad)
+        bad: list[str] = []
         for row, (value, tag) in enumerate(zip(table.values(text), tags, strict=True)):
             try:
                 words = _words(value, "words")
