@@ -146,9 +146,9 @@ def outer_schedule(
     chosen = max(1, min(usual_every, steps)) if every is None else every
     wait = min(defaults.OUTER_WARMUP, steps // 4) if warmup is None else warmup
     if not outer_steps_due(steps, every=chosen, warmup=wait, lookback=lookback):
-        sees = f", by an estimator that looks back at {lookback} steps," * bool(
-            lookback
-        )
+        sees = ""
+        if lookback > max(1, wait):
+            sees = f", by an estimator that looks back at {lookback} steps,"
         raise UserError(
             f"outer_every={chosen} with outer_warmup_steps={wait}{sees} leaves no outer "
             f"step in the {steps} steps of the search, so the magnitudes would never "

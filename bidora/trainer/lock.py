@@ -59,11 +59,13 @@ class FolderLock:
         if not self.wanted:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        patience = 500  # hundredths of a second
         while not self._made():
             holder = _read(self.path)
             if holder is None:
                 continue  # it was given back in between
-            if not _is_dead(holder):
+            patience -= 1
+            if not patience or not _is_dead(holder):
                 raise UserError(_in_use(self.path, holder))
             if self._removed(holder):
                 logger.warning(
@@ -82,16 +84,20 @@ class FolderLock:
 
     def _removed(self, holder: dict[str, Any]) -> bool:
         """Remove the file of a dead process; not one that replaced it in between."""
-        aside = self.path.with_name(f"{LOCK_FILE}.{os.getpid()}")
+        # One at a time, so that the file is the same from this look to its end.
+        removing = self.path.with_name(f"{LOCK_FILE}.removing")
         try:
-            self.path.rename(aside)
-        except FileNotFoundError:
+            removing.open("x").close()
+        except FileExistsError:
+            time.sleep(0.01)
             return False
-        same = _read(aside) == holder
-        if not same:
-            aside.rename(self.path)
-        aside.unlink(missing_ok=True)
-        return same
+        try:
+            same = _read(self.path) == holder
+            if same:
+                self.path.unlink()
+            return same
+        finally:
+            removing.unlink()
 
     def _made(self) -> bool:
         pid = os.getpid()
@@ -129,6 +135,8 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or type(pid) is not int or pid < 1:
         return False
+    if os.name != "posix":
+        return False  # there, signal 0 is no question
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
