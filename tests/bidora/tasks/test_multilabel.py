@@ -307,6 +307,7 @@ def test_answers_are_the_labels_above_one_half_and_every_probability() -> None:
 
 def test_features_make_batches_that_a_model_learns_from(tiny_encoder: Path) -> None:
     import torch
+    from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     task = MultiLabel()
@@ -316,10 +317,13 @@ def test_features_make_batches_that_a_model_learns_from(tiny_encoder: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     features = task.features(rows.columns, tokenizer, schema, 16)
     assert features["labels"] == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    examples = [
-        {name: values[i] for name, values in features.items()} for i in range(3)
-    ]
-    batch = task.collator(tokenizer)(examples)
+    data = Dataset.from_dict(rows.columns)
+    examples = data.map(
+        lambda batch: task.features(batch, tokenizer, schema, 16),
+        batched=True,
+        remove_columns=data.column_names,
+    )
+    batch = task.collator(tokenizer)(list(examples))
     assert batch["labels"].dtype == torch.float32
     model = AutoModelForSequenceClassification.from_pretrained(
         tiny_encoder, **task.model_kwargs(schema)
