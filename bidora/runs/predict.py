@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bidora.data.files import read_file
+from bidora.data.table import Table
 from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.runs.encoding import encode
@@ -54,7 +55,8 @@ def predict(
     """Score the rows of a file with the model that a run saved.
 
     The output has the columns of the input and, beside them, what the task answers:
-    labels and probabilities, numbers, tags and spans. Labels in the input are ignored.
+    labels and probabilities, numbers, tags and spans. Labels in the input are ignored;
+    an answer whose name a column has already is called `predicted_NAME`.
 
     Args:
         run: Folder of a finished run.
@@ -103,15 +105,27 @@ def predict(
     model, tokenizer = _load(folder, settings, task, schema, device)
     listener.phase("predict", len(rows))
     answers = _answers(model, tokenizer, task, schema, rows, settings, listener)
-    places = {place: i for i, place in enumerate(rows.places)}
-    kept = [i for i in range(len(table)) if table.place(i) in places]
-    records = [
-        {**dict(zip(table.columns, table.rows[i], strict=True)),
-         **answers[places[table.place(i)]]}
-        for i in kept
-    ]  # fmt: skip
+    records = _beside(table, rows, answers)
     _write(output, records)
     return Scored(str(output), len(records), tuple(bad))
+
+
+def _beside(
+    table: Table, rows: Rows, answers: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows that were scored, each with its answers beside its own columns."""
+    numbers = {table.place(i): i for i in range(len(table))}
+    names = {
+        name: f"predicted_{name}" if name in table.columns else name
+        for name in answers[0]
+    }
+    return [
+        {
+            **dict(zip(table.columns, table.rows[numbers[place]], strict=True)),
+            **{names[name]: value for name, value in answer.items()},
+        }
+        for place, answer in zip(rows.places, answers, strict=True)
+    ]
 
 
 def load_run(run: str | Path, device: str = "cpu") -> tuple[Any, Any]:

@@ -218,12 +218,11 @@ def test_bad_rows_are_told_with_their_places() -> None:
         (["a"], "  "),
         (["cut \ud83d"], ["O"]),
     ]
-    data = table(rows, bad=("train.txt, line 0: ragged",))
+    data = table(rows)
     read = task.rows(data, schema)
     assert read.columns["tokens"] == [["Ada"], ["cut \ufffd"]]
     assert read.places == ["train.txt, line 1", "train.txt, line 12"]
     expected = [
-        "line 0: ragged",
         "line 2: holds 2 words and 1 tags",
         "line 3: holds the tag 'B-LOC', which the training examples lack.",
         "line 4: holds the tag 'B_PER', which is neither O nor begins with B- or I-",
