@@ -55,7 +55,7 @@ def head_bias(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _this_module() -> Any:
     module = type(nn)(__name__)
-    module.HeadBias = HeadBias  # pyright: ignore[reportAttributeAccessIssue]
+    module.HeadBias = HeadBias
     return module
 
 

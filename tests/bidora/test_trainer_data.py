@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Array2D, ClassLabel, Dataset, Features, Value
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
 
 from bidora.trainer.data import OuterStream, select, split_indices
 
@@ -19,7 +20,7 @@ from bidora.trainer.data import OuterStream, select, split_indices
 LABELS = [0] * 30 + [1] * 10
 
 
-class Columns:
+class Columns(TorchDataset[Any]):
     """A dataset whose labels are an attribute."""
 
     def __init__(self, labels: Any) -> None:
@@ -29,7 +30,7 @@ class Columns:
         return len(self.labels)
 
 
-def named(column: str, kind: Any = None) -> Dataset:
+def named(column: str, kind: Any = None) -> Any:
     """Return a dataset of the datasets library with a column of labels."""
     features = kind and Features({column: kind, "x": Value("int64")})
     return Dataset.from_dict({column: LABELS, "x": range(40)}, features=features)
