@@ -77,7 +77,11 @@ def _text(
         values = [f"{last.scores[part][n]:.4f}" for n in [*names, "loss"]]
         table.append(f"| {_plain(part)} | " + " | ".join(values) + " |")
     sizes = ", ".join(f"{len(r)} {_plain(p)}" for p, r in examples.rows.items())
-    labels = ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50]) or "a number"
+    labels = ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50]) or (
+        "a number, {mean:.6g} + {deviation:.6g} times the logit".format(**schema.details)
+        if {"mean", "deviation"} <= set(schema.details)
+        else "numbers"
+    )
     changed = settings.as_dict()
     rows = [
         f"| {name} | `{_plain(changed[name])}` |"

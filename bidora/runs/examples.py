@@ -128,7 +128,13 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
     }
     unused = [
         k
-        for k in ("text_pair_column", "label_separator", "min_examples_per_class")
+        for k in (
+            "text_pair_column",
+            "label_separator",
+            "label_columns",
+            "allow_empty",
+            "min_examples_per_class",
+        )
         if getattr(settings, k) is not None and k not in fields
     ]
     if unused:

@@ -116,6 +116,12 @@ class JobSettings:
     label_separator: str | None = option(
         None, "what stands between the labels of one example", DATA, shown="guessed"
     )
+    label_columns: tuple[str, ...] | None = option(
+        None, "columns of 0 and 1, one for each label, in place of a label column", DATA
+    )
+    allow_empty: bool | None = option(
+        None, "whether an example may have no label (multilabel)", DATA, shown="by data"
+    )
     validation_file: str | None = option(
         None, "examples that choices may be made by", DATA, metavar="FILE"
     )
