@@ -76,7 +76,11 @@ def count_steps(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NumericalWarning)
             opt = BiDoRAOptimizer(
-                model, make_estimator(name, **settings), outer_warmup=0
+                model,
+                make_estimator(name, **settings),
+                outer_warmup=0,
+                orthogonality=0.0,
+                max_grad_norm=None,
             )
             base = base or passes(model, inner)
             rows[label] = {

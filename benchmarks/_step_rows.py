@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from benchmarks import _model
 from bidora import BiDoRAOptimizer, use_exact_dora
-from bidora.recipe import recipe_defaults
+from bidora.budget import budget_defaults
 from hypergrad import make_estimator
 
 LORA = "PEFT LoRA step"
 PEFT_DORA = "PEFT DoRA step"
 EXACT = "exact DoRA step"
-ECONOMICAL = "economical recipe"
+ECONOMICAL = "economical budget"
 RECOMPUTED = "darts, exact product, recomputed"
 DEAR = ("auto", "cg", "neumann", "nystrom", "unrolled, K = 5")
 VALIDATION_FRACTION = 0.2  # the command's default
@@ -92,7 +92,7 @@ def bidora_rows(
     Yields:
         Name and maker.
     """
-    recipe = recipe_defaults(
+    budget = budget_defaults(
         "economical",
         steps=1,
         batch_size=examples,
@@ -105,10 +105,10 @@ def bidora_rows(
             base,
             rank,
             ECONOMICAL,
-            recipe["estimator"],
-            recipe["estimator_settings"],
-            every=recipe["outer_every"],
-            outer_examples=recipe["outer_batch_size"],
+            budget["estimator"],
+            budget["estimator_settings"],
+            every=budget["outer_every"],
+            outer_examples=budget["outer_batch_size"],
         ),
     )
     for label, name, settings in _model.estimator_variants():
@@ -150,6 +150,8 @@ def _bidora_row(
         estimator,
         outer_every=every,
         outer_warmup=0,
+        orthogonality=0.0,
+        max_grad_norm=None,
         reuse_graph="auto" if reuse_graph else False,
     )
 

@@ -28,7 +28,13 @@ def ours(
     """Walk back one step at a time."""
     del w, lam
     estimator = make_estimator("unrolled", num_steps=len(inner_batches))
-    opt = BiDoRAOptimizer(model, estimator, inner_optimizer=lambda _: adamw)
+    opt = BiDoRAOptimizer(
+        model,
+        estimator,
+        inner_optimizer=lambda _: adamw,
+        orthogonality=0.0,
+        max_grad_norm=None,
+    )
     for batch in inner_batches:
         opt.inner_step(batch)
     steps = opt.recorded_steps

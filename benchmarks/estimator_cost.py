@@ -86,7 +86,12 @@ def measure(size: str, arguments: argparse.Namespace, bar: Any) -> dict[str, Any
     base = _model.roberta(1, tokens, "sdpa")
     model = _model.with_adapter(base, arguments.rank, dora=True)
     batches = [_model.draw_batch(examples, tokens, seed) for seed in range(STEPS + 1)]
-    optimizer = BiDoRAOptimizer(model, make_estimator("unrolled", num_steps=STEPS))
+    optimizer = BiDoRAOptimizer(
+        model,
+        make_estimator("unrolled", num_steps=STEPS),
+        orthogonality=0.0,
+        max_grad_norm=None,
+    )
     for batch in batches[:-1]:
         optimizer.inner_step(batch)
 

@@ -194,6 +194,7 @@ def bidora_row(
         outer_every=every,
         outer_warmup=0,
         orthogonality=arguments.orthogonality,
+        max_grad_norm=None,
     )
     rounds: list[dict[str, float]] = []
 

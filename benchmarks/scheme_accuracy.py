@@ -55,12 +55,14 @@ from benchmarks._common import (
 )
 from benchmarks._truth import adamw_step
 from bidora import BiDoRAOptimizer, magnitudes, use_exact_dora
+from bidora.methods import make_method
 from bidora.models import find_model
 from bidora.orthogonality import orthogonality
-from bidora.preparation import prepare
-from bidora.report import Listener
-from bidora.settings import TrainSettings
-from bidora.tasks import BatchStream
+from bidora.runs.examples import read_examples
+from bidora.runs.job import prepare
+from bidora.runs.results import Listener
+from bidora.runs.settings import TrainSettings
+from bidora.trainer.data import OuterStream
 from hypergrad import NumericalWarning, make_estimator, rng
 from hypergrad.compare._measure import peak_bytes
 from hypergrad.products import FiniteDifference
@@ -115,9 +117,14 @@ class Bench:
         return BiDoRAOptimizer(
             self.model,
             estimator,
-            outer_warmup=0,
-            **self.settings,
-            **more,
+            **{
+                "outer_every": 1,
+                "outer_warmup": 0,
+                "orthogonality": 0.0,
+                "max_grad_norm": None,
+                **self.settings,
+                **more,
+            },
         )
 
     def copied(self) -> Bench:
@@ -189,23 +196,30 @@ def parse() -> argparse.Namespace:
 def encoder(arguments: argparse.Namespace) -> Bench:
     """Return the bundled encoder and its task, as `bidora train` sets them up."""
     del arguments
-    settings = TrainSettings()
+    settings, listener = TrainSettings(), Listener()
+    examples = read_examples(settings, listener, searches=True)
     made = prepare(
-        settings, find_model(settings.model), torch.device("cpu"), Listener()
+        settings,
+        make_method(settings.method),
+        find_model(settings.model),
+        examples,
+        torch.device("cpu"),
+        listener,
     )
     use_exact_dora(made.model.train())
-    inner = made.train_set.select(made.inner_indices)
-    outer = made.train_set.select(made.outer_indices)
+    size = settings.per_device_train_batch_size
+    inner = made.sets["train"].select(examples.inner)
+    outer = made.sets["train"].select(examples.outer)
     return Bench(
         "MiniLM, docstrings",
         made.model,
-        BatchStream(inner, settings.batch_size, 0),
-        BatchStream(outer, settings.outer_batch_size, 1),
+        OuterStream(inner, made.collate, size, 0),
+        OuterStream(outer, made.collate, size, 1),
         {
-            "inner_lr": settings.inner_lr,
-            "outer_lr": settings.outer_lr,
-            "inner_weight_decay": settings.inner_weight_decay,
-            "outer_weight_decay": settings.outer_weight_decay,
+            "inner_lr": settings.rate,
+            "outer_lr": settings.rate,
+            "inner_weight_decay": settings.weight_decay,
+            "outer_weight_decay": settings.weight_decay,
             "max_grad_norm": settings.max_grad_norm,
             "orthogonality": settings.orthogonality,
         },

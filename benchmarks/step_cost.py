@@ -18,8 +18,8 @@ An iteration is an inner and an outer step on batches of equal size, with an out
 after every inner one (`outer_every=1`, which is the dearest setting: k divides all but
 the inner step by k). `unrolled` with K steps looks back at K of them and so takes an
 outer step after every K: what is reported is a K-th of K inner steps and one outer step.
-The economical recipe likewise: a quarter of four inner steps and one outer step, which
-has the recipe's smaller batches.
+The economical budget likewise: a quarter of four inner steps and one outer step, which
+has the budget's smaller batches.
 
 All contenders share the frozen weights, with adapters on query and value and AdamW, and
 a classifier's head is trained. They run in one process, in rotated order, and each is

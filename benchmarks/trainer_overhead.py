@@ -9,7 +9,7 @@ A model of MiniLM's shape on 16 × 32 tokens, and one so small that little else 
 overhead is left. Each runs three ways: `BiDoRATrainer`'s search beside a loop over
 `BiDoRAOptimizer.step`; its retraining, and transformers' own `Trainer`, beside a loop of
 forward, backward, clipping and AdamW. Saving and evaluation are off, and a line is logged
-every ten steps. The search has the economical recipe, whose steps are the cheapest: there
+every ten steps. The search has the economical budget, whose steps are the cheapest: there
 overhead counts most.
 
 The Trainer and its loop take turns step by step, in one process: when the Trainer has
@@ -61,8 +61,9 @@ from benchmarks._common import (
 )
 from benchmarks._model import VOCABULARY
 from bidora import BiDoRAOptimizer, BiDoRATrainer, BiDoRATrainingArguments
+from bidora.budget import budget_defaults
+from bidora.defaults import OUTER_WARMUP
 from bidora.dora import magnitudes, use_exact_dora
-from bidora.recipe import recipe_defaults
 from hypergrad import make_estimator
 
 QUESTION = "What does the Trainer cost over a loop of one's own?"
@@ -175,6 +176,8 @@ def measured(name: str, steps: int, bar: Any) -> dict[str, Pair]:
         "per_device_train_batch_size": BATCH,
         "learning_rate": RATE,
         "max_grad_norm": CLIP,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
         "logging_steps": 10,
         "save_strategy": "no",
         "report_to": [],
@@ -183,13 +186,13 @@ def measured(name: str, steps: int, bar: Any) -> dict[str, Pair]:
         "dataloader_drop_last": True,
         "dataloader_pin_memory": False,
     }
-    recipe = recipe_defaults(
+    budget = budget_defaults(
         "economical", steps=steps, batch_size=BATCH, validation_fraction=FRACTION
     )
     search, retrain, batches = model(name), model(name), Batches()
     use_exact_dora(retrain)
-    size = recipe["outer_batch_size"]
-    pairs["search"] = Pair(search_loop(search, steps, batches, size, recipe), bar)
+    size = budget["outer_batch_size"]
+    pairs["search"] = Pair(search_loop(search, steps, batches, size, budget), bar)
     # The retraining's batches come after those of the search.
     pairs["retrain"] = Pair(plain_loop(retrain, steps, batches), bar)
     phases = Phases(pairs)
@@ -198,11 +201,13 @@ def measured(name: str, steps: int, bar: Any) -> dict[str, Pair]:
             model(name),
             BiDoRATrainingArguments(
                 folder,
-                # Not by name: its search would take half of the steps.
-                estimator="darts",
-                estimator_settings=recipe["estimator_settings"],
-                outer_every=recipe["outer_every"],
+                # Not the economical one, whose search would take half of the steps.
+                budget="full",
+                estimator_settings=budget["estimator_settings"],
+                outer_every=budget["outer_every"],
                 per_device_outer_batch_size=size,
+                outer_warmup_steps=OUTER_WARMUP,
+                orthogonality=0.0,
                 validation_fraction=FRACTION,
                 **shared,
             ),
@@ -253,15 +258,17 @@ class Seam(TrainerCallback):
 
 
 def search_loop(
-    model: Any, steps: int, batches: Batches, size: int, recipe: dict[str, Any]
+    model: Any, steps: int, batches: Batches, size: int, budget: dict[str, Any]
 ) -> Callable[[], None]:
     optimizer = BiDoRAOptimizer(
         model,
-        make_estimator("darts", **recipe["estimator_settings"]),
+        make_estimator("darts", **budget["estimator_settings"]),
         inner_optimizer=grouped(model),
         outer_optimizer=grouped(model),
-        outer_every=recipe["outer_every"],
+        outer_every=budget["outer_every"],
+        outer_warmup=OUTER_WARMUP,
         max_grad_norm=CLIP,
+        orthogonality=0.0,
     )
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     inner, outer = reader(batches, BATCH), reader(batches, size)

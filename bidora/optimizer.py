@@ -10,16 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bidora import defaults
 from bidora._predictions import criterion_of, predictions
-from bidora._transformers import frozen_new_head, trainable_base_weights
-from bidora.dora import check_norms, magnitudes, plain_dora_layers, use_exact_dora
+from bidora.dora import (
+    check_norms,
+    exact_dora_layers,
+    plain_dora_layers,
+    use_exact_dora,
+)
 from bidora.orthogonality import orthogonality as orthogonality_term
+from bidora.outer import OuterLevel, make_outer_level
+from bidora.trainer.upstream import frozen_new_head, trainable_base_weights
 from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
 from hypergrad.optimizer import BilevelOptimizer, StepReport
 from hypergrad.problem import BilevelProblem
 
-__all__ = ["BiDoRAOptimizer", "check_base_weights", "trainable_magnitudes"]
+__all__ = ["BiDoRAOptimizer", "check_base_weights", "orthogonality_weight"]
 
 
 class BiDoRAOptimizer(BilevelOptimizer):
@@ -37,22 +44,25 @@ class BiDoRAOptimizer(BilevelOptimizer):
         estimator: a name of `hypergrad.estimator_names()` or an estimator.
         loss_fn: `(model, batch) -> scalar`; None for `model(**batch).loss`.
         inner_lr: AdamW's learning rate of the directions and the head.
-        outer_lr: AdamW's learning rate of the magnitudes.
+        outer_lr: AdamW's learning rate of the magnitudes; None for `inner_lr`.
         inner_weight_decay: decoupled weight decay of the directions and the head.
-        outer_weight_decay: decoupled weight decay of the magnitudes; it pulls them to
-            0, not to where they started.
+        outer_weight_decay: decoupled weight decay of the magnitudes, which pulls them to
+            0, not to where they started; None for `inner_weight_decay`.
         inner_optimizer: in place of AdamW, a function from the list of inner parameters
             to a torch optimizer; `inner_lr` and `inner_weight_decay` are then unused.
         outer_optimizer: likewise for the magnitudes.
-        outer_every: inner steps from one outer step to the next; None for
-            `max(1, estimator.lookback)`.
+        outer_every: inner steps from one outer step to the next; None for 4, or as many
+            as the estimator looks back at where these are more.
         outer_warmup: inner steps before the first outer step.
         max_grad_norm: norm that inner gradients are clipped to; None for none.
-        orthogonality: γ, the weight of the orthogonality term in the inner loss.
+        orthogonality: γ, the weight of the orthogonality term in the inner loss; None
+            for 1e-5, and for 0 with Gauss-Newton curvature, which has no place for it.
         exact: whether to replace PEFT's DoRA forward by the exact one, whose backward is
             the gradient of the loss; see `use_exact_dora`.
         dropout: what the exact forward applies adapter dropout to; see `use_exact_dora`.
         allow_base_weights: whether trainable base weights may be inner parameters.
+        outer_level: what is learned on the outer batches, a name of `OUTER_LEVELS` or an
+            object.
         reuse_graph: see `BilevelOptimizer`.
         audit_every: outer steps from one comparison with a reference to the next, in
             `StepReport.audit`; None for none. See `BilevelOptimizer`.
@@ -72,7 +82,7 @@ class BiDoRAOptimizer(BilevelOptimizer):
         >>> model = get_peft_model(net, config)
         >>> def loss_fn(model, x):
         ...     return model(x).square().mean()
-        >>> opt = BiDoRAOptimizer(model, "darts", loss_fn=loss_fn, outer_warmup=0)
+        >>> opt = BiDoRAOptimizer(model, loss_fn=loss_fn, outer_every=1, outer_warmup=0)
         >>> report = opt.step(torch.ones(2, 4), torch.ones(2, 4))
         >>> report.outer_step, len(opt.problem.outer_params)
         (True, 1)
@@ -81,45 +91,44 @@ class BiDoRAOptimizer(BilevelOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        estimator: str | HypergradEstimator = "neumann",
+        estimator: str | HypergradEstimator = defaults.ESTIMATOR,
         *,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        inner_lr: float = 1e-3,
-        outer_lr: float = 1e-3,
-        inner_weight_decay: float = 0.0,
-        outer_weight_decay: float = 0.0,
+        inner_lr: float = defaults.OTHER_LEARNING_RATE,
+        outer_lr: float | None = None,
+        inner_weight_decay: float = defaults.WEIGHT_DECAY,
+        outer_weight_decay: float | None = None,
         inner_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         outer_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         outer_every: int | None = None,
-        outer_warmup: int = 10,
-        max_grad_norm: float | None = None,
-        orthogonality: float = 0.0,
+        outer_warmup: int = defaults.OUTER_WARMUP,
+        max_grad_norm: float | None = defaults.MAX_GRAD_NORM,
+        orthogonality: float | None = None,
         exact: bool = True,
         dropout: Literal["lora", "peft"] = "lora",
         allow_base_weights: bool = False,
+        outer_level: str | OuterLevel = "magnitudes",
         reuse_graph: bool | Literal["auto"] = "auto",
         audit_every: int | None = None,
         audit_reference: str | HypergradEstimator = "auto",
         audit_window: int | None = None,
     ) -> None:
-        if not 0 <= orthogonality < float("inf"):
-            msg = (
-                f"orthogonality={orthogonality} must be finite and at least 0: it is the"
-                " weight of a term of the inner loss. The paper takes 1e-5 or 0."
-            )
-            raise ValueError(msg)
-        outer = trainable_magnitudes(model)
+        level = (
+            make_outer_level(outer_level)
+            if isinstance(outer_level, str)
+            else outer_level
+        )
+        outer = level.parameters(model)
         estimator = (
             make_estimator(estimator) if isinstance(estimator, str) else estimator
         )
-        if orthogonality and getattr(estimator, "curvature", "") == "gauss-newton":
-            msg = (
-                f"orthogonality={orthogonality} with curvature='gauss-newton': the term "
-                "is a function of the weights and not of predictions, so the inner loss "
-                "has no Gauss-Newton matrix. Set orthogonality=0, or take "
-                "curvature='hessian'."
-            )
-            raise ValueError(msg)
+        gamma = orthogonality_weight(orthogonality, estimator, model)
+        if outer_lr is None:
+            outer_lr = inner_lr
+        if outer_weight_decay is None:
+            outer_weight_decay = inner_weight_decay
+        if outer_every is None:
+            outer_every = max(defaults.OUTER_EVERY, getattr(estimator, "lookback", 0))
         check_base_weights(model, allow_base_weights)
         _warn_of_frozen_head(model)
         self.exact = exact
@@ -133,8 +142,8 @@ class BiDoRAOptimizer(BilevelOptimizer):
 
         def inner_loss(model: nn.Module, batch: Any) -> Tensor:
             loss = compute(model, batch)
-            if orthogonality:
-                loss = loss + orthogonality * orthogonality_term(model)
+            if gamma:
+                loss = loss + gamma * orthogonality_term(model)
             return loss
 
         self.model = model
@@ -207,45 +216,37 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the magnitudes that a search would move, by name.
+def orthogonality_weight(
+    weight: float | None, estimator: HypergradEstimator, model: nn.Module
+) -> float:
+    """Return the weight of the orthogonality term.
 
     Args:
-        model: a model with a DoRA adapter.
+        weight: as given; None for the default, where the term has a place.
+        estimator: the estimator.
+        model: the model.
 
     Raises:
-        TypeError: not a module.
-        ValueError: no magnitudes, none that is trainable, or those of several adapters.
+        ValueError: out of range, or given where the term has no place.
     """
-    if not isinstance(model, nn.Module):
-        msg = f"model must be a torch.nn.Module, got {type(model).__name__}."
-        raise TypeError(msg)
-    found = magnitudes(model)
-    if not found:
+    gauss_newton = getattr(estimator, "curvature", "") == "gauss-newton"
+    if weight is None:
+        directions = exact_dora_layers(model) or plain_dora_layers(model)
+        return defaults.ORTHOGONALITY if directions and not gauss_newton else 0.0
+    if not 0 <= weight < float("inf"):
         msg = (
-            "the model has no DoRA magnitudes: no adapter with use_dora=True is in it. "
-            "Make one with get_peft_model(model, LoraConfig(use_dora=True, ...)) or "
-            "model.add_adapter(LoraConfig(use_dora=True, ...))."
+            f"orthogonality={weight} must be finite and at least 0: it is the weight of "
+            "a term of the inner loss. The paper takes 1e-5 or 0."
         )
         raise ValueError(msg)
-    trainable = {n: p for n, p in found.items() if p.requires_grad}
-    if not trainable:
+    if weight and gauss_newton:
         msg = (
-            f"all {len(found)} DoRA magnitudes of the model are frozen: an adapter "
-            "loaded for inference, perhaps. Load it with is_trainable=True, or make it "
-            "active with model.set_adapter(name)."
+            f"orthogonality={weight} with curvature='gauss-newton': the term is a "
+            "function of the weights and not of predictions, so the inner loss has no "
+            "Gauss-Newton matrix. Set orthogonality=0, or take curvature='hessian'."
         )
         raise ValueError(msg)
-    adapters = {
-        name.split("lora_magnitude_vector.")[1].split(".")[0] for name in trainable
-    }
-    if len(adapters) > 1:
-        msg = (
-            f"magnitudes of several adapters are trainable ({sorted(adapters)}): BiDoRA "
-            "trains one. Make one active with model.set_adapter(name)."
-        )
-        raise ValueError(msg)
-    return trainable
+    return weight
 
 
 def check_base_weights(model: nn.Module, allowed: bool) -> None:

@@ -143,7 +143,7 @@ def test_the_diff_of_the_trainer_page_leads_from_one_script_to_the_other() -> No
     after = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "-")
     assert before == scripts[1]
     assert after == scripts[2]
-    assert sum(line[:1] == "+" for line in lines) == 5
+    assert sum(line[:1] == "+" for line in lines) == 4
 
 
 def test_every_registered_estimator_has_a_page() -> None:

@@ -1,136 +1,305 @@
-"""What a task is: labelled texts, their split, their scores."""
+"""The contract of a task: what a kind of data means, and nothing of how it is trained.
+
+A task holds settings only. What it finds out about the data is a `Schema`, which is
+saved with the run, so that new rows can be scored years later.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from bidora.data.source import Source
+from bidora.data.table import Table
 from bidora.errors import UserError
 
-__all__ = ["Examples", "Task", "classification_scores", "holdout_split"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Rows", "Schema", "Task", "stratified_split"]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Texts, or pairs of texts, with the index of each one's label.
+class Schema:
+    """What a task found out about its data: all that predicting needs, as JSON holds it.
 
     Args:
-        texts: One text an example.
-        labels: One index into the task's `label_names` an example.
-        pairs: The second text of each example, for sentence-pair tasks.
-
-    Raises:
-        ValueError: If the lengths differ.
+        task: The task's name in the registry.
+        settings: The task's settings, resolved: the columns by name, and so on.
+        label_names: Classes, labels or tags, in the order of the model's outputs; empty
+            for a regression.
+        metric: The main metric, a key of what `Task.metrics` returns.
+        details: What else a task keeps: ranges, tag schemes.
     """
 
-    texts: tuple[str, ...]
-    labels: tuple[int, ...]
-    pairs: tuple[str, ...] | None = None
+    task: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
+    metric: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Check that every example has a text and a label."""
-        sizes = {len(self.texts), len(self.labels)}
-        if self.pairs is not None:
-            sizes.add(len(self.pairs))
-        if len(sizes) != 1:
-            raise ValueError(
-                f"texts, labels and pairs differ in length: {sorted(sizes)}; "
-                "give one of each for every example"
-            )
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Schema:
+        """Return the schema that `to_dict` was called on.
+
+        Example:
+            >>> one = Schema("regression", label_names=(), metric="pearson")
+            >>> Schema.from_dict(one.to_dict()) == one
+            True
+        """
+        return cls(**{**values, "label_names": tuple(values["label_names"])})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples as a task reads them: clean columns, and what was wrong with the others.
+
+    Args:
+        columns: One value an example, by name. What the model is to give is in
+            `labels`, where it is known.
+        places: Where each example stands in its source.
+        bad: One sentence for each row that can't be used, beginning with its place.
+            Such rows are in no column.
+    """
+
+    columns: dict[str, list[Any]]
+    places: list[str]
+    bad: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.texts)
+        """Return the number of usable examples."""
+        return len(self.places)
 
-    def select(self, indices: Sequence[int]) -> Examples:
+    def select(self, indices: Sequence[int]) -> Rows:
         """Return the examples at `indices`, in that order.
 
         Example:
-            >>> Examples(("a", "b", "c"), (0, 1, 0)).select([2, 0]).texts
-            ('c', 'a')
+            >>> Rows({"text": ["a", "b"]}, ["line 1", "line 2"]).select([1]).places
+            ['line 2']
         """
-        pairs = None if self.pairs is None else tuple(self.pairs[i] for i in indices)
-        return Examples(
-            tuple(self.texts[i] for i in indices),
-            tuple(self.labels[i] for i in indices),
-            pairs,
+        return Rows(
+            {
+                name: [values[i] for i in indices]
+                for name, values in self.columns.items()
+            },
+            [self.places[i] for i in indices],
         )
 
 
-@dataclass(frozen=True)
-class Task:
-    """A text classification task with its training and its test examples.
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """What a kind of data means: its columns, features, model head and scores.
 
-    Args:
-        name: What the user called it.
-        train: Everything that may be trained on; a search splits it further.
-        test: Examples that nothing is ever trained or chosen on.
-        label_names: The classes, in the order of the label indices.
-        source: One sentence that says where the examples come from.
-        columns: Names of the text column or columns, for the record.
+    A subclass is a frozen dataclass whose fields are settings. The fields' names are
+    those of the job's settings (`text_column`, `label_column`, ...), and every field has
+    a default. Nothing here imports torch until features are made.
 
-    Raises:
-        UserError: If there are fewer than two classes or an empty part.
+    Attributes:
+        name: Name in the registry, and on the command line.
+        peft_type: PEFT's name for the kind of task, such as `SEQ_CLS`.
+        auto_model: The class of transformers that loads such a model.
+        main_metric: The metric that choices are made by, a key of what `metrics`
+            returns; a schema may name another.
+        greater_is_better: Whether more of it is better.
     """
 
-    name: str
-    train: Examples
-    test: Examples
-    label_names: tuple[str, ...]
-    source: str = ""
-    columns: tuple[str, ...] = field(default=("text",))
+    name: ClassVar[str]
+    peft_type: ClassVar[str]
+    auto_model: ClassVar[str]
+    main_metric: ClassVar[str]
+    greater_is_better: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Check that there is something to learn and something to test on."""
-        present = {self.label_names[i] for i in set(self.train.labels)}
-        if len(present) < 2:
-            raise UserError(
-                f"task {self.name!r}: the training examples have "
-                f"{len(present)} class(es) ({', '.join(sorted(present)) or 'none'}); "
-                "classification needs two or more. Check which column holds the "
-                "labels (--label-column)."
-            )
-        if len(self.test) == 0:
-            raise UserError(
-                f"task {self.name!r} has no labelled test examples; give some with "
-                "--test-file."
-            )
+    @abstractmethod
+    def schema(self, source: Source) -> Schema:
+        """Find out what the data is, from its training part.
 
-    def describe(self) -> str:
-        """Return one line with the task's name and sizes."""
-        return (
-            f"{self.name}: {len(self.label_names)} classes, {len(self.train)} "
-            f"training and {len(self.test)} test examples"
-        )
+        Args:
+            source: The examples.
+
+        Returns:
+            Columns and classes, by name.
+
+        Raises:
+            UserError: If the data is not of this kind.
+        """
+
+    @abstractmethod
+    def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
+        """Read a table: every bad row is told, and none of them stops it.
+
+        Args:
+            table: Rows of the source, or new ones.
+            schema: Of the training data.
+            labelled: Whether labels are read; new rows to score need none.
+
+        Returns:
+            Clean examples.
+
+        Raises:
+            UserError: If a column is missing.
+        """
+
+    def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
+        """Return lines that tell a user what was understood, and what looks odd.
+
+        Args:
+            rows: Examples by part.
+            schema: Of the data.
+        """
+        del rows, schema
+        return []
+
+    def strata(self, rows: Rows, schema: Schema) -> Sequence[Hashable] | None:
+        """Return what a split has to keep the shares of; None for a split at random.
+
+        Args:
+            rows: The examples.
+            schema: Of the data.
+        """
+        del rows, schema
+        return None
+
+    def split(
+        self, rows: Rows, schema: Schema, fraction: float, seed: int
+    ) -> tuple[list[int], list[int]]:
+        """Split examples in two parts that are alike.
+
+        Args:
+            rows: The examples.
+            schema: Of the data.
+            fraction: Share of the second part, in (0, 1).
+            seed: Equal seeds give equal splits.
+
+        Returns:
+            Sorted indices of the first and of the second part.
+
+        Raises:
+            UserError: If there are too few examples.
+        """
+        strata = self.strata(rows, schema)
+        names = None
+        if strata is not None and schema.label_names and _are_indices(strata, schema):
+            names = dict(enumerate(schema.label_names))
+        return stratified_split(strata or [0] * len(rows), fraction, seed, names)
+
+    @abstractmethod
+    def model_kwargs(self, schema: Schema) -> dict[str, Any]:
+        """Return what `from_pretrained` is told: outputs, their names, the kind of loss.
+
+        Args:
+            schema: Of the data.
+        """
+
+    @abstractmethod
+    def features(
+        self,
+        batch: Mapping[str, list[Any]],
+        processor: Any,
+        schema: Schema,
+        length: int,
+    ) -> dict[str, list[Any]]:
+        """Turn columns of `rows` into model inputs, for `Dataset.map(batched=True)`.
+
+        Args:
+            batch: Columns, with `labels` where they are known.
+            processor: The model's tokenizer or image processor.
+            schema: Of the data.
+            length: Tokens kept of an example.
+
+        Returns:
+            One list an input, `labels` among them where they are known.
+        """
+
+    def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
+        """Return how many examples are cut; 0 for tasks that cut none.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer or image processor.
+            length: Tokens kept of an example.
+        """
+        del rows, processor, length
+        return 0
+
+    @abstractmethod
+    def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return what makes a batch of a list of features.
+
+        Args:
+            processor: The model's tokenizer or image processor.
+        """
+
+    @abstractmethod
+    def metrics(
+        self, predictions: np.ndarray, labels: np.ndarray, schema: Schema
+    ) -> dict[str, float]:
+        """Score predictions, the main metric among others.
+
+        Args:
+            predictions: The model's outputs, one row an example.
+            labels: What they should have been, as the collator made them.
+            schema: Of the data.
+        """
+
+    @abstractmethod
+    def answers(
+        self,
+        predictions: np.ndarray,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """Turn outputs into what a user reads: labels, probabilities, numbers, spans.
+
+        Args:
+            predictions: The model's outputs, one row an example of `rows`.
+            rows: What they are predictions of.
+            schema: Of the training data.
+            labels: What the collator made of the rows, for tasks that need it to tell
+                which outputs belong to what; `Trainer.predict` returns it.
+
+        Returns:
+            One dict an example, with the same keys for all.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dataclasses.asdict(self)
 
 
-def holdout_split(
-    labels: Sequence[int],
+def stratified_split(
+    strata: Sequence[Any],
     fraction: float,
     seed: int,
-    label_names: Sequence[str] | None = None,
+    names: Mapping[Any, str] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Split indices in two parts that keep the shares of the labels.
+    """Split indices in two parts that keep the shares of the strata.
 
     Args:
-        labels: The label of each example.
+        strata: The stratum of each example.
         fraction: Share of the examples in the second part, in (0, 1). At least as
-            many examples as there are classes go there.
+            many examples as there are strata go there.
         seed: Equal seeds give equal splits.
-        label_names: Names of the labels, for the error message.
+        names: Names of the strata, for the error message.
 
     Returns:
         Sorted indices of the first and of the second part.
 
     Raises:
-        UserError: If `fraction` is out of range, a class has a single example, or
-            there are too few examples for one of every class in each part.
+        UserError: If `fraction` is out of range, a stratum has a single example, or
+            there are too few examples for one of every stratum in each part.
 
     Example:
-        >>> holdout_split([0, 0, 1, 1], 0.5, seed=0)[1].__len__()
+        >>> stratified_split([0, 0, 1, 1], 0.5, seed=0)[1].__len__()
         2
     """
     from sklearn.model_selection import train_test_split
@@ -140,55 +309,30 @@ def holdout_split(
             f"a validation fraction of {fraction} leaves one part empty; choose a "
             "number between 0 and 1, such as 0.2."
         )
-    counts = Counter(labels)
-    names = {i: label_names[i] if label_names else str(i) for i in counts}
-    lonely = sorted(names[i] for i, n in counts.items() if n < 2)
+    counts = Counter(strata)
+    names = {s: str(names[s]) if names else str(s) for s in counts}
+    lonely = sorted(names[s] for s, n in counts.items() if n < 2)
     if lonely:
         raise UserError(
             f"class(es) with a single example: {', '.join(lonely[:8])}. A stratified "
-            "split needs one for each part; add examples of them, or drop them."
+            "split needs one for each part; add examples of them, or drop them with "
+            "--min-examples-per-class."
         )
-    held = max(math.ceil(fraction * len(labels)), len(counts))
-    if len(labels) - held < len(counts):
+    held = max(math.ceil(fraction * len(strata)), len(counts))
+    if len(strata) - held < len(counts):
         raise UserError(
-            f"{len(labels)} examples of {len(counts)} classes are too few to hold "
+            f"{len(strata)} examples of {len(counts)} classes are too few to hold "
             f"{held} of them back; add examples, or choose a smaller fraction than "
             f"{fraction}."
         )
     first, second = train_test_split(
-        list(range(len(labels))),
+        list(range(len(strata))),
         test_size=held,
-        stratify=list(labels),
+        stratify=list(strata),
         random_state=seed,
     )
     return sorted(first), sorted(second)
 
 
-def classification_scores(
-    labels: Sequence[int], predictions: Sequence[int]
-) -> dict[str, float]:
-    """Return accuracy and macro-F1.
-
-    Macro-F1 is the plain mean over classes of `2 TP / (2 TP + FP + FN)`; a class that
-    is never predicted counts 0.
-
-    Args:
-        labels: True label indices.
-        predictions: Predicted label indices.
-
-    Returns:
-        `{"accuracy": ..., "macro_f1": ...}`, each in [0, 1].
-
-    Example:
-        >>> classification_scores([0, 0, 1, 1], [0, 0, 1, 0])
-        {'accuracy': 0.75, 'macro_f1': 0.7333333333333334}
-    """
-    from sklearn.metrics import accuracy_score, f1_score
-
-    zero: Any = 0  # the stubs know words alone
-    return {
-        "accuracy": float(accuracy_score(labels, predictions)),
-        "macro_f1": float(
-            f1_score(labels, predictions, average="macro", zero_division=zero)
-        ),
-    }
+def _are_indices(strata: Sequence[Hashable], schema: Schema) -> bool:
+    return all(isinstance(s, int) and 0 <= s < len(schema.label_names) for s in strata)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from bidora.optimizer import check_base_weights, trainable_magnitudes
+from bidora.optimizer import check_base_weights
 from bidora.trainer.arguments import BiDoRAArguments
 
 __all__ = ["check_class", "check_trainer", "refuse_trial"]
@@ -60,7 +61,8 @@ def check_trainer(trainer: Any) -> None:
         )
         raise ValueError(msg)
     # Before anything is written, and not when the search begins.
-    trainable_magnitudes(trainer.model)
+    trainer.outer_level = args.make_outer_level()
+    trainer.outer_level.parameters(trainer.model)
     check_base_weights(trainer.model, allowed=False)
     for name in ("train_dataset", "outer_dataset"):
         data = getattr(trainer, name)
@@ -71,6 +73,20 @@ def check_trainer(trainer: Any) -> None:
                 "Pass a dataset with a length, such as list(dataset)."
             )
             raise ValueError(msg)
+    if trainer.split is not None and trainer.outer_dataset is not None:
+        msg = (
+            "split divides train_dataset, and outer_dataset leaves it whole: pass one of "
+            "them."
+        )
+        raise ValueError(msg)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        msg = (
+            f"this is one of {launched} processes, and transformers was not told: each "
+            f"would train by itself, into the same {args.output_dir}. Start one process, "
+            "or several by torchrun."
+        )
+        raise ValueError(msg)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         msg = (
             "deepspeed and fsdp shard the parameters that the search moves. Train on one "

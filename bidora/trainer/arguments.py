@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from transformers import SchedulerType, TrainingArguments
 
-from bidora.recipe import (
-    RECIPES,
-    RETRAIN_SHARE,
+from bidora import defaults
+from bidora.budget import (
+    BUDGETS,
     RETRAININGS,
-    SEARCH_SHARE,
-    recipe_defaults,
+    budget_defaults,
+    outer_schedule,
 )
+from bidora.outer import OuterLevel, make_outer_level
 from hypergrad import HypergradEstimator, make_estimator
 
 __all__ = ["BiDoRAArguments", "BiDoRATrainingArguments", "Phase", "arguments_of_phase"]
@@ -37,36 +38,43 @@ class BiDoRAArguments:
     `class Mine(BiDoRAArguments, Seq2SeqTrainingArguments)`, decorated as a dataclass,
     for another. The ordinary arguments (steps, rates, batch sizes, ...) are those of the
     search and of the directions; what differs for the magnitudes or for the retraining
-    has its own name here.
+    has its own name here. All defaults are those of `bidora.defaults`, which the command
+    has too.
 
     Attributes:
-        recipe: `full` (the paper's) or `economical`; a named set of defaults for what
-            follows, see `bidora.recipe`.
-        estimator: a name of `hypergrad.estimator_names()`; None for the recipe's, or
-            `neumann`.
-        estimator_settings: its settings, a dictionary or JSON.
+        learning_rate: as in transformers, with another default: adapters learn at ten
+            times the rate of whole models.
+        weight_decay: as in transformers, with another default.
+        warmup_steps: as in transformers, with another default: a part of the steps.
+        budget: `economical` or `full` (the paper's), which decides what is left open
+            below; see `bidora.budget`.
+        estimator: a name of `hypergrad.estimator_names()`; None for the budget's.
+        estimator_settings: its settings, a dictionary or JSON; None for the budget's,
+            where the estimator is.
+        outer_level: what is learned on the part held back, a name of `OUTER_LEVELS`.
         validation_fraction: part of the training set that is held back for the
             magnitudes; 0 for no outer steps, with which there is no search.
         outer_learning_rate: AdamW's rate of the magnitudes; None for `learning_rate`.
         outer_weight_decay: their weight decay; None for `weight_decay`.
         outer_lr_scheduler_type: schedule of their rate; None for that of the
             directions.
-        outer_every: inner steps from one outer step to the next; None for the recipe's,
-            or `max(1, lookback)` of the estimator.
-        outer_warmup_steps: inner steps before the first outer step.
-        per_device_outer_batch_size: examples of an outer batch; None for the recipe's,
-            or `per_device_train_batch_size`.
-        orthogonality: weight of the orthogonality term in the inner loss.
+        outer_every: inner steps from one outer step to the next; None for the budget's,
+            or as many as the estimator looks back at where these are more.
+        outer_warmup_steps: inner steps before the first outer step; None for 10, at most
+            a quarter of the search.
+        per_device_outer_batch_size: examples of an outer batch; None for the budget's.
+        orthogonality: weight of the orthogonality term in the inner loss; None for
+            1e-5, and for 0 with Gauss-Newton curvature, which has no place for it.
         dora_dropout: what adapter dropout applies to; see `use_exact_dora`.
         audit_every: outer steps from one audit to the next; 0 for none.
         search_patience: evaluations without a lower loss on the held-back part after
             which the search ends; None for the full number of steps.
-        retrain: `fresh`, from the first directions and head, or `warm`, on from those of
-            the search; None for the recipe's, or `fresh`.
+        retrain: `fresh`, from the first directions and head; `warm`, on from those of
+            the search; `none`, for the search alone; None for the budget's.
         retrain_learning_rate: rate of the retraining; None for `learning_rate`.
-        retrain_max_steps: its steps; None for `max_steps`.
-        retrain_num_train_epochs: its epochs, where there are no steps; None for
-            `num_train_epochs`.
+        retrain_max_steps: its steps; None for the budget's part of `max_steps`.
+        retrain_num_train_epochs: its epochs, where there are no steps; None for the
+            budget's part of `num_train_epochs`.
         overwrite_earlier_run: whether checkpoints of an earlier run in `output_dir` may
             be deleted.
 
@@ -74,8 +82,20 @@ class BiDoRAArguments:
         ValueError: a setting out of range, an unknown name, or `fp16`.
     """
 
-    recipe: str | None = field(
-        default=None, metadata={"help": "full or economical: a set of defaults"}
+    learning_rate: float = field(
+        default=defaults.OTHER_LEARNING_RATE,
+        metadata={"help": "rate of directions and head"},
+    )
+    weight_decay: float = field(
+        default=defaults.WEIGHT_DECAY, metadata={"help": "their weight decay"}
+    )
+    warmup_steps: float = field(
+        default=defaults.WARMUP_RATIO,
+        metadata={"help": "steps in which the rates rise; below 1, a part of all"},
+    )
+    budget: str = field(
+        default=defaults.BUDGET,
+        metadata={"help": "economical or full: what is left open below"},
     )
     estimator: str | None = field(
         default=None, metadata={"help": "how the magnitudes' gradient is estimated"}
@@ -83,8 +103,12 @@ class BiDoRAArguments:
     estimator_settings: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "settings of the estimator, as JSON"}
     )
+    outer_level: str = field(
+        default="magnitudes", metadata={"help": "what is learned on the part held back"}
+    )
     validation_fraction: float = field(
-        default=0.2, metadata={"help": "part held back for the magnitudes; 0 for none"}
+        default=defaults.VALIDATION_FRACTION,
+        metadata={"help": "part held back for the magnitudes; 0 for none"},
     )
     outer_learning_rate: float | None = field(
         default=None, metadata={"help": "rate of the magnitudes"}
@@ -98,14 +122,14 @@ class BiDoRAArguments:
     outer_every: int | None = field(
         default=None, metadata={"help": "inner steps from one outer step to the next"}
     )
-    outer_warmup_steps: int = field(
-        default=10, metadata={"help": "inner steps before the first outer step"}
+    outer_warmup_steps: int | None = field(
+        default=None, metadata={"help": "inner steps before the first outer step"}
     )
     per_device_outer_batch_size: int | None = field(
         default=None, metadata={"help": "examples of an outer batch"}
     )
-    orthogonality: float = field(
-        default=0.0, metadata={"help": "weight of the orthogonality term"}
+    orthogonality: float | None = field(
+        default=None, metadata={"help": "weight of the orthogonality term"}
     )
     dora_dropout: str = field(
         default="lora", metadata={"help": "what adapter dropout applies to: lora, peft"}
@@ -118,7 +142,8 @@ class BiDoRAArguments:
         metadata={"help": "evaluations without a lower held-back loss"},
     )
     retrain: str | None = field(
-        default=None, metadata={"help": "fresh or warm: where the retraining starts"}
+        default=None,
+        metadata={"help": "fresh, warm or none: where the retraining starts"},
     )
     retrain_learning_rate: float | None = field(
         default=None, metadata={"help": "rate of the retraining"}
@@ -141,6 +166,7 @@ class BiDoRAArguments:
         _refuse_fp16(self)
         _check_ranges(self)
         self.make_estimator()  # names and settings are its own to check
+        self.make_outer_level()
 
     def make_estimator(self) -> HypergradEstimator:
         """Return the estimator that the settings name.
@@ -155,42 +181,73 @@ class BiDoRAArguments:
             msg = f"estimator={name!r} with estimator_settings={settings!r}: {error}"
             raise ValueError(msg) from error
 
+    def make_outer_level(self) -> OuterLevel:
+        """Return the outer level that the settings name.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        return make_outer_level(self.outer_level)
+
     def bidora_settings(self) -> dict[str, Any]:
-        """Return the settings with those filled in that were left open."""
-        defaults = self._recipe()
+        """Return the settings with those filled in that were left open.
+
+        What depends on the length of the search or on the model stays None where that
+        is not known yet: `outer_warmup_steps` with epochs, and `orthogonality`.
+        """
+        budget = self._budget()
         args: Any = self
         name, estimator_settings = self._estimator()
-        lookback = self.make_estimator().lookback
         schedule = self.outer_lr_scheduler_type or args.lr_scheduler_type
+        warmup = self.outer_warmup_steps
+        if warmup is None and args.max_steps > 0:
+            warmup = min(defaults.OUTER_WARMUP, budget["steps"] // 4)
         return {
+            "budget": self.budget,
             "estimator": name,
             "estimator_settings": estimator_settings,
+            "outer_level": self.outer_level,
             "validation_fraction": self.validation_fraction,
             "outer_learning_rate": _or(self.outer_learning_rate, args.learning_rate),
             "outer_weight_decay": _or(self.outer_weight_decay, args.weight_decay),
             "outer_lr_scheduler_type": SchedulerType(schedule).value,
-            "outer_every": self.given_outer_every() or max(1, lookback),
-            "outer_warmup_steps": self.outer_warmup_steps,
+            "outer_every": self.outer_every or self._usual_every(),
+            "outer_warmup_steps": warmup,
             "per_device_outer_batch_size": self.per_device_outer_batch_size
-            or defaults.get("outer_batch_size")
-            or args.per_device_train_batch_size,
+            or budget["outer_batch_size"],
             "orthogonality": self.orthogonality,
             "dora_dropout": self.dora_dropout,
-            "retrain": self.retrain or defaults.get("retrain", "fresh"),
+            "retrain": self.retrain or budget["retrain"],
             "search_patience": self.search_patience,
         }
 
-    def given_outer_every(self) -> int | None:
-        """Return `outer_every` as given, or the recipe's; None where it is open."""
-        return self.outer_every or self._recipe().get("outer_every")
+    def outer_schedule(self, steps: int) -> tuple[int, int]:
+        """Return `outer_every` and `outer_warmup_steps` in a search of so many steps.
+
+        Args:
+            steps: its steps.
+
+        Raises:
+            UserError: no outer step would be due.
+        """
+        return outer_schedule(
+            steps,
+            every=self.outer_every,
+            warmup=self.outer_warmup_steps,
+            usual_every=self._usual_every(),
+            lookback=self.make_estimator().lookback,
+        )
+
+    def _usual_every(self) -> int:
+        return max(self._budget()["outer_every"], self.make_estimator().lookback)
 
     def _estimator(self) -> tuple[str, dict[str, Any]]:
-        """Return its name and settings; those of a recipe go with its own alone."""
-        defaults = self._recipe()
-        name = self.estimator or defaults.get("estimator", "neumann")
+        """Return its name and settings; those of a budget go with its own alone."""
+        budget = self._budget()
+        name = self.estimator or budget["estimator"]
         settings: Any = self.estimator_settings
-        if settings is None and name == defaults.get("estimator"):
-            settings = defaults.get("estimator_settings")
+        if settings is None and name == budget["estimator"]:
+            settings = budget["estimator_settings"]
         if not isinstance(settings, Mapping | None):
             msg = (
                 f"estimator_settings is a {type(settings).__name__}, and settings have "
@@ -199,10 +256,10 @@ class BiDoRAArguments:
             raise ValueError(msg)
         return name, dict(settings or {})
 
-    def _recipe(self) -> dict[str, Any]:
+    def _budget(self) -> dict[str, Any]:
         args: Any = self
-        return recipe_defaults(
-            self.recipe,
+        return budget_defaults(
+            self.budget,
             steps=args.max_steps if args.max_steps > 0 else 1,
             batch_size=args.per_device_train_batch_size,
             # Without a held-back part there are no outer batches to size.
@@ -217,11 +274,9 @@ class BiDoRATrainingArguments(BiDoRAArguments, TrainingArguments):
     See `BiDoRAArguments` for what comes to those of transformers.
 
     Example:
-        >>> args = BiDoRATrainingArguments(
-        ...     "runs/here", recipe="economical", max_steps=90
-        ... )
-        >>> args.bidora_settings()["outer_every"]
-        4
+        >>> args = BiDoRATrainingArguments("runs/here", max_steps=90)
+        >>> args.budget, args.bidora_settings()["outer_every"]
+        ('economical', 4)
     """
 
 
@@ -237,16 +292,16 @@ def arguments_of_phase(args: Any, phase: Phase) -> Any:
         phase: which phase.
     """
     own = copy.copy(args)
-    economical = args.recipe == "economical"
+    economical = args.budget == "economical"
     if phase == "search":
         own.output_dir = os.path.join(args.output_dir, SEARCH_FOLDER)
         own.push_to_hub = False
         if getattr(args, "logging_dir", None):
             own.logging_dir = os.path.join(args.logging_dir, SEARCH_FOLDER)
         if economical and args.max_steps > 0:
-            own.max_steps = args._recipe()["steps"]
+            own.max_steps = args._budget()["steps"]
         elif economical:
-            own.num_train_epochs = SEARCH_SHARE * args.num_train_epochs
+            own.num_train_epochs = defaults.SEARCH_SHARE * args.num_train_epochs
         return own
     if args.retrain_learning_rate is not None:
         own.learning_rate = args.retrain_learning_rate
@@ -255,9 +310,9 @@ def arguments_of_phase(args: Any, phase: Phase) -> Any:
     elif args.retrain_num_train_epochs is not None:
         own.max_steps, own.num_train_epochs = -1, args.retrain_num_train_epochs
     elif economical and args.max_steps > 0:
-        own.max_steps = args._recipe()["retrain_steps"]
+        own.max_steps = args._budget()["retrain_steps"]
     elif economical:
-        own.num_train_epochs = RETRAIN_SHARE * args.num_train_epochs
+        own.num_train_epochs = defaults.RETRAIN_SHARE * args.num_train_epochs
     return own
 
 
@@ -299,10 +354,8 @@ def _refuse_fp16(args: Any) -> None:
 
 
 def _check_ranges(args: BiDoRAArguments) -> None:
-    if args.recipe is not None and args.recipe not in RECIPES:
-        msg = f"recipe={args.recipe!r} is unknown: choose one of {', '.join(RECIPES)}."
-        raise ValueError(msg)
     for name, value, choices in (
+        ("budget", args.budget, BUDGETS),
         ("retrain", args.retrain, (None, *RETRAININGS)),
         ("dora_dropout", args.dora_dropout, ("lora", "peft")),
     ):

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bidora._files import write_whole
 from bidora.trainer.arguments import SEARCH_FOLDER, Phase
+from bidora.trainer.upstream import TRAINER_FILES, TRAINER_STATE, was_stopped
 from bidora.trainer.values import VALUES_FILE, save_values
 
 __all__ = [
@@ -35,10 +36,6 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "bidora_progress.json"
 SPLIT_FILE = "bidora_split.json"
-TRAINER_STATE = "trainer_state.json"
-TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
-"""What the Trainer writes between our files and its state, which comes last."""
-
 FORMAT = 1
 
 SAME_RUN = (
@@ -139,7 +136,6 @@ def settings_of(
             "retrain_learning_rate",
             "retrain_max_steps",
             "retrain_num_train_epochs",
-            "recipe",
         )
     }
     examples = {"train_examples": train_examples, "outer_examples": outer_examples}
@@ -174,6 +170,7 @@ def save_progress(
     folder: str | Path,
     progress: Progress,
     model: nn.Module,
+    outer: Collection[str],
     first_values: Mapping[str, Tensor],
 ) -> None:
     """Write where a job is and the values of its adapter, bit for bit.
@@ -182,9 +179,10 @@ def save_progress(
         folder: the checkpoint.
         progress: how far the job is.
         model: the model.
+        outer: names of the outer parameters.
         first_values: what a fresh retraining starts from.
     """
-    save_values(Path(folder), model, first_values)
+    save_values(Path(folder), model, outer, first_values)
     write_json(Path(folder) / PROGRESS_FILE, {"format": FORMAT, **vars(progress)})
 
 
@@ -261,9 +259,7 @@ def _read(path: Path) -> Checkpoint | str:
     try:
         state = json.loads((path / TRAINER_STATE).read_text("utf-8"))
         step, steps = state["global_step"], state["max_steps"]
-        control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
-        stopped = control.get("args", {}).get("should_training_stop", False)
-        finished = step >= steps or stopped is True
+        finished = step >= steps or was_stopped(state)
         reading = PROGRESS_FILE
         progress = _progress(json.loads((path / PROGRESS_FILE).read_text("utf-8")))
         reading = VALUES_FILE
@@ -356,6 +352,7 @@ def claim_folder(output_dir: str, split: Mapping[str, Any], *, overwrite: bool) 
     for path in earlier:
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
     mark.unlink(missing_ok=True)
+    (folder / SEARCH_FOLDER / TRAINER_STATE).unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Any:

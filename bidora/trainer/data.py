@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from bidora.errors import UserError
-from bidora.tasks.base import holdout_split
+from bidora.tasks.base import stratified_split
+
+if TYPE_CHECKING:
+    from bidora.trainer.checkpoint import Checkpoint
 
 __all__ = [
     "OuterStream",
     "check_outer_batch",
+    "check_split",
+    "loader_over",
     "outer_stream",
     "select",
     "split_indices",
+    "split_of",
+    "without_rest",
 ]
 
 LABEL_COLUMNS = ("labels", "label")
@@ -55,27 +64,110 @@ def split_indices(
             raise ValueError(msg)
         labels = [0] * count
     try:
-        return holdout_split(labels, fraction, seed)
+        return stratified_split(labels, fraction, seed)
     except UserError as error:
         msg = (
-            f"{error} Labels that are numbers and no classes are told from them by being "
-            "floats; with outer_dataset, nothing is split."
+            f"{error} Whole-number labels are taken for classes; use floats for a "
+            "regression. With outer_dataset or split, nothing is split here."
         )
         raise UserError(msg) from error
 
 
+def check_split(split: Any, count: int) -> tuple[list[int], list[int]]:
+    """Return a split that was made elsewhere: indices of both levels.
+
+    Args:
+        split: indices for the directions, and indices held back.
+        count: examples of the training set.
+
+    Raises:
+        UserError: the indices are no parts of the training set, or not all of it.
+    """
+    try:
+        inner, outer = ([int(i) for i in part] for part in split)
+    except (TypeError, ValueError) as error:
+        msg = (
+            f"split is a {type(split).__name__}; pass two lists of indices, of the "
+            "examples for the directions and of those held back."
+        )
+        raise UserError(msg) from error
+    both = [*inner, *outer]
+    if sorted(both) != list(range(count)):
+        twice = len(both) - len(set(both))
+        missing = len(set(range(count)) - set(both))
+        strange = len(set(both) - set(range(count)))
+        msg = (
+            f"split has {len(inner)} and {len(outer)} indices of {count} training "
+            f"examples: {missing} examples are in neither part, {twice} indices come "
+            f"twice, {strange} are of no example. Put each example into one part, or "
+            "pass outer_dataset for examples that overlap."
+        )
+        raise UserError(msg)
+    if not inner:
+        msg = "split holds all examples back: the directions would learn on none."
+        raise UserError(msg)
+    return inner, outer
+
+
+def split_of(trainer: Any, found: Checkpoint | None) -> tuple[list[int], list[int]]:
+    """Return the indices of both levels: of a checkpoint, as given, or made here.
+
+    Args:
+        trainer: the trainer.
+        found: the checkpoint that a run goes on from.
+
+    Raises:
+        ValueError: the training set cannot be split, or was split in another way.
+    """
+    data, args = trainer.train_dataset, trainer.args
+    given = None if trainer.split is None else check_split(trainer.split, len(data))
+    if found is None:
+        return given or split_indices(data, args.validation_fraction, args.seed)
+    own = found.progress.inner_indices, found.progress.outer_indices
+    if given is not None and set(given[1]) != set(own[1]):
+        msg = (
+            f"split holds {len(given[1])} examples back, and {found.path} comes from a run "
+            f"that held {len(own[1])} others back. Give that split, or leave it out: it is "
+            "in the checkpoint."
+        )
+        raise ValueError(msg)
+    return own
+
+
 def _labels(dataset: Any) -> list[int] | None:
-    """Return whole-number labels where the dataset has a column or attribute of them."""
-    names = getattr(dataset, "column_names", None) or ()
+    """Return whole-number labels where a dataset has a column or attribute of them.
+
+    Stored columns are read without their format: a transform of the user's own may
+    rename them, and is not run for the sake of a look.
+    """
+    if isinstance(dataset, Subset):
+        whole = _labels(dataset.dataset)
+        return whole and [whole[i] for i in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_labels(part) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return [*chain.from_iterable(known)] if len(known) == len(parts) else None
     for name in LABEL_COLUMNS:
-        column = dataset[name] if name in names else getattr(dataset, name, None)
+        column = _column(dataset, name)
         if not hasattr(column, "__len__") or not hasattr(column, "__getitem__"):
             continue
-        # A dataset's format may make arrays or tensors of them.
         values = [_plain(v) for v in _plain(column)]
         if len(values) == len(dataset) and all(type(v) is int for v in values):
             return values
     return None
+
+
+def _column(dataset: Any, name: str) -> Any:
+    """Return a column of labels as it is stored; None where there is none."""
+    if not hasattr(dataset, "column_names"):
+        return getattr(dataset, name, None)
+    if name not in dataset.column_names:
+        return None
+    # One number an example; lists would be read for nothing.
+    kind = getattr(dataset, "features", {}).get(name)
+    if "int" not in str(getattr(kind, "dtype", "")):
+        return None
+    return dataset.with_format(None)[name][:]
 
 
 def _plain(value: Any) -> Any:
@@ -163,6 +255,22 @@ class OuterStream:
         return self._order[1][offset]
 
 
+def loader_over(trainer: Any, dataset: Any) -> Any:
+    """Return a loader as a trainer makes it for its own training set.
+
+    Args:
+        trainer: the trainer. torch's random numbers are as before afterwards.
+        dataset: what the loader reads.
+    """
+    held = trainer.train_dataset
+    with torch.random.fork_rng():
+        try:
+            trainer.train_dataset = dataset
+            return trainer.get_train_dataloader()
+        finally:
+            trainer.train_dataset = held
+
+
 def outer_stream(trainer: Any, dataset: Any) -> OuterStream:
     """Return the outer batches, made as a trainer makes its own.
 
@@ -174,13 +282,7 @@ def outer_stream(trainer: Any, dataset: Any) -> OuterStream:
     Raises:
         ValueError: the trainer's loader reads other data than its `train_dataset`.
     """
-    held = trainer.train_dataset
-    with torch.random.fork_rng():
-        try:
-            trainer.train_dataset = dataset
-            loader = trainer.get_train_dataloader()
-        finally:
-            trainer.train_dataset = held
+    loader = loader_over(trainer, dataset)
     if len(loader.dataset) != len(dataset):
         msg = (
             f"get_train_dataloader made a loader of {len(loader.dataset)} examples where "
@@ -200,15 +302,19 @@ def outer_stream(trainer: Any, dataset: Any) -> OuterStream:
     )
 
 
-def divides_batches(args: Any, examples: int) -> bool:
-    """Whether to leave out the last batch of an epoch: it may be too small to divide.
+@contextmanager
+def without_rest(args: Any, wanted: bool) -> Iterator[None]:
+    """Let a Trainer make a loader that leaves out the last, smaller batch of an epoch.
+
+    `dataloader_drop_last` itself leaves examples out of evaluations too, in silence.
 
     Args:
-        args: the training arguments.
-        examples: how many there are; the only batch is not left out.
-
-    Returns:
-        Whether products are taken on parts of batches, and there is a whole one.
+        args: the Trainer's arguments; as before afterwards.
+        wanted: whether to leave it out.
     """
-    whole = args.train_batch_size * args.world_size <= examples
-    return whole and getattr(args.make_estimator(), "product_fraction", 1.0) < 1.0
+    held = args.dataloader_drop_last
+    args.dataloader_drop_last = held or wanted
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = held

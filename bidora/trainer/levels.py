@@ -60,7 +60,7 @@ def make_bilevel_optimizer(
     Raises:
         ValueError: an optimizer that is made from the whole model.
     """
-    args, settings = trainer.args, trainer.args.bidora_settings()
+    args, settings, plan = trainer.args, trainer.args.bidora_settings(), trainer._plan
     cls, options = trainer.optimizer_cls_and_kwargs or (
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     )
@@ -93,17 +93,17 @@ def make_bilevel_optimizer(
 
     return SteppedElsewhere(
         trainer.model,
-        args.make_estimator(),
+        plan.estimator,
         loss_fn=loss_fn,
         inner_optimizer=level(args.weight_decay),
         outer_optimizer=level(
             settings["outer_weight_decay"], lr=settings["outer_learning_rate"]
         ),
-        # Left open where an estimator that chooses another is to say it.
-        outer_every=args.given_outer_every(),
-        outer_warmup=settings["outer_warmup_steps"],
+        outer_every=plan.outer_every,
+        outer_warmup=plan.outer_warmup,
         max_grad_norm=args.max_grad_norm or None,
-        orthogonality=settings["orthogonality"],
+        orthogonality=plan.orthogonality,
+        outer_level=trainer.outer_level,
         dropout=settings["dora_dropout"],
         audit_every=args.audit_every or None,
     )

@@ -7,12 +7,10 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from bidora.trainer.upstream import NOTES
 from hypergrad.optimizer import BilevelOptimizer, StepReport
 
 __all__ = ["StepLog", "noted_by_the_loss"]
-
-NOTES = ("_metrics", "_total_train_tokens")
-"""Where trainers of TRL note what `compute_loss` saw, until they log it."""
 
 
 def noted_by_the_loss(trainer: Any) -> dict[str, Any]:

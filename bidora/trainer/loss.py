@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from bidora.orthogonality import orthogonality
 from bidora.trainer.logs import noted_by_the_loss
+from bidora.trainer.upstream import has_the_models_loss, items_in, loss_is_scaled
 
-__all__ = ["add_orthogonality", "held_back_loss", "loss_of", "weight_of"]
+__all__ = [
+    "add_orthogonality",
+    "held_back_loss",
+    "judge_search",
+    "loss_of",
+    "weight_of",
+]
 
 
 def loss_of(trainer: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -25,17 +31,13 @@ def loss_of(trainer: Any) -> Callable[[Any, Any], Tensor] | None:
         `(model, batch) -> scalar`; None where that is the model's own loss, of which an
         estimator may know more.
     """
-    if (
-        type(trainer).compute_loss is Trainer.compute_loss
-        and trainer.label_smoother is None
-        and trainer.compute_loss_func is None
-    ):
+    if has_the_models_loss(trainer):
         return None
 
     def compute(model: nn.Module, batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(
-                model, dict(batch), num_items_in_batch=_items(trainer, batch)
+                model, dict(batch), num_items_in_batch=items_in(trainer, batch)
             )
 
     return compute
@@ -52,18 +54,10 @@ def weight_of(trainer: Any, batch: Any, num_items: Any) -> float:
         batch: the micro-batch.
         num_items: what the Trainer counted in all of the step's; None where it did not.
     """
-    # A class says by this whether its own `compute_loss` divides by `num_items`.
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if num_items is not None and scaled is not False:
-        return float(_items(trainer, batch)) / float(num_items)
-    if scaled or (scaled is None and trainer.compute_loss_func is not None):
-        return 1.0
-    return 1.0 / trainer.current_gradient_accumulation_steps
-
-
-def _items(trainer: Any, batch: Any) -> Any:
-    """Return what the Trainer counts in a batch to divide a summed loss by."""
-    return trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1]
+    scaled = loss_is_scaled(trainer, num_items)
+    if scaled:
+        return float(items_in(trainer, batch)) / float(num_items)
+    return 1.0 if scaled is None else 1.0 / trainer.current_gradient_accumulation_steps
 
 
 def add_orthogonality(trainer: Any) -> Tensor:
@@ -75,7 +69,7 @@ def add_orthogonality(trainer: Any) -> Tensor:
     Returns:
         The term's value; 0 where none is due.
     """
-    weight = trainer.args.orthogonality if trainer.phase == "retrain" else 0.0
+    weight = trainer._plan.orthogonality if trainer.phase == "retrain" else 0.0
     if not weight or not trainer.accelerator.sync_gradients:
         return torch.zeros((), device=trainer.args.device)
     term = weight * orthogonality(trainer.model)
@@ -103,3 +97,22 @@ def held_back_loss(trainer: Any, dataset: Any) -> float:
     )
     vars(trainer).update(notes)
     return found.metrics["held_back_loss"]
+
+
+def judge_search(trainer: Any) -> None:
+    """Ask at an evaluation whether the held-back loss still falls; end the search if not.
+
+    Args:
+        trainer: the trainer.
+    """
+    progress, outer = trainer._progress, trainer._outer
+    patience, state = trainer.args.search_patience, trainer.state
+    if not patience or progress is None or outer is None:
+        return
+    if trainer.control.should_training_stop or trainer._judged_at == state.global_step:
+        return  # the latter: one of several evaluation sets, and not the first
+    trainer._judged_at = state.global_step
+    loss = held_back_loss(trainer, outer.dataset)
+    trainer.log({"held_back_loss": loss})
+    progress.judge(loss)
+    trainer.control.should_training_stop = progress.without_gain >= patience

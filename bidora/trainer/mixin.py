@@ -13,13 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from bidora.dora import magnitudes, plain_dora_layers, use_exact_dora
-from bidora.optimizer import trainable_magnitudes
+from bidora.dora import plain_dora_layers, use_exact_dora
 from bidora.trainer._checks import check_class, check_trainer, refuse_trial
-from bidora.trainer.arguments import (
-    Phase,
-    arguments_of_phase,
-)
+from bidora.trainer.arguments import SEARCH_FOLDER, Phase, arguments_of_phase
 from bidora.trainer.checkpoint import (
     Checkpoint,
     Progress,
@@ -32,28 +28,38 @@ from bidora.trainer.checkpoint import (
 from bidora.trainer.data import (
     OuterStream,
     check_outer_batch,
-    divides_batches,
     outer_stream,
     select,
-    split_indices,
+    split_of,
+    without_rest,
 )
 from bidora.trainer.levels import (
     SteppedElsewhere,
     give_outer_schedule,
     make_bilevel_optimizer,
 )
+from bidora.trainer.lock import held_folder
 from bidora.trainer.logs import StepLog, noted_by_the_loss
 from bidora.trainer.loss import (
     add_orthogonality,
-    held_back_loss,
+    judge_search,
     loss_of,
     weight_of,
 )
+from bidora.trainer.plan import Plan, make_plan
 from bidora.trainer.seams import (
     AtTheSeams,
-    freeze_magnitudes,
-    part_tensorboard,
+    end_again,
+    lines_without_phase,
+    read_state,
     tag_card,
+)
+from bidora.trainer.upstream import (
+    PrivateTrainer,
+    check_transformers,
+    choose_order,
+    name_phases,
+    part_tensorboard,
 )
 from bidora.trainer.values import (
     check_values,
@@ -65,16 +71,14 @@ from hypergrad import Accumulated
 from hypergrad.optimizer import StepReport
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+    from bidora.outer import OuterLevel
 
 __all__ = ["BiDoRAMixin", "BiDoRATrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class BiDoRAMixin(_Base):
+class BiDoRAMixin(PrivateTrainer):
     """Make a Trainer search DoRA magnitudes, then retrain the directions.
 
     `class Mine(BiDoRAMixin, Seq2SeqTrainer)` needs no more; its arguments are a class
@@ -101,6 +105,8 @@ class BiDoRAMixin(_Base):
         args: as for the Trainer.
         outer_dataset: examples for the magnitudes; then `train_dataset` is not split,
             and the retraining does not see them.
+        split: indices of `train_dataset` for the directions, and for the magnitudes, made
+            elsewhere; None to hold `validation_fraction` of them back.
         kwargs: as for the Trainer.
 
     Raises:
@@ -113,11 +119,15 @@ class BiDoRAMixin(_Base):
     model: Any
     optimizer: Any
     train_dataset: Any
+    outer_level: OuterLevel
 
-    def __init__(self, *args: Any, outer_dataset: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, outer_dataset: Any = None, split: Any = None, **kwargs: Any
+    ) -> None:
+        check_transformers(type(self))
         check_class(type(self), BiDoRAMixin)
         super().__init__(*args, **kwargs)
-        self.outer_dataset = outer_dataset
+        self.outer_dataset, self.split = outer_dataset, split
         check_trainer(self)
         self.phase: Phase | None = None
         self.search_state: TrainerState | None = None
@@ -128,11 +138,13 @@ class BiDoRAMixin(_Base):
         self._queue: list[tuple[Any, float]] = []
         self._notes: dict[str, Any] = {}
         self._order = torch.Generator()
+        self.whole_batches = self._in_whole_batches = False
         self._log = StepLog()
         self._judged_at: int | None = None
         self._goes_on_from: Checkpoint | None = None
         self._split_file: dict[str, Any] = {}
-        self._searched = set(trainable_magnitudes(self.model))
+        self._searched = set(self.outer_level.parameters(self.model))
+        self._plan: Plan | None = None
         self.add_callback(AtTheSeams(self))
 
     # -- the two phases ----------------------------------------------------------------
@@ -176,41 +188,69 @@ class BiDoRAMixin(_Base):
         if found is not None:
             refuse_other_settings(found.progress.settings, settings)
         inner, outer = self._split(found)
+        phases: list[Phase] = [] if outer is None else ["search"]
+        if settings["retrain"] != "none":
+            phases.append("retrain")
+        if not phases:
+            msg = "retrain='none' leaves nothing to do without a part held back."
+            raise ValueError(msg)
         if outer is not None:
             size = settings["per_device_outer_batch_size"]
             check_outer_batch(len(outer), size, args.world_size)
+        self._plan = make_plan(self, None if outer is None else inner)
         if model_init is not None:
-            self._make_model()
+            set_seed(args.seed)  # once: the phases share the model
+            self.model = self.model_wrapped = self.call_model_init().to(args.device)
         if found is not None:
-            check_values(found.path, self.model)
+            check_values(found.path, self.model, self._searched)
         home = Path(args.output_dir).resolve()
-        if found is None or home not in found.path.resolve().parents:
-            claim_folder(
-                args.output_dir, self._split_file, overwrite=args.overwrite_earlier_run
-            )
-        metrics: dict[str, float] = {}
-        output = TrainOutput(0, 0.0, {})
-        self.model_init = None
+
+        def claim() -> None:
+            if found is None or home not in found.path.resolve().parents:
+                overwrite = args.overwrite_earlier_run
+                claim_folder(args.output_dir, self._split_file, overwrite=overwrite)
+
+        self.model_init, self.search_state = None, None
         try:
-            for phase in ("search", "retrain") if outer is not None else ("retrain",):
-                if found is not None and phase != found.progress.phase:
-                    if phase == "search":
-                        continue  # it is over
-                    found = None
-                self.args = arguments_of_phase(args, phase)
-                if phase == "search" and divides_batches(args, len(inner)):
-                    self.args.dataloader_drop_last = True
-                self.train_dataset = inner if phase == "search" else data
-                self._progress = Progress(phase, settings, *self._indices)
-                output = self._run(phase, outer, found, kwargs)
-                if phase == "search":
-                    metrics = {f"search_{k}": v for k, v in output.metrics.items()}
-                    self.search_state = self.state
-            return output._replace(metrics={**metrics, **output.metrics})
+            with held_folder(args, claim):
+                return self._run_phases(phases, settings, inner, outer, found, kwargs)
         finally:
             self.args, self.train_dataset, self.model_init = args, data, model_init
             self.phase = self._bilevel = self._outer = self._goes_on_from = None
             self._queue = []
+
+    def _run_phases(
+        self,
+        phases: list[Phase],
+        settings: dict[str, Any],
+        inner: Any,
+        outer: Any,
+        found: Checkpoint | None,
+        kwargs: dict[str, Any],
+    ) -> TrainOutput:
+        """Run the phases, or what is left of them."""
+        args, data, plan = self.args, self.train_dataset, self._plan
+        output, metrics = TrainOutput(0, 0.0, {}), dict[str, float]()
+        for phase in phases:
+            self.args = arguments_of_phase(args, phase)
+            if found is not None and phase != found.progress.phase:
+                if phase == "search":  # it is over
+                    folder = found.path.parent / SEARCH_FOLDER
+                    self.search_state = read_state(folder)
+                    continue
+                found = None
+            divided = phase == "search" and plan is not None and plan.drop_last
+            self._in_whole_batches = divided or self.whole_batches
+            self.train_dataset = inner if phase == "search" else data
+            self._progress = Progress(phase, settings, *self._indices)
+            output = self._run(phase, outer, found, kwargs)
+            if phase == "search":
+                metrics = {f"search_{k}": v for k, v in output.metrics.items()}
+                self.search_state = self.state
+                if self.args.save_strategy != "no":
+                    os.makedirs(self.args.output_dir, exist_ok=True)
+                    self.save_state()  # for a resume of the retraining
+        return output._replace(metrics={**metrics, **output.metrics})
 
     def _run(
         self, phase: Phase, outer: Any, found: Checkpoint | None, kwargs: dict[str, Any]
@@ -224,30 +264,20 @@ class BiDoRAMixin(_Base):
             use_exact_dora(self.model, dropout=self.args.dora_dropout)
         self._goes_on_from = found
         if found is None and phase == "search":
-            warm = self.args.bidora_settings()["retrain"] == "warm"
-            self._first_values = {} if warm else directions(self.model)
+            fresh = self.args.bidora_settings()["retrain"] == "fresh"
+            self._first_values = directions(self.model, self._searched) if fresh else {}
         if phase == "search":
             # The end of an earlier call of `train` froze them.
-            for name, magnitude in magnitudes(self.model).items():
+            for name, parameter in self.model.named_parameters():
                 if name in self._searched:
-                    magnitude.requires_grad_(True)
+                    parameter.requires_grad_(True)
             self._outer = outer_stream(self, outer)
         self._log = StepLog()
         self._judged_at = None
         part_tensorboard(self)
+        name_phases(self)
         if found is not None and found.finished:
-            self._restore(found)
-            self.state = TrainerState.load_from_json(
-                str(found.path / "trainer_state.json")
-            )
-            # Callbacks see the phase end: when it did, they may not have.
-            ends = self.callback_handler
-            self.control = ends.on_train_begin(self.args, self.state, self.control)
-            best = self.state.best_model_checkpoint
-            if self.args.load_best_model_at_end and best and os.path.isdir(best):
-                self._load_best_model()
-            self.control = ends.on_train_end(self.args, self.state, self.control)
-            output = TrainOutput(self.state.global_step, 0.0, {})
+            output = end_again(self, found)
         else:
             path = None if found is None else str(found.path)
             output = super().train(resume_from_checkpoint=path, **kwargs)
@@ -259,20 +289,13 @@ class BiDoRAMixin(_Base):
         """Freeze the magnitudes; a fresh retraining starts where the search did."""
         if self._bilevel is not None:
             self._bilevel.freeze_magnitudes()
-        freeze_magnitudes(self.model)
+        self.outer_level.settle(self.model)
         if self._first_values:
             own = {**dict(self.model.named_parameters()), **norm_buffers(self.model)}
             with torch.no_grad():
                 for name, value in self._first_values.items():
                     own[name].copy_(value)
         self._first_values = {}
-
-    def _make_model(self) -> None:
-        """Build the model once: the phases share it."""
-        set_seed(self.args.seed)
-        self.model = self.call_model_init()
-        self.model.to(self.args.device)
-        self.model_wrapped = self.model
 
     # -- data --------------------------------------------------------------------------
 
@@ -283,34 +306,23 @@ class BiDoRAMixin(_Base):
             self._indices: tuple[list[int], list[int]] = [], []
             self._split_file = {}
             return data, self.outer_dataset
-        if found is not None:
-            progress = found.progress
-            self._indices = progress.inner_indices, progress.outer_indices
-        else:
-            self._indices = split_indices(data, args.validation_fraction, args.seed)
+        self._indices = split_of(self, found)
         inner, outer = self._indices
-        self._split_file = {
-            "seed": args.seed,
-            "inner_indices": inner,
-            "outer_indices": outer,
-        }
+        parts = {"inner_indices": inner, "outer_indices": outer}
+        self._split_file = {"seed": args.seed, **parts}
         if not outer:
             logger.warning(
-                "validation_fraction=0 leaves no examples for the magnitudes: there is "
-                "no search, and the directions are trained with the first magnitudes."
+                "no examples are held back (validation_fraction=0, or a split without "
+                "any): there is no search, and the first magnitudes stay as they are."
             )
             return data, None
         return select(data, inner), select(data, outer)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's own loader; an order at random follows the epoch."""
-        loader = super().get_train_dataloader()
-        batches: Any = loader.batch_sampler
-        while batches is not None:
-            sampler: Any = getattr(batches, "sampler", None)
-            if getattr(sampler, "generator", self) is None:
-                sampler.generator = self._order
-            batches = getattr(batches, "batch_sampler", None)
+        with without_rest(self.args, self._in_whole_batches):
+            loader = super().get_train_dataloader()
+        choose_order(loader, self._order)
         return loader
 
     # -- stepping ----------------------------------------------------------------------
@@ -327,7 +339,7 @@ class BiDoRAMixin(_Base):
         """
         if self.phase == "retrain":
             # A run that goes on here begins with another model.
-            freeze_magnitudes(self.model)
+            self.outer_level.settle(self.model)
         if self.phase != "search":
             return super().create_optimizer(*args, **kwargs)
         if self.optimizer is None:
@@ -376,7 +388,7 @@ class BiDoRAMixin(_Base):
             loss = super().training_step(model, inputs, num_items_in_batch)
             return loss + add_orthogonality(self).to(loss.dtype)
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.prepared(inputs)
         self._queue.append((inputs, weight_of(self, inputs, num_items_in_batch)))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -395,7 +407,7 @@ class BiDoRAMixin(_Base):
             msg = "there is no outer batch outside of the search."
             raise RuntimeError(msg)
         self._notes = noted_by_the_loss(self)  # those of the inner step
-        return self._prepare_inputs(outer())
+        return self.prepared(outer())
 
     # -- what is told, saved and read ----------------------------------------------------
 
@@ -410,6 +422,9 @@ class BiDoRAMixin(_Base):
         if self._bilevel is not None and "loss" in logs:
             logs.update(self._log.take(self._bilevel))
         super().log(logs, *args, **kwargs)
+        if self.phase is not None:
+            line: dict[str, Any] = self.state.log_history[-1]
+            line["phase"] = self.phase
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and in a search with patience the held-back part too.
@@ -422,20 +437,8 @@ class BiDoRAMixin(_Base):
             The metrics of the evaluation that was asked for.
         """
         metrics = super().evaluate(*args, **kwargs)
-        progress = self._progress
-        if self._bilevel is None or not self.args.search_patience or progress is None:
-            return metrics
-        if self._outer is None or self.control.should_training_stop:
-            return metrics
-        if self._judged_at == self.state.global_step:
-            return metrics  # one of several evaluation sets, and not the first
-        self._judged_at = self.state.global_step
-        loss = held_back_loss(self, self._outer.dataset)
-        self.log({"held_back_loss": loss})
-        progress.judge(loss)
-        self.control.should_training_stop = (
-            progress.without_gain >= self.args.search_patience
-        )
+        if self._bilevel is not None:
+            judge_search(self)
         return metrics
 
     def save_model(
@@ -454,11 +457,13 @@ class BiDoRAMixin(_Base):
         if self.phase is None or progress is None or not self.args.should_save:
             return
         progress.outer_drawn = 0 if self._outer is None else self._outer.drawn
-        save_progress(output_dir, progress, self.model, self._first_values)
+        save_progress(
+            output_dir, progress, self.model, self._searched, self._first_values
+        )
 
     def _restore(self, found: Checkpoint) -> None:
         """Put back, bit for bit, what the Trainer's own files do not hold."""
-        first = load_values(found.path, self.model)
+        first = load_values(found.path, self.model, self._searched)
         self._first_values = {n: t.to(self.args.device) for n, t in first.items()}
         saved, progress = found.progress, self._progress
         if progress is not None:
@@ -467,15 +472,13 @@ class BiDoRAMixin(_Base):
         if self._outer is not None:
             self._outer.drawn = saved.outer_drawn
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: Any = None
-    ) -> None:
-        """Load what we saved: PEFT's own file has no head that is trained beside it."""
-        load_values(Path(resume_from_checkpoint), self.model)
+    def load_values_of(self, folder: str) -> None:
+        """Put the values of a checkpoint into the model.
 
-    def _load_best_model(self) -> None:
-        """Likewise; a load by PEFT may freeze the adapter too."""
-        load_values(Path(str(self.state.best_model_checkpoint)), self.model)
+        Args:
+            folder: the checkpoint.
+        """
+        load_values(Path(folder), self.model, self._searched)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the Trainer's model card, with the tags `bidora` and `dora`.
@@ -486,7 +489,8 @@ class BiDoRAMixin(_Base):
         """
         tags = kwargs.pop("tags", None) or []
         tags = [*([tags] if isinstance(tags, str) else tags), "bidora", "dora"]
-        super().create_model_card(*args, tags=list(tags), **kwargs)
+        with lines_without_phase(self.state):
+            super().create_model_card(*args, tags=list(tags), **kwargs)
         if self.is_world_process_zero():
             tag_card(Path(self.args.output_dir) / "README.md", tags)
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from torch import nn
 from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
 
-from bidora.dora import magnitudes
-from bidora.trainer.checkpoint import SPLIT_FILE, write_json
+from bidora.trainer.checkpoint import SPLIT_FILE, Checkpoint, write_json
+from bidora.trainer.upstream import TRAINER_STATE
 
-__all__ = ["AtTheSeams", "freeze_magnitudes", "part_tensorboard", "tag_card"]
+__all__ = [
+    "AtTheSeams",
+    "end_again",
+    "lines_without_phase",
+    "read_state",
+    "tag_card",
+]
 
 
 class AtTheSeams(TrainerCallback):
@@ -62,27 +68,56 @@ class AtTheSeams(TrainerCallback):
         self.trainer._order.manual_seed(args.seed + int(state.epoch or 0))
 
 
-def freeze_magnitudes(model: nn.Module) -> None:
-    """End the training of all magnitudes of a model.
+def read_state(folder: Path) -> TrainerState | None:
+    """Return the Trainer's state that a folder holds; None where it holds none.
 
     Args:
-        model: the model.
+        folder: the folder of a phase, or a checkpoint.
     """
-    for parameter in magnitudes(model).values():
-        parameter.requires_grad_(False)
+    path = folder / TRAINER_STATE
+    return TrainerState.load_from_json(str(path)) if path.is_file() else None
 
 
-def part_tensorboard(trainer: Any) -> None:
-    """Make TensorBoard's callback choose a folder again: it keeps its first one.
+def end_again(trainer: Any, found: Checkpoint) -> TrainOutput:
+    """Begin and end a phase that was over when the run was stopped.
 
     Args:
-        trainer: the trainer, at the beginning of a phase.
+        trainer: the trainer.
+        found: the last checkpoint of the phase.
+
+    Returns:
+        That of a phase without a step.
     """
-    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    own = os.path.join(chosen, trainer.phase) if chosen else None
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = own
+    trainer._restore(found)
+    state = TrainerState.load_from_json(str(found.path / TRAINER_STATE))
+    args, ends, trainer.state = trainer.args, trainer.callback_handler, state
+    # Callbacks see the phase end: when it did, they may not have.
+    trainer.control = ends.on_train_begin(args, state, trainer.control)
+    best = state.best_model_checkpoint
+    if args.load_best_model_at_end and best and Path(best).is_dir():
+        trainer.load_values_of(best)
+    trainer.control = ends.on_train_end(args, state, trainer.control)
+    return TrainOutput(state.global_step, 0.0, {})
+
+
+@contextmanager
+def lines_without_phase(state: TrainerState) -> Iterator[None]:
+    """Leave the phase out of the lines of a log, in which a card sees metrics alone.
+
+    Args:
+        state: whose lines they are.
+
+    Yields:
+        Control, while they are without.
+    """
+    lines = state.log_history
+    state.log_history = [
+        {k: v for k, v in line.items() if k != "phase"} for line in lines
+    ]
+    try:
+        yield
+    finally:
+        state.log_history = lines
 
 
 def tag_card(path: Path, tags: list[str]) -> None:

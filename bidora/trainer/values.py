@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as RunningNorm
-
-from bidora.dora import magnitudes
 
 __all__ = [
     "VALUES_FILE",
@@ -25,7 +23,10 @@ VALUES_FILE = "bidora_values.safetensors"
 
 
 def save_values(
-    folder: Path, model: nn.Module, first_values: Mapping[str, Tensor]
+    folder: Path,
+    model: nn.Module,
+    outer: Collection[str],
+    first_values: Mapping[str, Tensor],
 ) -> None:
     """Write what moves in either phase, and where a fresh retraining starts.
 
@@ -35,27 +36,27 @@ def save_values(
     Args:
         folder: the checkpoint.
         model: the model.
+        outer: names of the outer parameters.
         first_values: what a fresh retraining starts from.
     """
-    values = {f"now.{n}": t for n, t in adapter_values(model).items()}
+    values = {f"now.{n}": t for n, t in adapter_values(model, outer).items()}
     values.update({f"first.{n}": t for n, t in first_values.items()})
     own = {n: t.detach().cpu().contiguous().clone() for n, t in values.items()}
     save_file(own, str(folder / VALUES_FILE))
 
 
-def adapter_values(model: nn.Module) -> dict[str, Tensor]:
+def adapter_values(model: nn.Module, outer: Collection[str]) -> dict[str, Tensor]:
     """Return what moves in either phase, by name."""
     trained = {
         name: p.detach()
         for name, p in model.named_parameters()
-        if p.requires_grad or "lora_magnitude_vector" in name
+        if p.requires_grad or name in outer
     }
     return trained | norm_buffers(model)
 
 
-def directions(model: nn.Module) -> dict[str, Tensor]:
+def directions(model: nn.Module, outer: Collection[str]) -> dict[str, Tensor]:
     """Return copies of what a fresh retraining starts from, by name."""
-    outer = magnitudes(model)
     trained = {
         name: p
         for name, p in model.named_parameters()
@@ -75,25 +76,29 @@ def norm_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def check_values(folder: Path, model: nn.Module) -> None:
+def check_values(folder: Path, model: nn.Module, outer: Collection[str]) -> None:
     """Refuse a checkpoint whose values are not those of this model.
 
     Args:
         folder: the checkpoint.
         model: the model.
+        outer: names of the outer parameters.
 
     Raises:
         ValueError: the model has other parameters.
     """
-    _values(folder, model)
+    _values(folder, model, outer)
 
 
-def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+def load_values(
+    folder: Path, model: nn.Module, outer: Collection[str]
+) -> dict[str, Tensor]:
     """Put the saved values into a model.
 
     Args:
         folder: the checkpoint.
         model: the model.
+        outer: names of the outer parameters.
 
     Returns:
         What a fresh retraining starts from, by name.
@@ -101,7 +106,7 @@ def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has other parameters; nothing was changed.
     """
-    now, first = _values(folder, model)
+    now, first = _values(folder, model, outer)
     own = _tensors(model)
     with torch.no_grad():
         for name, value in now.items():
@@ -110,7 +115,7 @@ def load_values(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _values(
-    folder: Path, model: nn.Module
+    folder: Path, model: nn.Module, outer: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the values of a checkpoint and the first ones, if they fit the model."""
     saved = load_file(str(folder / VALUES_FILE))
@@ -126,7 +131,7 @@ def _values(
     ]
     unfit += [
         f"{n} is missing there and {_kind(t)} here"
-        for n, t in sorted(adapter_values(model).items())
+        for n, t in sorted(adapter_values(model, outer).items())
         if n not in now
     ]
     if unfit:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
+
+from bidora.runs.results import Listener, RunResult
+from bidora.runs.settings import TrainSettings
 
 WORDS = {
     "fruit": ["apple", "pear", "plum", "cherry"],
@@ -64,3 +72,98 @@ def labelled_csv(
         writer.writerow(["text", "label"])
         writer.writerows(labelled_rows)
     return path
+
+
+class Heard(Listener):
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over, with what only its process knew."""
+
+    settings: TrainSettings
+    result: RunResult
+    job: Any  # with the trained model and the tokenised examples
+    told: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.result.folder)
+
+    def read(self, name: str) -> Any:
+        """Return what a file of the run holds."""
+        text = (self.folder / name).read_text("utf-8")
+        if name.endswith(".jsonl"):
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text) if name.endswith(".json") else text
+
+    def logits(self, model: Any = None) -> torch.Tensor:
+        """Return what a model, or that of the run, says of all test examples."""
+        model = self.job.model if model is None else model
+        examples = self.job.sets["test"]
+        batch = self.job.collate([examples[i] for i in range(len(examples))])
+        batch.pop("labels")
+        with torch.no_grad():
+            return model.eval()(**batch).logits
+
+
+def finish(**given: Any) -> Finished:
+    """Train, and keep the model that was trained."""
+    from bidora.runs import job
+
+    kept: list[Any] = []
+    save = job._Job.save
+
+    def keep(self: Any, *args: Any) -> None:
+        kept.append(self)
+        save(self, *args)
+
+    heard, settings = Heard(), TrainSettings.from_dict(given)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(job._Job, "save", keep)
+        warnings.simplefilter("ignore")
+        result = job.train(settings, heard)
+    return Finished(settings, result, kept[0], heard.lines)
+
+
+@pytest.fixture(scope="session")
+def small_job(tiny_encoder: Path, labelled_csv: Path) -> dict[str, Any]:
+    """Return settings of a run of a second, without its folder."""
+    return {
+        "model": str(tiny_encoder),
+        "task": str(labelled_csv),
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_length": 12,
+        "eval_steps": 3,
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(
+    small_job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Finished]:
+    """Return a function that gives the finished run of a method, trained once for all."""
+    runs: dict[str, Finished] = {}
+
+    def run(method: str) -> Finished:
+        if method not in runs:
+            place = tmp_path_factory.mktemp("finished") / method
+            searches = {"budget": "full", "outer_every": 2, "outer_warmup_steps": 2}
+            runs[method] = finish(
+                **small_job,
+                **(searches if method.startswith("bidora") else {}),
+                method=method,
+                output_dir=str(place),
+            )
+        return runs[method]
+
+    return run

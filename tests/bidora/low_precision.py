@@ -136,6 +136,8 @@ def after_one_step(name: str, estimator: Any, **settings: Any) -> Hypergradient:
         inner_optimizer=partial(torch.optim.SGD, lr=LR),
         outer_optimizer=partial(torch.optim.SGD, lr=0.0),
         outer_warmup=0,
+        max_grad_norm=None,
+        orthogonality=0.0,
         **settings,
     )
     opt.inner_step(batch(name, 1))

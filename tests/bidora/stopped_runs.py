@@ -108,6 +108,9 @@ def make_model(*, adapter: str = "peft", norm: bool = False, width: int = 8) -> 
 
 
 SETTINGS: dict[str, Any] = {
+    "budget": "full",
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
     "estimator": "darts",
     "outer_every": 2,
     "outer_warmup_steps": 0,

@@ -235,7 +235,13 @@ def test_rows_that_the_adapter_cancels(dtype: torch.dtype) -> None:
 
 
 def bidora(model: Any, estimator: str, **settings: Any) -> BiDoRAOptimizer:
-    chosen = {"outer_every": 1, "outer_warmup": 0, "orthogonality": 1e-2, **settings}
+    chosen = {
+        "outer_every": 1,
+        "outer_warmup": 0,
+        "inner_lr": 1e-3,
+        "orthogonality": 1e-2,
+        **settings,
+    }
     return BiDoRAOptimizer(model, estimator, loss_fn=loss_fn, **chosen)
 
 

@@ -113,7 +113,11 @@ def run(estimator: Any, kind: str, k: int, **settings: Any) -> tuple[Any, Params
         else partial(torch.optim.AdamW, lr=0.1)
     )
     opt = BiDoRAOptimizer(
-        model, estimator, loss_fn=loss_fn, inner_optimizer=make, **settings
+        model,
+        estimator,
+        loss_fn=loss_fn,
+        inner_optimizer=make,
+        **{"max_grad_norm": None, "orthogonality": 0.0, **settings},
     )
     expected = truth(model, opt.problem, kind, k)
     for t in range(1, k + 1):

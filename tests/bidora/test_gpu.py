@@ -99,7 +99,15 @@ def batch(seed: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: Any, estimator: Any, **settings: Any) -> BiDoRAOptimizer:
-    given = {"outer_warmup": 0, **settings}
+    made = make_estimator(estimator) if isinstance(estimator, str) else estimator
+    given: dict[str, Any] = {
+        "outer_every": max(1, made.lookback),
+        "outer_warmup": 0,
+        "inner_weight_decay": 0.0,
+        "orthogonality": 0.0,
+        "max_grad_norm": None,
+        **settings,
+    }
     return BiDoRAOptimizer(
         model,
         estimator,

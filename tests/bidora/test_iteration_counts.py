@@ -108,6 +108,7 @@ def test_passes_of_an_iteration(counts: Counts, case: str) -> None:
         make_estimator(name, **settings),
         outer_every=1,
         outer_warmup=0,
+        orthogonality=0.0,
     )
     for t in range(3):  # in the first two, graphs are looked through
         counts.log.clear()

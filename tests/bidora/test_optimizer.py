@@ -111,7 +111,7 @@ def test_trains_a_plain_peft_model_by_name_alone(name: str, make: Any) -> None:
         n_outer += report.outer_step
         assert report.skipped is None
     lookback = opt.estimator.lookback
-    assert n_outer == len([i for i in range(10, 17) if i % max(1, lookback) == 0])
+    assert n_outer == len([i for i in range(10, 17) if i % max(4, lookback) == 0])
 
 
 def test_levels_are_magnitudes_outside_and_the_rest_inside() -> None:
@@ -135,7 +135,7 @@ def test_language_model_with_conv1d_layers() -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(GPT2LMHeadModel(config), peft).train()
-    opt = BiDoRAOptimizer(model, "cg", outer_warmup=0)
+    opt = BiDoRAOptimizer(model, "cg", outer_every=1, outer_warmup=0)
     ids = torch.randint(0, 40, (3, 9))
     before = copies(magnitudes(model))
     report = opt.step(
@@ -147,7 +147,9 @@ def test_language_model_with_conv1d_layers() -> None:
 
 def test_loss_goes_down_on_both_levels() -> None:
     model = get_peft_model(bert(dropout=0.0), lora(r=4)).train()
-    opt = BiDoRAOptimizer(model, "sama", inner_lr=2e-2, outer_lr=2e-2, outer_warmup=2)
+    opt = BiDoRAOptimizer(
+        model, "sama", inner_lr=2e-2, outer_lr=2e-2, outer_every=1, outer_warmup=2
+    )
     reports = [opt.step(batch(0), batch(0)) for _ in range(60)]
     outer = [r.outer_loss for r in reports if r.outer_loss is not None]
     assert reports[0].inner_loss is not None
@@ -161,7 +163,12 @@ def test_orthogonality_joins_the_inner_loss_only() -> None:
     for gamma in (0.0, 10.0):
         model = get_peft_model(bert(dropout=0.0), lora()).train()
         opt = BiDoRAOptimizer(
-            model, "first-order", orthogonality=gamma, inner_lr=0.0, outer_warmup=0
+            model,
+            "first-order",
+            orthogonality=gamma,
+            inner_lr=0.0,
+            outer_every=1,
+            outer_warmup=0,
         )
         term = float(orthogonality(model).detach())
         results.append((opt.step(batch(0), batch(0)), term))
@@ -173,7 +180,7 @@ def test_orthogonality_joins_the_inner_loss_only() -> None:
 
 def test_freezing_magnitudes() -> None:
     model = by_get_peft_model()
-    opt = BiDoRAOptimizer(model, "darts", outer_warmup=0)
+    opt = BiDoRAOptimizer(model, "darts", outer_every=1, outer_warmup=0)
     opt.step(batch(0), batch(1))
     before = copies(magnitudes(model))
     opt.freeze_magnitudes()
@@ -189,6 +196,7 @@ def test_scheduler_and_own_optimizers() -> None:
         "sama",
         inner_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         outer_optimizer=partial(torch.optim.Adam, lr=0.01),
+        outer_every=1,
         outer_warmup=0,
         max_grad_norm=1.0,
     )
@@ -197,6 +205,30 @@ def test_scheduler_and_own_optimizers() -> None:
     scheduler.step()
     assert [g["lr"] for g in opt.param_groups] == [0.05, 0.005]
     assert opt.step(batch(0), batch(1)).outer_step
+
+
+def test_what_is_left_open_follows_the_inner_level() -> None:
+    opt = BiDoRAOptimizer(by_get_peft_model(), inner_lr=0.3, inner_weight_decay=0.2)
+    assert [(g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(0.3, 0.2)] * 2
+    assert (opt.estimator.name, opt.outer_every, opt.outer_warmup) == ("darts", 4, 10)
+    own = BiDoRAOptimizer(by_get_peft_model(), outer_lr=0.4, outer_weight_decay=0.0)
+    assert [g["lr"] for g in own.param_groups] == [5e-4, 0.4]
+    assert [g["weight_decay"] for g in own.param_groups] == [0.1, 0.0]
+    six = make_estimator("unrolled", num_steps=6)
+    assert BiDoRAOptimizer(by_get_peft_model(), six).outer_every == 6
+
+
+def test_the_usual_weight_of_the_orthogonality_term() -> None:
+    """1e-5 of the term; none where curvature has no place for it."""
+    losses = {}
+    for gamma in (0.0, None, 1e-5):
+        model = get_peft_model(bert(dropout=0.0), lora(r=4)).train().double()
+        opt = BiDoRAOptimizer(model, "first-order", orthogonality=gamma)
+        losses[gamma] = opt.step(batch(0)).inner_loss
+    assert losses[None] == losses[1e-5] != losses[0.0]
+    newton = Implicit(CGSolver(8), curvature="gauss-newton")
+    model = get_peft_model(bert(dropout=0.0), lora(r=4)).train().double()
+    assert BiDoRAOptimizer(model, newton).step(batch(0)).inner_loss == losses[0.0]
 
 
 @pytest.mark.parametrize("name", ["neumann", "unrolled"])
@@ -245,6 +277,7 @@ def test_a_step_that_fails_anywhere_changes_nothing() -> None:
             model,
             make_estimator("neumann", num_terms=1, damping=10.0),
             loss_fn=faults.loss(lambda model, b: faults.watch(model(**b).loss)),
+            outer_every=1,
             outer_warmup=0,
             orthogonality=1e-3,
         )
@@ -265,7 +298,7 @@ def test_a_row_without_a_norm_undoes_the_inner_step(
     def no_norm(model: nn.Module) -> None:
         raise ValueError("a row has no norm")
 
-    opt = BiDoRAOptimizer(by_get_peft_model(), "darts", outer_warmup=0)
+    opt = BiDoRAOptimizer(by_get_peft_model(), "darts", outer_every=1, outer_warmup=0)
     opt.step(batch(0), batch(1))
     before = content(opt.problem, opt)
     with monkeypatch.context() as patch:
@@ -369,7 +402,7 @@ def test_settings_out_of_range(settings: Any, text: str) -> None:
 
 def test_an_adapter_added_later_becomes_exact_at_the_next_outer_step() -> None:
     model = get_peft_model(bert(), lora()).train()
-    opt = BiDoRAOptimizer(model, "darts", outer_warmup=0)
+    opt = BiDoRAOptimizer(model, "darts", outer_every=1, outer_warmup=0)
     model.add_adapter("later", lora())
     assert plain_dora_layers(model)
     model.set_adapter("default")
@@ -406,6 +439,7 @@ def test_gauss_newton_scores_what_the_model_scores(head: str) -> None:
     opt = BiDoRAOptimizer(
         model,
         Implicit(CGSolver(8, damping=1e-3), curvature="gauss-newton"),
+        outer_every=1,
         outer_warmup=0,
     )
     batch = {"input_ids": ids, "labels": labels}
@@ -435,7 +469,9 @@ def test_an_audit_leaves_the_training_alone() -> None:
     for every in (None, 2):
         torch.manual_seed(0)
         model = get_peft_model(bert(), lora()).train()
-        opt = BiDoRAOptimizer(model, "darts", outer_warmup=0, audit_every=every)
+        opt = BiDoRAOptimizer(
+            model, "darts", outer_every=1, outer_warmup=0, audit_every=every
+        )
         audits = []
         for k in range(4):
             batch = {

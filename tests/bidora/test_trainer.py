@@ -159,6 +159,7 @@ def by_hand(model: Any, dataset: Any, out: Path) -> None:
         make_estimator("unrolled", num_steps=2),
         inner_optimizer=level(0.1, 1e-2),
         outer_optimizer=level(0.2, 3e-2),
+        outer_every=2,
         outer_warmup=0,
         max_grad_norm=0.05,
         orthogonality=1e-2,

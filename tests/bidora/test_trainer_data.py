@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from torch.utils.data import Subset, TensorDataset
+from datasets import Array2D, ClassLabel, Dataset, Features, Value
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
 
 from bidora.trainer.data import OuterStream, select, split_indices
 
@@ -19,7 +20,7 @@ from bidora.trainer.data import OuterStream, select, split_indices
 LABELS = [0] * 30 + [1] * 10
 
 
-class Columns:
+class Columns(TorchDataset[Any]):
     """A dataset whose labels are an attribute."""
 
     def __init__(self, labels: Any) -> None:
@@ -29,13 +30,26 @@ class Columns:
         return len(self.labels)
 
 
-def named(column: str, kind: Any = None) -> Dataset:
+def named(column: str, kind: Any = None) -> Any:
     """Return a dataset of the datasets library with a column of labels."""
     features = kind and Features({column: kind, "x": Value("int64")})
     return Dataset.from_dict({column: LABELS, "x": range(40)}, features=features)
 
 
+def renamed(batch: Any) -> Any:
+    """A transform as of transformers' scripts: the model's inputs, and nothing else."""
+    raise AssertionError("the transform was run for a look at the labels")
+
+
 STRATIFIED = {
+    "a transform that renames": named("label").with_transform(renamed),
+    "rows of a part": Subset(named("label"), range(40)),
+    "parts": ConcatDataset(
+        [
+            Columns(LABELS[:10]),
+            named("label").select(range(10, 40)).with_format("numpy"),
+        ]
+    ),
     "label": named("label"),
     "labels": named("labels"),
     "ClassLabel": named("label", ClassLabel(names=["no", "yes"])),
@@ -62,7 +76,24 @@ def test_whole_number_labels_keep_their_shares(kind: str) -> None:
 
 
 # One example of each label: a stratified split of them would be refused.
+MULTI_HOT = [[float(i == j) for j in range(20)] for i in range(20)]
+
 UNSTRATIFIED = {
+    "a transform and no column": Dataset.from_dict({"x": range(20)}).with_transform(
+        renamed
+    ),
+    "a transform over tokens": Dataset.from_dict(
+        {"labels": [[i] for i in range(20)]}
+    ).with_transform(renamed),
+    "several labels": Dataset.from_dict({"labels": MULTI_HOT}),
+    "several labels as an array": Dataset.from_dict(
+        {"labels": [[row] for row in np.eye(20, dtype=int).tolist()]},
+        features=Features({"labels": Array2D((1, 20), "int64")}),
+    ),
+    "some unknown": Dataset.from_dict({"labels": [None, *range(19)]}),
+    "parts of which one is not known": ConcatDataset(
+        [TensorDataset(torch.arange(10)), Columns(list(range(10)))]
+    ),
     "floats": Dataset.from_dict({"labels": [float(i) for i in range(20)]}),
     "float tensors": Columns(torch.arange(20.0)),
     "booleans": Dataset.from_dict({"labels": [True] + [False] * 19}),

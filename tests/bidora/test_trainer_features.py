@@ -396,10 +396,10 @@ def test_an_optimizer_of_the_whole_model_is_refused(tmp_path: Path) -> None:
 # -- settings --------------------------------------------------------------------------
 
 
-def test_the_economical_recipe_shares_out_the_steps(tmp_path: Path) -> None:
+def test_the_economical_budget_shares_out_the_steps(tmp_path: Path) -> None:
     t = trainer(
         tmp_path,
-        recipe="economical",
+        budget="economical",
         estimator=None,
         max_steps=6,
         retrain_max_steps=None,
@@ -415,12 +415,12 @@ def test_the_economical_recipe_shares_out_the_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "fraction"), [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (64, 0.25)]
 )
-def test_the_economical_recipe_divides_what_can_be_divided(
+def test_the_economical_budget_divides_what_can_be_divided(
     tmp_path: Path, size: int, fraction: float
 ) -> None:
     args = arguments(
         tmp_path,
-        recipe="economical",
+        budget="economical",
         estimator=None,
         per_device_train_batch_size=size,
     )
@@ -461,10 +461,10 @@ def test_a_loader_of_other_data_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, cls=Own).train()
 
 
-def test_the_economical_recipe_shares_out_the_epochs(tmp_path: Path) -> None:
+def test_the_economical_budget_shares_out_the_epochs(tmp_path: Path) -> None:
     t = trainer(
         tmp_path,
-        recipe="economical",
+        budget="economical",
         estimator=None,
         max_steps=-1,
         num_train_epochs=3,
@@ -478,11 +478,11 @@ def test_the_economical_recipe_shares_out_the_epochs(tmp_path: Path) -> None:
     assert (t.search_state.global_step, output.global_step) == (6, 12)
 
 
-def test_what_is_given_goes_before_the_recipe(tmp_path: Path) -> None:
+def test_what_is_given_goes_before_the_budget(tmp_path: Path) -> None:
     economical = partial(
         arguments,
         tmp_path,
-        recipe="economical",
+        budget="economical",
         estimator=None,
         per_device_outer_batch_size=None,
         per_device_train_batch_size=16,
@@ -498,22 +498,15 @@ def test_what_is_given_goes_before_the_recipe(tmp_path: Path) -> None:
     ).bidora_settings()
     assert given["estimator_settings"] == {}
     assert (given["outer_every"], given["retrain"]) == (2, "fresh")
-    # Settings of the recipe's estimator are not those of another one.
+    # Settings of the budget's estimator are not those of another one.
     other = economical(estimator="cg")
     assert other.bidora_settings()["estimator_settings"] == {}
     assert other.make_estimator().name == "cg"
 
 
-def test_an_estimator_that_chooses_another_says_how_often(tmp_path: Path) -> None:
-    assert arguments(tmp_path, estimator="auto").given_outer_every() is None
-    assert arguments(tmp_path, outer_every=3).given_outer_every() == 3
-    unrolled = {"estimator": "unrolled", "estimator_settings": {"num_steps": 5}}
-    assert arguments(tmp_path, **unrolled).bidora_settings()["outer_every"] == 5
-
-
 def test_arguments_are_parsed_from_words() -> None:
     words = """
-        --output_dir here --recipe economical --estimator unrolled
+        --output_dir here --budget economical --estimator unrolled
         --estimator_settings {"num_steps":3} --outer_lr_scheduler_type cosine
         --validation_fraction 0.25 --search_patience 2 --eval_strategy steps
         --retrain warm --overwrite_earlier_run --use_cpu
@@ -523,7 +516,7 @@ def test_arguments_are_parsed_from_words() -> None:
     assert args.make_estimator().num_steps == 3
     assert args.bidora_settings()["outer_lr_scheduler_type"] == "cosine"
     assert (args.validation_fraction, args.search_patience) == (0.25, 2)
-    assert (args.recipe, args.retrain) == ("economical", "warm")
+    assert (args.budget, args.retrain) == ("economical", "warm")
     assert args.overwrite_earlier_run
 
 
@@ -563,6 +556,104 @@ def test_outer_examples_of_ones_own_leave_the_training_set_whole(
     assert seen[3] == {tuple(row) for row in others["input_ids"]}
 
 
+def test_a_short_search_is_scaled_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The usual warm-up of 10 steps would leave no outer step in 8."""
+    t = trainer(tmp_path, outer_warmup_steps=None, max_steps=8)
+    start = adapter(t.model)
+    with caplog.at_level("WARNING", "bidora"):
+        t.train()
+    said = "outer_warmup_steps=10 leaves no outer step in the 8 steps of the search"
+    assert said in caplog.text
+    assert "they are scaled to 1 and 2, for 7 outer step(s)" in caplog.text
+    assert t.search_state is not None
+    lines = [e for e in t.search_state.log_history if "outer_steps" in e]
+    assert lines[-1]["outer_steps"] == 7
+    moved = adapter(t.model)
+    assert not any(torch.equal(moved[n], start[n]) for n in moved if is_magnitude(n))
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_the_steps_of_epochs_are_those_that_the_trainer_takes(
+    tmp_path: Path, accumulated: int, epochs: float
+) -> None:
+    t = trainer(
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulated,
+        outer_warmup_steps=None,
+        retrain="none",
+    )
+    t.train()
+    assert t._plan is not None
+    assert t.state.max_steps == t._plan.steps == t.state.global_step
+
+
+def flattened(features: list[Any]) -> Any:
+    """One row of all examples, as for packed sequences."""
+    batch = collate(features)
+    kept = batch["attention_mask"].bool()
+    row = batch["input_ids"][kept][None][:, :16]
+    return {"input_ids": row, "labels": batch["labels"][:1]}
+
+
+def test_a_batch_that_is_no_row_of_examples_is_taken_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reports: list[StepReport]
+) -> None:
+    ends = []
+    for name, fraction in (("part", 0.25), ("whole", 1.0)):
+        t = trainer(
+            tmp_path / name,
+            estimator_settings={"product_fraction": fraction},
+            parts={"data_collator": flattened},
+        )
+        with caplog.at_level("WARNING", "bidora"):
+            t.train()
+        ends.append(adapter(t.model))
+    assert largest_difference(*ends) == 0.0
+    told = [r.getMessage() for r in caplog.records if "product_frac" in r.getMessage()]
+    assert len(told) == 1
+    assert "product_fraction=0.25 asks for a part" in told[0]
+    assert "a batch of 4 examples holds tensors whose first axes are [1]" in told[0]
+
+
+def test_without_a_retraining_the_search_is_the_result(tmp_path: Path) -> None:
+    t = trainer(tmp_path, retrain="none", save_strategy="steps", save_steps=2)
+    watch = watched(t)
+    output = t.train()
+    assert {phase for _, phase in watch.events} == {"search"}
+    assert largest_difference(watch.last["search"], adapter(t.model)) == 0.0
+    assert output.global_step == 4
+    assert output.metrics["search_train_loss"] == output.metrics["train_loss"]
+    again = trainer(tmp_path, retrain="none", save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert largest_difference(adapter(t.model), adapter(again.model)) == 0.0
+
+
+# -- what is logged --------------------------------------------------------------------
+
+
+def test_every_line_names_its_phase(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"eval_dataset": labelled(8, seed=1)}
+    t = trainer(tmp_path, parts=parts, eval_strategy="steps", eval_steps=2)
+    t.train()
+    assert t.search_state is not None
+    assert {e["phase"] for e in t.search_state.log_history} == {"search"}
+    assert {e["phase"] for e in t.state.log_history} == {"retrain"}
+    printed = [e for e in capsys.readouterr().out.splitlines() if e.startswith("{")]
+    both = len(t.search_state.log_history) + len(t.state.log_history)
+    assert len(printed) == both
+    assert all(e.startswith("{'phase': '") for e in printed)
+    metrics = t.evaluate()
+    assert "phase" not in metrics
+    assert "phase" not in t.state.log_history[-1]
+
+
 # -- TensorBoard and the hub -----------------------------------------------------------
 
 
@@ -594,9 +685,13 @@ def test_tensorboard_gets_a_folder_for_each_phase(
     for place, folder in folders.items():
         events = EventAccumulator(str(folder))
         events.Reload()
-        tags[place] = {tag for tag in events.Tags()["scalars"] if "outer_loss" in tag}
+        tags[place] = set(events.Tags()["scalars"])
     searched = min(expected, key=lambda place: "search" not in place[1])
-    assert {place for place, found in tags.items() if found} == {searched}
+    (retrained,) = expected - {searched}
+    assert {"search/loss", "search/outer_loss"} <= tags[searched]
+    assert "retrain/loss" in tags[retrained]
+    assert {tag.split("/")[0] for tag in tags[searched]} == {"search"}
+    assert {tag.split("/")[0] for tag in tags[retrained]} == {"retrain"}
 
 
 def test_the_end_pushes_a_plain_adapter(
@@ -650,6 +745,7 @@ def test_the_end_pushes_a_plain_adapter(
     header = card.split("---")[1]
     assert "- bidora" in header
     assert "- dora" in header
+    assert "phase" not in card.lower()
 
     # What was pushed is loaded by PEFT alone, as it was trained, merged or not.
     base = bert().unload()

@@ -34,6 +34,7 @@ from tests.bidora.tiny_trainer import (
 )
 
 SHORT: dict[str, Any] = {
+    "budget": "full",
     "estimator": "darts",
     "outer_warmup_steps": 0,
     "max_steps": 3,

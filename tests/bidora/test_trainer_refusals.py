@@ -53,7 +53,8 @@ def refused(trainer: Any, folder: Path, said: str, **arguments: Any) -> None:
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True}, r"fp16=True .*GradScaler.*bf16=True"),
-    ({"recipe": "cheap"}, r"recipe='cheap' is unknown.*full, economical"),
+    ({"budget": "cheap"}, r"budget='cheap' is unknown.*economical, full"),
+    ({"outer_level": "magnitude"}, r"unknown outer level.*Did you mean 'magnitudes'"),
     ({"estimator": "newton"}, r"'newton' is unknown.*choose one of.*neumann"),
     ({"estimator_settings": {"depth": 3}}, r"darts.*'depth'"),
     ({"estimator_settings": "{'a': 1}"}, r"estimator_settings=.*JSON.*\{"),
@@ -62,7 +63,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         {"estimator": "unrolled", "estimator_settings": {"num_steps": 0}},
         "num_steps=0",
     ),
-    ({"retrain": "hot"}, r"retrain='hot' is unknown: choose one of fresh, warm"),
+    ({"retrain": "hot"}, r"retrain='hot' is unknown: choose one of fresh, warm, none"),
     (
         {"dora_dropout": "all"},
         r"dora_dropout='all' is unknown: choose one of lora, peft",
@@ -165,7 +166,8 @@ class Mine(BiDoRAArguments, TrainingArguments):
 
 
 def test_arguments_of_another_trainer_are_enough(tmp_path: Path) -> None:
-    args = Mine(str(tmp_path), **{**SETTINGS, "max_steps": 1, "retrain_max_steps": 1})
+    few = {"max_steps": 2, "retrain_max_steps": 1}
+    args = Mine(str(tmp_path), **{**SETTINGS, **few})
     own = {"train_dataset": Sentences(30), "data_collator": collate}
     assert BiDoRATrainer(make_model(), args, **own).train().global_step == 1
 
@@ -194,6 +196,10 @@ PARTS: list[tuple[dict[str, Any], str]] = [
     ({"train_dataset": Stream()}, "train_dataset has no length.*list"),
     ({"outer_dataset": Stream()}, "outer_dataset has no length.*list"),
     (
+        {"outer_dataset": Sentences(9), "split": ([0], [1])},
+        "split divides train_dataset, and outer_dataset leaves it whole",
+    ),
+    (
         {"train_dataset": TWICE, "eval_dataset": TWICE},
         "eval_dataset is train_dataset.*Pass other examples",
     ),
@@ -204,7 +210,9 @@ PARTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("parts", "said"), PARTS, ids=["inner", "outer", "a", "b"])
+@pytest.mark.parametrize(
+    ("parts", "said"), PARTS, ids=["inner", "outer", "both", "a", "b"]
+)
 def test_data_that_a_trainer_cannot_use(
     parts: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
@@ -297,6 +305,72 @@ def test_an_outer_batch_over_the_size_of_the_split(tmp_path: Path) -> None:
     said = "an outer batch of 4 examples .* more than the 3 that "
     parts = {"outer_dataset": Sentences(3)}
     refused(few(tmp_path, parts=parts), tmp_path, said)
+
+
+def test_a_search_in_which_the_magnitudes_would_never_move(tmp_path: Path) -> None:
+    for settings, said in (
+        ({"outer_warmup_steps": 3}, "outer_warmup_steps=3 leaves no outer .* 2 steps"),
+        ({"outer_every": 3}, "outer_every=3 .* leaves no outer step in the 2 steps"),
+        (
+            {"estimator": "unrolled", "outer_every": None},
+            "looks back at 5 steps.* the 2 steps",
+        ),
+        # 24 examples in batches of 8 are three steps.
+        (
+            {"max_steps": -1, "num_train_epochs": 1, "outer_warmup_steps": 4},
+            "outer_warmup_steps=4 leaves no outer step in the 3 steps",
+        ),
+    ):
+        refused(few(tmp_path, **settings), tmp_path, said)
+
+
+def test_a_product_on_less_than_an_example(tmp_path: Path) -> None:
+    said = r"product_fraction=0.01 of a batch of 8 .*'product_fraction': 0.125}"
+    own = {"product_fraction": 0.01}
+    refused(few(tmp_path, estimator_settings=own), tmp_path, said)
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    settings = {"retrain": "none", "validation_fraction": 0.0}
+    refused(few(tmp_path, **settings), tmp_path, "retrain='none' leaves nothing to do")
+
+
+SPLITS: list[tuple[Any, str]] = [
+    ((range(20), range(20, 29)), "20 and 9 indices of 30 .*1 examples are in neither"),
+    ((range(20), range(19, 30)), "1 indices come twice"),
+    ((range(20), range(20, 31)), "1 are of no example"),
+    (([], range(30)), "holds all examples back"),
+    (range(30), "split is a range; pass two lists of indices"),
+]
+
+
+@pytest.mark.parametrize(("split", "said"), SPLITS, ids=[s for _, s in SPLITS])
+def test_a_split_that_is_none(split: Any, said: str, tmp_path: Path) -> None:
+    refused(few(tmp_path, parts={"split": split}), tmp_path, said)
+
+
+def test_another_split_than_that_of_the_checkpoint(tmp_path: Path) -> None:
+    split = [*range(0, 30, 2)], [*range(1, 30, 2)]
+    few(tmp_path, parts={"split": split}).train()
+    written = json.loads((tmp_path / "bidora_split.json").read_text())
+    assert [written["inner_indices"], written["outer_indices"]] == [*split]
+    trainer = few(tmp_path, parts={"split": split[::-1]})
+    said = "split holds 15 examples back, and .*checkpoint-1 .* 15 others"
+    refused(trainer, tmp_path, said, resume_from_checkpoint=True)
+    for parts in ({"split": split}, {}):
+        trainer = few(tmp_path, parts=parts)
+        assert trainer.train(resume_from_checkpoint=True).global_step == 1
+
+
+def test_one_of_several_processes_that_do_not_know_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = few(tmp_path)
+    from bidora.trainer._checks import check_trainer
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes.*torchrun"):
+        check_trainer(trainer)
 
 
 def test_no_training_set(tmp_path: Path) -> None:

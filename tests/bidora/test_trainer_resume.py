@@ -299,6 +299,22 @@ def test_a_finished_run_takes_no_step(finished: Any, run: Path) -> None:
     assert differences(expected["values"], outcome(trainer)["values"]) == []
 
 
+def test_the_search_of_a_resumed_retraining_is_known(
+    finished: Any, run: Path, tmp_path: Path
+) -> None:
+    """Also where the run goes on in another folder."""
+    expected = finished[1].search_state.log_history
+    trainer = few(run)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert trainer.search_state is not None
+    assert trainer.search_state.log_history == expected
+    assert {line["phase"] for line in expected} == {"search"}
+    other = few(tmp_path / "other")
+    other.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert other.search_state is not None
+    assert other.search_state.log_history == expected
+
+
 def test_a_finished_run_gives_its_best_model_again(tmp_path: Path) -> None:
     settings: dict[str, Any] = {**WILD, "eval_steps": 1, "load_best_model_at_end": True}
     trainer = few(tmp_path, **settings)

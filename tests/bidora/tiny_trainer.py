@@ -129,6 +129,10 @@ def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
 def arguments(out: Any, **changed: Any) -> BiDoRATrainingArguments:
     """Settings of a short run."""
     settings: dict[str, Any] = {
+        "budget": "full",
+        "orthogonality": 0.0,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
         "estimator": "darts",
         "outer_warmup_steps": 0,
         "max_steps": 4,

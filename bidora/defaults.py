@@ -1,0 +1,62 @@
+"""The one set of defaults: of the command, of the Trainer's arguments, of the optimizer."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BUDGET",
+    "ESTIMATOR",
+    "LEARNING_RATE",
+    "MAX_GRAD_NORM",
+    "ORTHOGONALITY",
+    "OTHER_LEARNING_RATE",
+    "OUTER_EVERY",
+    "OUTER_WARMUP",
+    "PRODUCT_FRACTION",
+    "RETRAIN_SHARE",
+    "SEARCH_SHARE",
+    "VALIDATION_FRACTION",
+    "WARMUP_RATIO",
+    "WEIGHT_DECAY",
+]
+
+BUDGET = "economical"
+"""See `bidora.budget`."""
+
+ESTIMATOR = "darts"
+"""That of every budget, and of `BiDoRAOptimizer`."""
+
+LEARNING_RATE = 5e-3
+"""AdamW's rate of directions, head and magnitudes for the bundled encoder."""
+
+OTHER_LEARNING_RATE = 5e-4
+"""Likewise for every other model. transformers' own 5e-5 is for training all weights."""
+
+WEIGHT_DECAY = 0.1
+"""AdamW's decoupled weight decay, on both levels."""
+
+WARMUP_RATIO = 0.06
+"""Part of each phase in which the rates rise."""
+
+MAX_GRAD_NORM = 1.0
+"""Norm that inner gradients are clipped to."""
+
+VALIDATION_FRACTION = 0.2
+"""Part of the training examples that is held back for the outer level."""
+
+OUTER_EVERY = 4
+"""Inner steps from one outer step to the next, in the economical budget."""
+
+OUTER_WARMUP = 10
+"""Inner steps before the first outer step, at most a quarter of the search."""
+
+ORTHOGONALITY = 1e-5
+"""Weight of the orthogonality term in the inner loss."""
+
+PRODUCT_FRACTION = 0.25
+"""Part of the inner batch that the mixed product is taken on, in the economical budget."""
+
+SEARCH_SHARE = 1 / 2
+"""Steps of the search over those that were asked for, in the economical budget."""
+
+RETRAIN_SHARE = 2 / 3
+"""Likewise those of its retraining, which is warm."""

@@ -1,0 +1,169 @@
+"""The contract of a method: what is put into a model, how it is trained, and saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bidora.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
+
+    from bidora.models import Base
+    from bidora.runs.settings import JobSettings, TrainSettings
+
+__all__ = ["Method", "TrainerParts"]
+
+SEARCH_ONLY = (
+    "budget",
+    "estimator",
+    "estimator_settings",
+    "outer_every",
+    "outer_warmup_steps",
+    "per_device_outer_batch_size",
+    "validation_fraction",
+    "orthogonality",
+    "retrain",
+    "retrain_max_steps",
+    "retrain_learning_rate",
+    "audit_every",
+)
+"""Settings of the search, meaningless to methods of one phase."""
+
+OF_MAGNITUDES = ("outer_learning_rate", "outer_weight_decay")
+OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What a Trainer is made of, whatever the method.
+
+    Args:
+        settings: Of the run.
+        arguments: Fields of `TrainingArguments` that follow from them.
+        given: What every Trainer takes: model, datasets, collator, metrics.
+        split: Indices of the training examples for the directions, and of those held
+            back for the magnitudes.
+        whole_batches: Whether the last, smaller batch of an epoch is left out.
+    """
+
+    settings: TrainSettings
+    arguments: dict[str, Any]
+    given: dict[str, Any]
+    split: tuple[list[int], list[int]]
+    whole_batches: bool
+
+
+class Method(ABC):
+    """How to train: a subclass has a name, one line that says what it is, and no state.
+
+    Attributes:
+        name: Name in the registry, and on the command line.
+        summary: One line for `--method help`.
+        phases: Names of the phases, in order.
+        searches: Whether examples are held back for an outer level.
+        preset: Settings that the method stands for; it refuses others for them.
+        ignores: Settings that mean nothing to it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    phases: ClassVar[tuple[str, ...]] = ("train",)
+    searches: ClassVar[bool] = False
+    preset: ClassVar[Mapping[str, Any]] = {}
+    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES)
+
+    def check(self, settings: TrainSettings) -> None:
+        """Refuse settings that would do nothing, or that the method fixes.
+
+        Args:
+            settings: Of the run.
+
+        Raises:
+            UserError: If one of them was changed.
+        """
+        changed = settings.differs()
+        useless = [name for name in self.ignores if name in changed]
+        if useless:
+            raise UserError(
+                f"{_options(useless)} has no meaning with --method {self.name}, which is "
+                f"{self.summary}. Leave it out, or choose --method bidora."
+            )
+        fixed = [n for n, value in self.preset.items() if n in changed
+                 and getattr(settings, n) != value]  # fmt: skip
+        if fixed:
+            raise UserError(
+                f"--method {self.name} stands for a value of {_options(fixed)} of its "
+                "own. Leave it out, or choose --method bidora."
+            )
+
+    @abstractmethod
+    def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
+        """Return the model to train, with what the method puts in.
+
+        Args:
+            base: The loaded model, and what is to be trained of its head.
+            settings: Of the run.
+
+        Raises:
+            UserError: If the method does not fit the model.
+        """
+
+    def trainer(self, parts: TrainerParts) -> Trainer:
+        """Return a Trainer over the prepared model and examples.
+
+        Args:
+            parts: What it is made of.
+        """
+        from transformers import TrainingArguments
+
+        from bidora.methods.training import OneGrouping, use_one_device
+
+        args = TrainingArguments(**parts.arguments)
+        use_one_device(args)
+        settings = parts.settings
+        return OneGrouping(
+            args=args,
+            magnitude_rate=settings.outer_learning_rate,
+            magnitude_decay=settings.outer_weight_decay,
+            whole_batches=parts.whole_batches,
+            **parts.given,
+        )
+
+    @abstractmethod
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what was trained.
+
+        Args:
+            model: What `adapt` returned, trained.
+            folder: Where to.
+        """
+
+    @abstractmethod
+    def load(self, base: Base, folder: Path) -> nn.Module:
+        """Return the trained model again.
+
+        Args:
+            base: The model that `adapt` was given.
+            folder: Where `save` wrote.
+        """
+
+    def loading_code(self, names: Mapping[str, str]) -> str:
+        """Return lines of Python that load what `save` wrote, without this package.
+
+        Args:
+            names: `folder`, `base` and `auto_model`, to be put in.
+        """
+        raise NotImplementedError
+
+
+def _options(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+Loader = Callable[..., Any]

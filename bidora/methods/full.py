@@ -1,0 +1,66 @@
+"""Full fine-tuning: every weight is trained, and the whole model is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bidora.models import Base
+    from bidora.runs.settings import JobSettings
+
+__all__ = ["Full"]
+
+
+class Full(Method):
+    """Train everything."""
+
+    name: ClassVar[str] = "full"
+    summary: ClassVar[str] = "full fine-tuning: every weight of the model"
+    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS)
+
+    def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
+        """Return the model as it is.
+
+        Args:
+            base: The loaded model.
+            settings: Not used.
+        """
+        del settings
+        return base.model.requires_grad_(True)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the whole model.
+
+        Args:
+            model: The model.
+            folder: Where to.
+        """
+        model.save_pretrained(str(folder))
+
+    def load(self, base: Base, folder: Path) -> nn.Module:
+        """Return the saved model.
+
+        Args:
+            base: A model of its class.
+            folder: Where it is.
+        """
+        return type(base.model).from_pretrained(str(folder), local_files_only=True)
+
+    def loading_code(self, names: Mapping[str, str]) -> str:
+        """Return lines that load the model in plain transformers.
+
+        Args:
+            names: `folder` and `auto_model`.
+        """
+        return f"""\
+from transformers import AutoTokenizer, {names["auto_model"]}
+
+model = {names["auto_model"]}.from_pretrained({names["folder"]!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({names["folder"]!r})
+"""

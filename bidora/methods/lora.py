@@ -1,0 +1,140 @@
+"""LoRA and its kin, by PEFT: LoRA, rank-stabilised LoRA, DoRA with either forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bidora.errors import UserError
+from bidora.methods.base import SEARCH_ONLY, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bidora.models import Base
+    from bidora.runs.settings import JobSettings
+
+__all__ = ["ExactDora", "Lora", "PeftDora", "RankStabilisedLora"]
+
+
+class Lora(Method):
+    """Low-rank changes of weights [HSW22]."""
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "LoRA: a low-rank change of each adapted weight"
+    config: ClassVar[Mapping[str, Any]] = {}
+    """Fields of PEFT's `LoraConfig` beside rank, scale, dropout and place."""
+
+    def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
+        """Return the PEFT model, its head among the trained modules.
+
+        Args:
+            base: The loaded model.
+            settings: Of the run.
+
+        Raises:
+            UserError: If the model has no such layers.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        asked = settings.target_modules
+        targets: Any = list(asked) if asked else None
+        if targets == ["all-linear"]:
+            targets = "all-linear"
+        config = LoraConfig(
+            task_type=base.peft_type,
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a float too
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets,
+            modules_to_save=base.head,
+            **self.config,
+        )
+        try:
+            return get_peft_model(base.model, config)
+        except ValueError as error:
+            wanted = ", ".join(asked) if asked else "PEFT's usual choice"
+            raise UserError(
+                f"--target-modules ({wanted}) does not fit {settings.model!r}: "
+                f"{str(error).split('. ')[0][:200]}. Its layers that can be adapted end "
+                f"in {', '.join(base.adaptable())}."
+            ) from error
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapter as PEFT does.
+
+        Args:
+            model: The PEFT model.
+            folder: Where to.
+        """
+        # "auto" would ask the Hub about embeddings, which are never adapted here.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def load(self, base: Base, folder: Path) -> nn.Module:
+        """Return the base with the saved adapter.
+
+        Args:
+            base: The loaded model.
+            folder: Where the adapter is.
+        """
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base.model, str(folder))
+
+    def loading_code(self, names: Mapping[str, str]) -> str:
+        """Return lines that load the adapter in plain PEFT.
+
+        Args:
+            names: `folder`, `base` and `auto_model`.
+        """
+        return f"""\
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, {names["auto_model"]}
+
+config = AutoConfig.from_pretrained({names["folder"]!r})
+base = {names["auto_model"]}.from_pretrained(
+    {names["base"]!r}, config=config, ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(base, {names["folder"]!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({names["folder"]!r})
+"""
+
+
+class RankStabilisedLora(Lora):
+    """LoRA scaled by α/√r [Kal23]."""
+
+    name: ClassVar[str] = "rslora"
+    summary: ClassVar[str] = "LoRA whose change is scaled by alpha / sqrt(rank)"
+    config: ClassVar[Mapping[str, Any]] = {"use_rslora": True}
+
+
+class PeftDora(Lora):
+    """DoRA with PEFT's own forward, whose backward takes the norm for a constant."""
+
+    name: ClassVar[str] = "dora-peft"
+    summary: ClassVar[str] = "DoRA as PEFT computes it, all parameters at one rate"
+    config: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+
+
+class ExactDora(PeftDora):
+    """DoRA with the exact forward; magnitudes may learn at a rate of their own."""
+
+    name: ClassVar[str] = "dora"
+    summary: ClassVar[str] = (
+        "exact DoRA: magnitudes and directions together, each at a rate of its own"
+    )
+    ignores: ClassVar[tuple[str, ...]] = SEARCH_ONLY
+
+    def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
+        """Return the PEFT model with exact DoRA layers.
+
+        Args:
+            base: The loaded model.
+            settings: Of the run.
+        """
+        from bidora.dora import use_exact_dora
+
+        model = super().adapt(base, settings)
+        use_exact_dora(model)
+        return model

@@ -1,0 +1,119 @@
+"""The Trainer of every method of one phase: one grouping of parameters for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from bidora.dora import magnitudes
+from bidora.trainer.data import without_rest
+from bidora.trainer.upstream import use_one_device
+
+__all__ = ["OneGrouping", "parameter_groups", "use_one_device"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    decaying: set[str],
+    *,
+    lr: float,
+    weight_decay: float,
+    magnitude_rate: float | None = None,
+    magnitude_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Group the trained parameters of a model by rate and decay.
+
+    Biases and the parameters of norms do not decay, in any method; magnitudes may have a
+    rate and a decay of their own.
+
+    Args:
+        model: The model.
+        decaying: Names of the parameters that decay, as the Trainer finds them.
+        lr: Rate of all but magnitudes.
+        weight_decay: Their decay.
+        magnitude_rate: Rate of DoRA's magnitudes; None for `lr`.
+        magnitude_decay: Their decay; None for `weight_decay`.
+
+    Returns:
+        Groups for a torch optimizer; none is empty.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> groups = parameter_groups(model, {"weight"}, lr=0.1, weight_decay=0.01)
+        >>> [(len(g["params"]), g["weight_decay"]) for g in groups]
+        [(1, 0.01), (1, 0.0)]
+    """
+    outer = set(magnitudes(model))
+    own = lr if magnitude_rate is None else magnitude_rate
+    decay = weight_decay if magnitude_decay is None else magnitude_decay
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for is_outer, rate, most in ((False, lr, weight_decay), (True, own, decay)):
+        for decays in (True, False):
+            groups[is_outer, decays] = {
+                "params": [],
+                "lr": rate,
+                "weight_decay": most if decays else 0.0,
+            }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in outer, name in decaying]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+class OneGrouping(Trainer):
+    """A Trainer whose AdamW has the groups of `parameter_groups`.
+
+    Args:
+        args: As for the Trainer.
+        magnitude_rate: See `parameter_groups`.
+        magnitude_decay: Likewise.
+        whole_batches: Whether the last, smaller batch of an epoch is left out, in
+            training alone.
+        kwargs: As for the Trainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        magnitude_rate: float | None = None,
+        magnitude_decay: float | None = None,
+        whole_batches: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.magnitude_rate = magnitude_rate
+        self.magnitude_decay = magnitude_decay
+        self.whole_batches = whole_batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the Trainer's loader."""
+        with without_rest(self.args, self.whole_batches):
+            return super().get_train_dataloader()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer that the arguments name, over those groups.
+
+        Args:
+            args: As for the Trainer.
+            kwargs: As for the Trainer.
+
+        Returns:
+            The optimizer.
+        """
+        if self.optimizer is None:
+            model: Any = self.model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model,
+                set(self.get_decay_parameter_names(model)),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                magnitude_rate=self.magnitude_rate,
+                magnitude_decay=self.magnitude_decay,
+            )
+            self.optimizer = cls(groups, **options)
+        return self.optimizer

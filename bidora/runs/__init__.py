@@ -1,0 +1,1 @@
+"""Jobs: what a run is told, does, keeps and leaves behind."""

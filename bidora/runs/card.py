@@ -1,0 +1,128 @@
+"""The model card that a run leaves: what was trained, on what, how well, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from bidora.models import ModelSource
+    from bidora.runs.examples import Examples
+    from bidora.runs.results import RunResult
+    from bidora.runs.settings import TrainSettings
+
+__all__ = ["write_card"]
+
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+}
+
+
+def write_card(
+    folder: Path,
+    settings: TrainSettings,
+    examples: Examples,
+    source: ModelSource,
+    result: RunResult,
+) -> None:
+    """Write `README.md`, as the Hub shows it.
+
+    Args:
+        folder: Where to.
+        settings: Of the run.
+        examples: What it learnt from.
+        source: The base model.
+        result: What it came to.
+    """
+    from bidora.methods import make_method
+
+    method = make_method(settings.method)
+    task, schema = examples.task, examples.schema
+    data: dict[str, Any] = {
+        "library_name": "transformers" if settings.method == "full" else "peft",
+        "tags": sorted({settings.method, "hypergrad-bidora", "bidora"}),
+    }
+    if task.peft_type in PIPELINES:
+        data["pipeline_tag"] = PIPELINES[task.peft_type]
+    if source.hub_name.count("/") == 1 and not Path(source.hub_name).exists():
+        data["base_model"] = source.hub_name
+    code = method.loading_code(
+        {"folder": ".", "base": source.hub_name, "auto_model": task.auto_model}
+    )
+    card = ModelCard(
+        f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n"
+        + _text(settings, examples, source, result, method.summary, code, schema)
+    )
+    card.save(folder / "README.md")
+
+
+def _text(
+    settings: TrainSettings,
+    examples: Examples,
+    source: ModelSource,
+    result: RunResult,
+    summary: str,
+    code: str,
+    schema: Any,
+) -> str:
+    last = result.phases[-1]
+    parts = [p for p in last.scores if p != "held_back"]
+    names = [n for n in last.test if n != "loss"]
+    table = ["| examples | " + " | ".join([*names, "loss"]) + " |"]
+    table.append("|---" * (len(names) + 2) + "|")
+    for part in parts:
+        values = [f"{last.scores[part][n]:.4f}" for n in [*names, "loss"]]
+        table.append(f"| {_plain(part)} | " + " | ".join(values) + " |")
+    sizes = ", ".join(f"{len(r)} {_plain(p)}" for p, r in examples.rows.items())
+    labels = ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50]) or (
+        "a number, {mean:.6g} + {deviation:.6g} times the logit".format(**schema.details)
+        if {"mean", "deviation"} <= set(schema.details)
+        else "numbers"
+    )
+    changed = settings.as_dict()
+    rows = [
+        f"| {name} | `{_plain(changed[name])}` |"
+        for name in sorted(settings.differs() - {"output_dir", "overwrite", "trainer"})
+    ]
+    phases = "; ".join(
+        f"{p.name} {p.steps} steps, {p.seconds:.0f} s" for p in result.phases
+    )
+    return f"""\
+# {_plain(source.name)}, fine-tuned on {_plain(examples.source.name)}
+
+- **Method**: {summary} (`{settings.method}` of hypergrad-bidora).
+- **Task**: {examples.task.name}. Outputs: {labels}.
+- **Data**: {_plain(examples.source.note)} ({sizes} examples)
+- **Training**: {phases}; seed {settings.seed}.
+
+## Scores
+
+Measured once, at the end.
+
+{chr(10).join(table)}
+
+![Curves](curves.png)
+
+## Use
+
+With this folder as the working folder:
+
+```python
+{code}```
+
+`AutoModel….from_pretrained` of an adapter's folder leaves DoRA's magnitudes out without a
+word (transformers' doing), so load the base first, as above. `bidora predict FOLDER
+--input new.csv --output scored.csv` does all of it.
+
+## Settings that were changed
+
+{chr(10).join(["| setting | value |", "|---|---|", *rows])}
+"""
+
+
+def _plain(value: Any) -> str:
+    """Return text that no table or code span is broken by."""
+    return str(value).replace("|", "/").replace("`", "'").replace("\n", " ")

@@ -1,0 +1,170 @@
+"""The examples of a job: found, read, checked and split, before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bidora.data.load import load_source
+from bidora.data.source import Source
+from bidora.errors import UserError
+from bidora.runs.results import Listener
+from bidora.runs.settings import JobSettings
+from bidora.tasks.base import Rows, Schema, Task
+from bidora.tasks.guess import guess_task_type
+from bidora.tasks.registry import TASKS, make_task
+
+__all__ = ["Examples", "read_examples"]
+
+TEST_FRACTION = 0.2
+"""Share of the examples held back for testing where there is no test part."""
+
+SHOWN = 10
+"""Bad rows that a message shows; it counts the others."""
+
+
+@dataclass
+class Examples:
+    """What a job learns from and is scored on.
+
+    Attributes:
+        source: Where they come from.
+        task: What they mean.
+        schema: What the task found out about them.
+        rows: Clean examples by part; `train` and `test` are always there.
+        skipped: Bad rows that were left out.
+        inner: Indices of the training examples that directions learn on in a search.
+        outer: Indices of those held back for an outer level; empty without a search.
+    """
+
+    source: Source
+    task: Task
+    schema: Schema
+    rows: dict[str, Rows]
+    skipped: list[str] = field(default_factory=list)
+    inner: list[int] = field(default_factory=list)
+    outer: list[int] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """Return which examples went where, as JSON can hold it."""
+        return {
+            "task": self.source.name,
+            "source": self.source.note,
+            "examples": {part: len(rows) for part, rows in self.rows.items()},
+            "skipped": self.skipped,
+            "inner_indices": self.inner,
+            "outer_indices": self.outer,
+        }
+
+
+def read_examples(
+    settings: JobSettings, listener: Listener, *, searches: bool
+) -> Examples:
+    """Read, check and split the examples of a job, and say what was understood.
+
+    Args:
+        settings: Of the job.
+        listener: Told what the data is.
+        searches: Whether part of the training examples is held back.
+
+    Returns:
+        The examples.
+
+    Raises:
+        UserError: If the data can't be used; it names all bad rows at once.
+    """
+    source = load_source(
+        settings.task,
+        seed=settings.seed,
+        data_dir=settings.data_dir,
+        validation_file=settings.validation_file,
+        test_file=settings.test_file,
+        column_names=settings.column_names,
+        quoting=settings.quoting,
+        encoding=settings.encoding,
+        label_column=settings.label_column,
+    )
+    task = _task(settings, source, listener)
+    schema = task.schema(source)
+    rows = {part: task.rows(table, schema) for part, table in source.parts.items()}
+    skipped = _bad_rows(source, rows, settings)
+    note = source.note
+    if not rows.get("test"):
+        first, second = task.split(rows["train"], schema, TEST_FRACTION, settings.seed)
+        rows["test"] = rows["train"].select(second)
+        rows["train"] = rows["train"].select(first)
+        note += (
+            f" {TEST_FRACTION:.0%} of it (seed {settings.seed}) held back for testing."
+        )
+    found = Examples(source, task, schema, rows, skipped)
+    found.inner = list(range(len(rows["train"])))
+    if searches:
+        found.inner, found.outer = task.split(
+            rows["train"], schema, settings.validation_fraction, settings.seed
+        )
+    sizes = ", ".join(f"{len(r)} {_words(part)}" for part, r in rows.items())
+    listener.message(f"Task   {source.name}: {task.name}, {sizes} examples")
+    for line in task.describe(rows, schema):
+        listener.message(f"       {line}")
+    if skipped:
+        listener.message(
+            f"       {len(skipped)} bad row(s) left out, such as: {skipped[0]}"
+        )
+    return found
+
+
+def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
+    """Make the task with the settings that its type has; the user's go before hints."""
+    name = settings.task_type or source.hints.get("task_type")
+    if name is None:
+        name, why = guess_task_type(source, settings.as_dict())
+        listener.message(f"Type   {name}: {why}")
+    fields = TASKS.get(name).__dataclass_fields__
+    hinted = {k: v for k, v in source.hints.items() if k in fields}
+    given = {
+        k: getattr(settings, k)
+        for k in fields
+        if getattr(settings, k, None) is not None
+    }
+    unused = [
+        k
+        for k in (
+            "text_pair_column",
+            "label_separator",
+            "label_columns",
+            "allow_empty",
+            "min_examples_per_class",
+        )
+        if getattr(settings, k) is not None and k not in fields
+    ]
+    if unused:
+        raise UserError(
+            f"--{', --'.join(k.replace('_', '-') for k in unused)} has no meaning for "
+            f"{name}; leave it out, or choose another --task-type."
+        )
+    return make_task(name, **{**hinted, **given})
+
+
+def _bad_rows(
+    source: Source, rows: dict[str, Rows], settings: JobSettings
+) -> list[str]:
+    """Return the bad rows of all parts, or refuse them."""
+    bad = [line for table in source.parts.values() for line in table.bad]
+    bad += [line for part in rows.values() for line in part.bad]
+    if bad and settings.on_bad_row == "error":
+        shown = "\n".join(f"  {line}" for line in bad[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise UserError(
+            f"{len(bad)} row(s) of the data can't be used:\n{shown}{more}\nPut them "
+            "right, or leave them out with --on-bad-row skip."
+        )
+    if not rows["train"]:
+        raise UserError(
+            f"{source.train.origin}: none of its {len(bad)} row(s) can be used, such as: "
+            f"{bad[0] if bad else 'none'}"
+        )
+    return bad
+
+
+def _words(part: str) -> str:
+    return {"train": "training"}.get(part, part.replace("_", " "))

@@ -1,0 +1,547 @@
+"""The job: read the data, train by a method, score once, save.
+
+`train` is the whole of `bidora train`: it prepares data and model, hands them to the
+Trainer of the method, and keeps the record. The command line only reads options and shows
+what a `Listener` is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bidora.errors import NoDirectionError, UserError
+from bidora.methods import make_method
+from bidora.runs.encoding import encode
+from bidora.runs.examples import Examples, read_examples
+from bidora.runs.folder import RunFolder
+from bidora.runs.results import Listener, RunResult, environment
+from bidora.runs.settings import JobSettings, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from bidora.methods.base import Method
+    from bidora.models import ModelSource
+
+__all__ = ["Prepared", "find_device", "prepare", "train"]
+
+CURVE_EXAMPLES = 120
+"""Examples of each set that the curves are measured on; the end takes all of them."""
+
+EVALUATION_BATCH = 32
+
+
+def train(
+    settings: TrainSettings,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> RunResult:
+    """Fine-tune a model on a task and save what was trained.
+
+    The folder `settings.folder` then holds the adapter (or the model) as its library
+    saves it, the tokenizer, the model's configuration, a model card, `settings.json`,
+    `task.json`, `split.json`, `history.jsonl`, `curves.png` and, written last,
+    `metrics.json`; while the run goes on, also `checkpoints`. The global random numbers
+    are as before afterwards.
+
+    Args:
+        settings: What to train, on what and how.
+        listener: Told what happens.
+        resume: Whether to go on with the run that the folder holds, from its last
+            checkpoint; it then ends as if it had never stopped.
+        dry_run: Whether to stop before the training: settings, parameters, time and
+            memory are told, and nothing is written.
+
+    Returns:
+        Scores and seconds of each phase; `facts` alone after a dry run.
+
+    Raises:
+        UserError: If something the user gave can't be used.
+    """
+    started = time.perf_counter()
+    listener = listener or Listener()
+    method: Method = make_method(settings.method)
+    method.check(settings)
+    folder = RunFolder(
+        settings.folder, settings.overwrite or dry_run, resume=resume, look=dry_run
+    )
+    examples = read_examples(settings, listener, searches=method.searches)
+
+    import torch
+
+    from bidora.models import find_model
+
+    device = find_device(settings.device)
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"--device {settings.device}: a Trainer uses the first GPU that it sees. Set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and leave out --device."
+        )
+    source = find_model(settings.model)
+    with torch.random.fork_rng():
+        job = _Job(
+            **vars(prepare(settings, method, source, examples, device, listener)),
+            method=method,
+        )
+        if dry_run:
+            return job.tell(listener)
+        folder.open()
+        try:
+            if not resume:
+                folder.write_json(
+                    "settings.json",
+                    {
+                        **settings.as_dict(),
+                        "max_length": job.length,
+                        "started_in": str(Path.cwd()),
+                    },
+                )
+                folder.write_json("task.json", examples.schema.to_dict())
+                folder.write_json("split.json", examples.record())
+            phases = job.run(folder, listener, resume=resume)
+            result = RunResult(
+                folder=str(folder.path),
+                phases=tuple(phases),
+                seconds=time.perf_counter() - started,
+                metric=job.metric,
+                loading_code=job.loading_code(folder.path),
+            )
+            job.save(folder, result)
+        finally:
+            folder.close()
+    return result
+
+
+@dataclass
+class Prepared:
+    """What a job works on.
+
+    Attributes:
+        settings: What the user asked for.
+        examples: Rows and their split.
+        source: Where the base model came from.
+        tokenizer: The model's tokenizer.
+        model: The model with what the method put in, on its device.
+        sets: Tokenised examples by part, as `datasets.Dataset`.
+        length: Tokens kept of an example.
+    """
+
+    settings: Any
+    examples: Examples
+    source: ModelSource
+    tokenizer: Any
+    model: Any
+    sets: dict[str, Any]
+    length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def collate(self) -> Any:
+        """What makes a batch of a list of features."""
+        return self.examples.task.collator(self.tokenizer)
+
+
+def prepare(
+    settings: JobSettings,
+    method: Method,
+    source: ModelSource,
+    examples: Examples,
+    device: torch.device,
+    listener: Listener,
+) -> Prepared:
+    """Load the model, put in what the method needs, and tokenise; nothing is written.
+
+    Args:
+        settings: What to load, and how.
+        method: What is put in.
+        source: Where the base model is.
+        examples: The data.
+        device: Where the model goes.
+        listener: Told what was loaded.
+
+    Returns:
+        Everything that a Trainer takes.
+
+    Raises:
+        UserError: If the model can't be loaded, or does not fit.
+    """
+    from bidora.models import load_base, load_tokenizer, longest_input
+
+    task, schema = examples.task, examples.schema
+    tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
+    base = load_base(source, tokenizer, task, schema, seed=settings.seed)
+    model: Any = method.adapt(base, settings).to(device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    listener.message(
+        f"Model  {settings.model}: {method.name} trains {trained:,} of its "
+        f"{total:,} parameters, on {device}"
+    )
+    usual = examples.source.hints.get("max_length")
+    length = settings.tokens_kept(longest_input(base.model), usual)
+    sets = {
+        part: encode(rows, task, schema, tokenizer, length)
+        for part, rows in examples.rows.items()
+    }
+    cut = task.count_over_long(examples.rows["train"], tokenizer, length)
+    if cut:
+        listener.message(
+            f"       {cut} of {len(sets['train'])} training examples are longer than the "
+            f"{length} tokens that are kept (--max-length)."
+        )
+    return Prepared(settings, examples, source, tokenizer, model, sets, length)
+
+
+@dataclass
+class _Job(Prepared):
+    """One run, from the tokenised examples to what is saved."""
+
+    method: Method = field(kw_only=True)
+    history: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
+
+    @property
+    def metric(self) -> str:
+        """The main metric."""
+        schema, task = self.examples.schema, self.examples.task
+        return schema.metric or task.main_metric
+
+    def loading_code(self, folder: Path) -> str:
+        """Return lines that load what is saved there, on this machine."""
+        return self.method.loading_code(
+            {
+                "folder": str(folder),
+                "base": self.source.location,
+                "auto_model": self.examples.task.auto_model,
+            }
+        )
+
+    def tell(self, listener: Listener) -> RunResult:
+        """Say what a run would do, and return the facts."""
+        from bidora.runs.cost import duration, memory_in_use
+
+        parameters = list(self.model.parameters())
+        seconds = self.expected_seconds(self._trainer("unused"))
+        used = memory_in_use(self.device)
+        facts = {
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in parameters),
+            "expected_seconds": seconds,
+            "bytes_after_four_steps": used,
+        }
+        listener.message(f"Time   about {duration(seconds)}")
+        listener.message(
+            f"Memory {used / 2**30:.1f} GiB in use at most so far, after four plain "
+            "steps; an outer step takes up to 2.7 times the activations of one"
+        )
+        return RunResult(self.settings.folder, (), 0.0, self.metric, facts=facts)
+
+    def expected_seconds(self, trainer: Any) -> float:
+        """Time a few steps and return how long the phases will take, roughly."""
+        from bidora.runs.cost import outer_step_cost, time_a_step
+        from bidora.trainer.arguments import arguments_of_phase
+
+        settings, args = self.settings, trainer.args
+        data, collate = self.sets["train"], self.collate
+        size = min(settings.per_device_train_batch_size, len(data))
+
+        def batch() -> dict[str, Any]:
+            made = collate([data[i] for i in range(size)])
+            return {name: value.to(self.device) for name, value in made.items()}
+
+        steps = float(settings.max_steps)
+        if self.method.searches:
+            own = args.bidora_settings()
+            search = arguments_of_phase(args, "search").max_steps
+            outer = max(0, search - own["outer_warmup_steps"]) / own["outer_every"]
+            small = own["per_device_outer_batch_size"] / size
+            steps = search + outer * outer_step_cost(args.make_estimator()) * min(
+                1, small
+            )
+            if "retrain" in self.method.phases and own["retrain"] != "none":
+                steps += arguments_of_phase(args, "retrain").max_steps
+        points = settings.max_steps / max(1, args.eval_steps) + 1
+        evaluated = len(self.sets["test"]) * len(self.method.phases)
+        evaluated += 3 * CURVE_EXAMPLES * points
+        # A forward is about half of a step, and less with examples sorted by length.
+        steps += 0.3 * evaluated / size
+        steps *= settings.gradient_accumulation_steps
+        return time_a_step(self.model, batch) * steps
+
+    def run(self, folder: RunFolder, listener: Listener, *, resume: bool) -> list[Any]:
+        """Run the method's phases and return what each came to."""
+        from bidora.runs.cost import duration
+        from bidora.runs.recorder import Recorder, too_high
+        from hypergrad import NonFiniteError, NumericalWarning
+
+        def record(entry: dict[str, Any]) -> None:
+            self.history.append(entry)
+            folder.append_history(entry)
+
+        last = None
+        if resume:
+            last = _last_checkpoint(folder.checkpoints, searches=self.method.searches)
+            self.history = folder.cut_history(last and last[1:])
+            if last is None:
+                folder.remove_checkpoints()  # none is complete
+            else:
+                listener.message(f"Resume step {last[2]} of the {last[1]} phase")
+        trainer = self._trainer(str(folder.checkpoints))
+        if not resume:
+            expected = self.expected_seconds(trainer)
+            listener.message(f"Time   about {duration(expected)}")
+        recorder = Recorder(
+            trainer, self._final_sets(), listener, record, list(self.history)
+        )
+        trainer.add_callback(recorder)
+        try:
+            with warnings.catch_warnings():
+                # Kept in the history instead, for each step and not for the first.
+                warnings.simplefilter("ignore", NumericalWarning)
+                trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        except (NonFiniteError, NoDirectionError) as error:
+            # Norms were right when training began.
+            step = trainer.state.global_step + 1
+            raise UserError(
+                f"step {step} of the {recorder.phase} phase: {error} "
+                f"{too_high(recorder.phase)}"
+            ) from error
+        return [r for name, r in recorder.results.items() if name in self.method.phases]
+
+    def _final_sets(self) -> dict[str, Any]:
+        """Return what the end of a phase is scored on, whole."""
+        sets = {n: d for n, d in self.sets.items() if n != "train"}
+        if self.examples.outer:
+            sets["held_back"] = self.sets["train"].select(self.examples.outer)
+        return sets
+
+    def _curve_sets(self) -> dict[str, Any]:
+        """Return what the curves are measured on; the test part is not among it."""
+        sets = {"train": self.sets["train"].select(self.examples.inner)}
+        if self.examples.outer:
+            sets["held_back"] = self.sets["train"].select(self.examples.outer)
+        if "validation" in self.sets:
+            sets["validation"] = self.sets["validation"]
+        return {
+            name: data.shuffle(seed=self.settings.seed).select(
+                range(min(CURVE_EXAMPLES, len(data)))
+            )
+            for name, data in sets.items()
+        }
+
+    def _trainer(self, place: str) -> Any:
+        """Return the Trainer of the method, over the prepared model and examples."""
+        from transformers import PrinterCallback, ProgressCallback
+
+        from bidora.methods.base import TrainerParts
+
+        settings, examples = self.settings, self.examples
+        task, schema = examples.task, examples.schema
+        size = settings.per_device_train_batch_size
+        smallest = min(len(examples.rows["train"]), len(examples.inner))
+        every = settings.eval_steps or max(1, settings.max_steps // 6)
+        arguments: dict[str, Any] = {
+            "output_dir": place,
+            "max_steps": settings.max_steps,
+            "per_device_train_batch_size": size,
+            "per_device_eval_batch_size": EVALUATION_BATCH,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "learning_rate": settings.rate,
+            "weight_decay": settings.weight_decay,
+            "warmup_steps": settings.warmup_ratio,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "max_grad_norm": settings.max_grad_norm,
+            "bf16": settings.bf16,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "seed": settings.seed,
+            "use_cpu": self.device.type == "cpu",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "eval_on_start": True,
+            "save_steps": every,
+            "save_total_limit": 2,
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,  # the recorder stops a run that diverges
+            "report_to": list(settings.report_to),
+            "disable_tqdm": True,
+        }
+        arguments |= _trainer_fields(settings.trainer, arguments)
+        given: dict[str, Any] = {
+            "model": self.model,
+            "train_dataset": self.sets["train"],
+            "eval_dataset": self._curve_sets(),
+            "data_collator": self.collate,
+            "compute_metrics": lambda p: task.metrics(
+                p.predictions, p.label_ids, schema
+            ),
+        }
+        parts = TrainerParts(
+            settings,
+            arguments,
+            given,
+            split=(examples.inner, examples.outer),
+            # Batches of one size, unless there is no batch of that size.
+            whole_batches=smallest >= size,
+        )
+        try:
+            trainer = self.method.trainer(parts)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # what a Trainer says of its arguments
+            raise UserError(str(error)) from error
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return trainer
+
+    def save(self, folder: RunFolder, result: RunResult) -> None:
+        """Save what was trained, the tokenizer, the picture, the card, the metrics."""
+        from bidora.runs.card import write_card
+        from bidora.runs.plots import draw_curves
+
+        staging = folder.staging()
+        self.method.save(self.model, staging)
+        _name_the_base(staging, self.source)
+        # Labels by name, the size of the head, the padding token: what loading needs.
+        _transformer(self.model).config.save_pretrained(str(staging))
+        self.tokenizer.save_pretrained(str(staging))
+        title = (
+            f"{self.settings.method} on {self.examples.source.name}, "
+            f"seed {self.settings.seed}\ncurves of up to {CURVE_EXAMPLES} examples"
+        )
+        draw_curves(self.history, staging / "curves.png", title, self.metric)
+        write_card(staging, self.settings, self.examples, self.source, result)
+        files = folder.publish()
+        parameters = list(self.model.parameters())
+        folder.write_json(
+            "metrics.json",
+            {
+                "phases": [dataclasses.asdict(phase) for phase in result.phases],
+                "metric": self.metric,
+                "seconds": result.seconds,
+                "label_names": list(self.examples.schema.label_names),
+                "parameters": sum(p.numel() for p in parameters),
+                "environment": environment(self.device),
+                "files": files,
+            },
+        )
+        folder.remove_checkpoints()
+        if self.settings.push_to_hub:
+            _push(folder.path, self.settings, files)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is a GPU where there is one.
+
+    Args:
+        name: What the user called it.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        UserError: If it can't be used.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0][:160]}); "
+            "choose cpu, or leave it out."
+        ) from error
+
+
+def _trainer_fields(given: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Check what is passed on to `TrainingArguments` by name."""
+    from difflib import get_close_matches
+
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean trainer.{near[0]}?" if near else ""
+            raise UserError(f"TrainingArguments has no field named {name!r}.{hint}")
+    kept = {"output_dir", "logging_steps", "disable_tqdm", "remove_unused_columns"}
+    taken = sorted(kept & set(given))
+    if taken:
+        raise UserError(
+            f"trainer.{taken[0]} is the job's own: its record depends on it. Leave it out."
+        )
+    settings = {
+        f: f"--{f.replace('_', '-')}" for f in TrainSettings.__dataclass_fields__
+    }
+    double = sorted(n for n in given if n in settings and n in ours)
+    if double:
+        raise UserError(f"trainer.{double[0]} is {settings[double[0]]} here; use that.")
+    return given
+
+
+def _name_the_base(folder: Path, source: ModelSource) -> None:
+    """Let an adapter name the Hub's model, where there is one, and no path of ours."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text("utf-8"))
+    config["base_model_name_or_path"] = source.hub_name
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _transformer(model: Any) -> Any:
+    """Return the transformers model inside a PEFT model, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _push(folder: Path, settings: TrainSettings, files: list[str]) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    name = settings.hub_model_id or folder.name
+    try:
+        url = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=str(folder),
+            allow_patterns=[*files, "metrics.json", "settings.json", "task.json"],
+        )
+    except Exception as error:  # network, rights, names
+        raise UserError(
+            f"the result is saved in {folder}, and the upload to {name!r} failed "
+            f"({str(error).splitlines()[0][:200]}). Log in with `hf auth login`, then: "
+            f"hf upload {name} {folder}"
+        ) from error
+
+
+def _last_checkpoint(place: Path, *, searches: bool) -> tuple[Path, str, int] | None:
+    """Return the last complete checkpoint, its phase and its step; None without one."""
+    from bidora.trainer.checkpoint import TRAINER_STATE, checkpoints_in, last_complete
+
+    if searches:
+        found = last_complete(place)
+        if found is None:
+            return None
+        return found.path, found.progress.phase, found.step
+    for path in checkpoints_in(place):
+        try:
+            state = json.loads((path / TRAINER_STATE).read_text("utf-8"))
+            return path, "train", state["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue  # it was being written when the run was stopped
+    return None

@@ -1,0 +1,220 @@
+"""The history of a run: every step, the curves, and what each phase came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from bidora.errors import UserError
+from bidora.runs.results import Listener, PhaseResult
+
+__all__ = ["Record", "Recorder", "too_high"]
+
+NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
+
+Record = dict[str, Any]
+
+
+class Recorder(TrainerCallback):
+    """Write down what a Trainer does, and stop it where it diverges.
+
+    Needs `logging_steps=1`: a step is recorded with what is logged after it, and before
+    a checkpoint of it is saved. The points of the curves are the Trainer's own
+    evaluations.
+
+    Args:
+        trainer: The Trainer; in a `BiDoRATrainer`, its `phase` names the phase.
+        sets: What the end of a phase is scored on, by name; `test` is among them.
+        listener: Told of phases and steps.
+        record: Called with each record as it comes.
+        history: Records of the run that this one goes on from.
+
+    Attributes:
+        phase: The phase that runs or ran last: `search`, `retrain`, or `train`.
+        results: What each phase came to.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        sets: dict[str, Any],
+        listener: Listener,
+        record: Callable[[Record], None],
+        history: Sequence[Record] = (),
+    ) -> None:
+        self.trainer = trainer
+        self.sets = sets
+        self.listener = listener
+        self.record = record
+        self.history = history
+        self.phase = "train"
+        self.results = {
+            r["phase"]: _result(r["result"]) for r in history if "result" in r
+        }
+        self._seen = {
+            (r["phase"], r["step"], name)
+            for r in history
+            for name in r.get("evaluation", ())
+        }
+        self._started = self._seconds = self._evaluating = 0.0
+        self._step_seconds = 0.0
+        self._outer_steps = 0
+        self._skipped: list[str] = []
+        self._notes: list[str] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Begin a phase, or go on with it."""
+        self.phase = getattr(self.trainer, "phase", None) or "train"
+        earlier = [r for r in self.history if r["phase"] == self.phase]
+        self._seconds = sum(r.get("seconds", 0.0) for r in earlier)
+        self._evaluating = 0.0
+        self._outer_steps = sum(r.get("outer_loss") is not None for r in earlier)
+        self._skipped = [r["skipped"] for r in earlier if r.get("skipped")]
+        self._notes = [r["note"] for r in earlier if r.get("note")]
+        self.listener.phase(self.phase, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock; a phase ends with a point of the curves."""
+        self._step_seconds = time.perf_counter() - self._started
+        self._seconds += self._step_seconds
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a step, or a point of the curves.
+
+        Raises:
+            UserError: If the loss or gradient of a step is not finite.
+        """
+        if logs is None:
+            return
+        step = state.global_step
+        scores = {
+            name: values
+            for name, values in _evaluations(logs).items()
+            if (self.phase, step, name) not in self._seen  # again, after a resume
+        }
+        if scores:
+            self._seen |= {(self.phase, step, name) for name in scores}
+            self.record({"phase": self.phase, "step": step, "evaluation": scores})
+        if "loss" not in logs:
+            return
+        entry: Record = {
+            "phase": self.phase,
+            "step": step,
+            "lr": logs["learning_rate"],
+            "inner_loss": logs["loss"],
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+            **self._of_the_search(),
+            "seconds": self._step_seconds,
+        }
+        self._check_finite(entry)
+        self.record(entry)
+        shown = {"train": entry["inner_loss"], "validation": entry.get("outer_loss")}
+        self.listener.step(step, {n: x for n, x in shown.items() if x is not None})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score the phase on all examples of each part."""
+        started = time.perf_counter()
+        scores = {}
+        for name, data in self.sets.items():
+            if name == "held_back" and self.phase != "search":
+                continue  # it is trained on
+            found = self.trainer.predict(data, metric_key_prefix=name).metrics
+            scores[name] = _scores(found, f"{name}_")
+        self._evaluating += time.perf_counter() - started
+        result = PhaseResult(
+            self.phase,
+            state.global_step,
+            self._seconds,
+            self._evaluating,
+            scores,
+            self._outer_steps,
+            tuple(self._skipped),
+            self._notes[-1] if self._notes else "",
+        )
+        self.results[self.phase] = result
+        self.record({"phase": self.phase, "result": dataclasses.asdict(result)})
+
+    def _of_the_search(self) -> Record:
+        """Return what the last step says of the outer level."""
+        report = getattr(self.trainer, "last_report", None)
+        if report is None:
+            return {}
+        self._outer_steps += report.outer_step
+        if report.skipped:
+            self._skipped.append(report.skipped)
+        note = report.info.reason if report.info else None
+        if note:
+            self._notes.append(note)
+        return {
+            "outer_loss": report.outer_loss,
+            "hypergrad_norm": report.hypergrad_norm,
+            "direct_norm": report.direct_norm,
+            "indirect_norm": report.indirect_norm,
+            "skipped": report.skipped,
+            "note": note,
+            **({"audit": dataclasses.asdict(report.audit)} if report.audit else {}),
+        }
+
+    def _check_finite(self, entry: Record) -> None:
+        if math.isfinite(entry["inner_loss"] + entry["grad_norm"]):
+            return
+        raise UserError(
+            f"step {entry['step']} of the {self.phase} phase: the loss is "
+            f"{entry['inner_loss']}, the norm of its gradient {entry['grad_norm']}. "
+            f"{too_high(self.phase)}"
+        )
+
+
+def too_high(phase: str) -> str:
+    """Return the remedy for a phase that diverges.
+
+    Args:
+        phase: Its name.
+    """
+    option = "--retrain-learning-rate" if phase == "retrain" else "--learning-rate"
+    return f"The learning rate is probably too high; lower {option}."
+
+
+def _evaluations(logs: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return the scores of an evaluation by the set's name."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in logs.items():
+        _, mark, rest = key.rpartition("eval_")
+        if not mark:
+            continue
+        for name in ("train", "held_back", "validation"):
+            if rest.startswith(f"{name}_"):
+                found.setdefault(name, {})[rest.removeprefix(f"{name}_")] = value
+    return {name: _scores(values, "") for name, values in found.items()}
+
+
+def _scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    own = {
+        k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)
+    }
+    return {k: float(v) for k, v in own.items() if not k.endswith(NOT_SCORES)}
+
+
+def _result(saved: Record) -> PhaseResult:
+    """Return the result that a record holds."""
+    return PhaseResult(**{**saved, "skipped": tuple(saved["skipped"])})

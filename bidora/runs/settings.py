@@ -1,0 +1,512 @@
+"""Everything that a job can be told, with its defaults: the one source of it.
+
+The fields of the classes here are the options of the command line, the keys of a YAML
+file and the arguments of Python alike; `bidora.cli.options` reads them. None stands for
+what is derived from model, data, method or budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bidora import defaults
+from bidora.budget import BUDGETS, RETRAININGS
+from bidora.errors import UserError
+from bidora.methods.registry import METHODS
+
+__all__ = ["BUNDLED_MODEL", "JobSettings", "TrainSettings", "default_folder", "option"]
+
+BUNDLED_MODEL = "all-MiniLM-L6-v2"
+"""Name of the encoder that the extra `demo` installs."""
+
+OTHER_LENGTH = 128
+"""Tokens kept of an example where its data does not suggest another number."""
+
+
+def option(
+    default: Any, help_text: str, group: str, *, shown: str = "", metavar: str = ""
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: Its default; None for one that is derived.
+        help_text: What it does, for `--help`.
+        group: The heading that it stands under.
+        shown: The default in words, where it is derived.
+        metavar: What stands for its value.
+
+    Returns:
+        The field of a dataclass.
+    """
+    metadata = _described(help_text, group, shown=shown, metavar=metavar)
+    return field(default=default, metadata=metadata)
+
+
+def _described(
+    help_text: str, group: str, *, shown: str = "", metavar: str = ""
+) -> dict[str, str]:
+    return {"help": help_text, "group": group, "shown": shown, "metavar": metavar}
+
+
+WHAT = "what to train, and on what"
+DATA = "your own data"
+ADAPTER = "the adapter"
+TRAINING = "training"
+SEARCH = "search and retraining (method bidora)"
+OUTPUT = "output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """What every job on a model and data is told.
+
+    Raises:
+        UserError: If a setting is out of range.
+    """
+
+    model: str = option(
+        BUNDLED_MODEL,
+        "the pretrained model: a folder, or a name on the Hugging Face Hub",
+        WHAT,
+        shown=f"{BUNDLED_MODEL}, which comes with the extra demo",
+        metavar="NAME",
+    )
+    task: str = option(
+        "docstrings",
+        "the examples: docstrings, a csv, tsv, jsonl or column file, a folder with a "
+        "train file, glue/cola and its kin, reuters/modapte, conll2003, or a data set "
+        "of the Hub such as OWNER/NAME",
+        WHAT,
+        metavar="NAME",
+    )
+    task_type: str | None = option(
+        None,
+        "classification, regression, multilabel or tagging",
+        WHAT,
+        shown="from the data",
+        metavar="NAME",
+    )
+    seed: int = option(0, "seed of splits, new weights and order", WHAT)
+
+    data_dir: str | None = option(
+        None,
+        "folder with the official files of a data set named by --task; nothing is "
+        "fetched then",
+        DATA,
+        metavar="FOLDER",
+    )
+    text_column: str | None = option(
+        None, "column of the text", DATA, shown="by name", metavar="NAME"
+    )
+    text_pair_column: str | None = option(
+        None,
+        "column of a second text, for pairs",
+        DATA,
+        shown="by name",
+        metavar="NAME",
+    )
+    label_column: str | None = option(
+        None, "column of the label", DATA, shown="by name", metavar="NAME"
+    )
+    label_separator: str | None = option(
+        None, "what stands between the labels of one example", DATA, shown="guessed"
+    )
+    label_columns: tuple[str, ...] | None = option(
+        None, "columns of 0 and 1, one for each label, in place of a label column", DATA
+    )
+    allow_empty: bool | None = option(
+        None, "whether an example may have no label (multilabel)", DATA, shown="by data"
+    )
+    validation_file: str | None = option(
+        None, "examples that choices may be made by", DATA, metavar="FILE"
+    )
+    test_file: str | None = option(
+        None,
+        "test examples, scored once at the end",
+        DATA,
+        shown="a fifth of the training file",
+        metavar="FILE",
+    )
+    column_names: tuple[str, ...] | None = option(
+        None, "names of the columns of a csv or tsv without a header line", DATA
+    )
+    quoting: str = option(
+        "auto", 'csv where "..." quotes a field, none where it is text, or auto', DATA
+    )
+    encoding: str = option(
+        "auto", "encoding of the files, such as utf-8, utf-16 or cp1252", DATA
+    )
+    on_bad_row: str = option(
+        "error", "what a row that can't be used is for: error, or skip", DATA
+    )
+    min_examples_per_class: int | None = option(
+        None, "leave out classes with fewer training examples", DATA
+    )
+    metric: str | None = option(
+        None, "the main metric", DATA, shown="that of the data set or task type"
+    )
+    max_length: int | None = option(
+        None,
+        "tokens kept of an example",
+        DATA,
+        shown=f"32 for docstrings, else {OTHER_LENGTH} or what the model takes",
+    )
+
+    lora_r: int = option(4, "rank of the change of a weight", ADAPTER)
+    lora_alpha: float = option(
+        8.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
+    )
+    lora_dropout: float = option(0.0, "dropout in front of the change", ADAPTER)
+    target_modules: tuple[str, ...] | None = option(
+        None,
+        "layers to adapt, by the end of their names, or all-linear",
+        ADAPTER,
+        shown="PEFT's choice, in a BERT query,value",
+    )
+
+    per_device_train_batch_size: int = option(16, "examples of a step", TRAINING)
+    learning_rate: float | None = option(
+        None,
+        "rate of directions and head, or of all that is trained",
+        TRAINING,
+        shown=f"{defaults.LEARNING_RATE:g} for the bundled model, else "
+        f"{defaults.OTHER_LEARNING_RATE:g}",
+    )
+    weight_decay: float = option(defaults.WEIGHT_DECAY, "AdamW's decay", TRAINING)
+    max_grad_norm: float = option(1.0, "clip gradients at this norm", TRAINING)
+
+    per_device_outer_batch_size: int | None = option(
+        None,
+        "held-back examples of a step of the magnitudes",
+        SEARCH,
+        shown="by budget",
+    )
+    validation_fraction: float = option(
+        defaults.VALIDATION_FRACTION,
+        "part of the training examples held back for the magnitudes",
+        SEARCH,
+    )
+    orthogonality: float = option(
+        defaults.ORTHOGONALITY, "weight of the term that keeps directions apart", SEARCH
+    )
+
+    output_dir: str | None = option(
+        None, "where it all goes", OUTPUT, shown="runs/METHOD-TASK-seedSEED"
+    )
+    overwrite: bool = option(False, "replace an earlier run in that folder", OUTPUT)
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one", OUTPUT)
+
+    def __post_init__(self) -> None:
+        """Check every setting, naming its option."""
+        self._checks(
+            (1, "per_device_train_batch_size", "per_device_outer_batch_size", "lora_r"),
+            (1, "min_examples_per_class"),
+            (4, "max_length"),
+        )
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
+            self._check(name, lambda x: x > 0, "a finite number above 0")
+        for name in ("weight_decay", "orthogonality"):
+            self._check(name, lambda x: x >= 0, "a finite number of 0 or more")
+        self._check("lora_dropout", lambda x: 0 <= x < 1, "a number from 0 to below 1")
+        self._check("seed", lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32")
+        self._check(
+            "validation_fraction", lambda x: 0 < x < 1, "a number between 0 and 1"
+        )
+        self._choose("quoting", ("auto", "csv", "none"))
+        self._choose("on_bad_row", ("error", "skip"))
+
+    @property
+    def what(self) -> str:
+        """What the run's folder is named after."""
+        return "job"
+
+    @property
+    def folder(self) -> str:
+        """The folder of the run: `output_dir`, or one made of method, task and seed."""
+        return self.output_dir or default_folder(self.what, self.task, self.seed)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; models that ours was not tried on get a lower one."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        bundled = self.model == BUNDLED_MODEL
+        return defaults.LEARNING_RATE if bundled else defaults.OTHER_LEARNING_RATE
+
+    def tokens_kept(self, longest: int | None, usual: int | None = None) -> int:
+        """Return how many tokens of an example are kept.
+
+        Args:
+            longest: What the model takes; None where it sets no bound.
+            usual: What suits the data; None where nothing is known.
+
+        Returns:
+            `max_length`, or where it is None, what suits the data and the model.
+
+        Raises:
+            UserError: If `max_length` is more than the model takes.
+
+        Example:
+            >>> TrainSettings(task="reviews.csv").tokens_kept(64)
+            64
+        """
+        if self.max_length is None:
+            wanted = usual or OTHER_LENGTH
+            return wanted if longest is None else min(wanted, longest)
+        if longest is not None and self.max_length > longest:
+            raise UserError(
+                f"--max-length {self.max_length} is more than the {longest} tokens "
+                f"that {self.model!r} takes; choose {longest} or fewer."
+            )
+        return self.max_length
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """Return the settings of a mapping, such as a YAML or JSON file holds.
+
+        Args:
+            values: Settings by name.
+
+        Raises:
+            UserError: If there is no such setting, or one is out of range.
+
+        Example:
+            >>> TrainSettings.from_dict(
+            ...     {"max_steps": 20, "target_modules": ["query"]}
+            ... ).max_steps
+            20
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            from difflib import get_close_matches
+
+            near = get_close_matches(unknown[0], fields, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"there is no setting named {', '.join(unknown)}.{hint}")
+        made: dict[str, Any] = {
+            name: tuple(value)
+            if isinstance(value, list) and "tuple" in str(fields[name].type)
+            else value
+            for name, value in values.items()
+        }
+        try:
+            return cls(**made)
+        except TypeError as error:  # a word where a number belongs
+            raise UserError(
+                f"a setting has a value of the wrong kind: {error}."
+            ) from error
+
+    def _checks(self, *counts: tuple[Any, ...]) -> None:
+        for least, *names in counts:
+            for name in names:
+                self._check(
+                    name,
+                    lambda x, least=least: isinstance(x, int) and x >= least,
+                    f"a whole number of {least} or more",
+                )
+
+    def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and holds(value)):
+            raise UserError(f"{_option(name)} is {value}; give {wanted}.")
+
+    def _choose(self, name: str, known: tuple[str | None, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise UserError(
+                f"unknown {_option(name)} {getattr(self, name)!r}; choose one of "
+                f"{', '.join(filter(None, known))}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(JobSettings):
+    """Settings of `bidora train`, named as the command line's options.
+
+    Raises:
+        UserError: If a setting is out of range.
+
+    Example:
+        >>> TrainSettings(task="reviews.csv", method="lora").folder
+        'runs/lora-reviews.csv-seed0'
+    """
+
+    method: str = option(
+        "bidora", "how to train; --method help lists all", WHAT, metavar="NAME"
+    )
+
+    max_steps: int = option(
+        240,
+        "steps to spend: those of the one phase, or what the budget shares out between "
+        "search and retraining",
+        TRAINING,
+    )
+    gradient_accumulation_steps: int = option(1, "batches that make one step", TRAINING)
+    outer_learning_rate: float | None = option(
+        None, "rate of the magnitudes", TRAINING, shown="as --learning-rate"
+    )
+    outer_weight_decay: float | None = option(
+        None, "AdamW's decay of the magnitudes", TRAINING, shown="as --weight-decay"
+    )
+    warmup_ratio: float = option(
+        defaults.WARMUP_RATIO, "part of each phase in which the rates rise", TRAINING
+    )
+    lr_scheduler_type: str = option(
+        "linear", "how the rates fall after that, as transformers calls it", TRAINING
+    )
+    bf16: bool = option(False, "compute in bfloat16 (autocast)", TRAINING)
+    gradient_checkpointing: bool = option(
+        False, "save memory: compute activations again for the gradient", TRAINING
+    )
+
+    budget: str = option(
+        defaults.BUDGET,
+        "economical: a small outer step after every fourth inner one, half of --max-steps "
+        "for the search and two thirds for a warm retraining; full: the paper's, an outer "
+        "step after every inner one and a fresh retraining of as many steps",
+        SEARCH,
+        metavar="{" + ",".join(BUDGETS) + "}",
+    )
+    estimator: str | None = option(
+        None,
+        "how the magnitudes' gradient looks through the training of the directions; a "
+        "wrong name lists all",
+        SEARCH,
+        shown="by budget",
+    )
+    estimator_settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_described(
+            "settings of the estimator, such as num_terms=5",
+            SEARCH,
+            metavar="NAME=VALUE",
+        ),
+    )
+    outer_every: int | None = option(
+        None, "inner steps for each step of the magnitudes", SEARCH, shown="by budget"
+    )
+    outer_warmup_steps: int | None = option(
+        None,
+        "inner steps before the first step of the magnitudes",
+        SEARCH,
+        shown=f"{defaults.OUTER_WARMUP}, at most a quarter of the search",
+    )
+    retrain: str | None = option(
+        None,
+        "fresh: from the first directions and head again; warm: on from the search; none: "
+        "keep those of the search",
+        SEARCH,
+        shown="by budget",
+    )
+    retrain_max_steps: int | None = option(
+        None, "steps of the retraining", SEARCH, shown="by budget"
+    )
+    retrain_learning_rate: float | None = option(
+        None, "rate of the retraining", SEARCH, shown="as --learning-rate"
+    )
+    audit_every: int = option(
+        0,
+        "compare each N-th step of the magnitudes with one unrolled through all steps "
+        "since the last, in history.jsonl; what is trained stays the same (0: never)",
+        SEARCH,
+    )
+
+    eval_steps: int | None = option(
+        None,
+        "steps between points of the curves, and between checkpoints",
+        OUTPUT,
+        shown="a sixth of a phase",
+    )
+    report_to: tuple[str, ...] = option(
+        (), "where else to log, as transformers calls it, such as tensorboard", OUTPUT
+    )
+    push_to_hub: bool = option(False, "upload the result to the Hub", OUTPUT)
+    hub_model_id: str | None = option(None, "where on the Hub, as OWNER/NAME", OUTPUT)
+    trainer: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_described("other fields of transformers.TrainingArguments", OUTPUT),
+    )
+
+    def __post_init__(self) -> None:
+        """Check every setting, naming its option."""
+        super().__post_init__()
+        if self.method not in METHODS.names():
+            METHODS.get(self.method)  # whose error names the nearest
+        self._choose("budget", BUDGETS)
+        self._choose("retrain", (None, *RETRAININGS))
+        self._checks(
+            (
+                1,
+                "max_steps",
+                "gradient_accumulation_steps",
+                "outer_every",
+                "eval_steps",
+            ),
+            (1, "retrain_max_steps"),
+            (0, "outer_warmup_steps", "audit_every"),
+        )
+        for name in ("outer_learning_rate", "retrain_learning_rate"):
+            self._check(name, lambda x: x > 0, "a finite number above 0")
+        self._check(
+            "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
+        )
+        self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        if self.hub_model_id and not self.push_to_hub:
+            raise UserError(
+                "--hub-model-id says where to upload, and --push-to-hub, which uploads, "
+                "is not given; add it."
+            )
+
+    @property
+    def what(self) -> str:
+        """The method, which names the folder."""
+        return self.method
+
+    def differs(self) -> set[str]:
+        """Return the names of the settings that are not at their defaults."""
+        usual = type(self)()
+        return {
+            f.name
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(usual, f.name)
+        }
+
+
+def default_folder(what: str, task: str, seed: int) -> str:
+    """Return the folder that a run goes to where none is named.
+
+    Args:
+        what: The method or command.
+        task: The task, as the user named it.
+        seed: The seed.
+
+    Returns:
+        A path under `runs`.
+
+    Example:
+        >>> default_folder("lora", "data/reviews.csv", 1)
+        'runs/lora-data-reviews.csv-seed1'
+    """
+    name = "".join(c if c.isalnum() or c in "_." else "-" for c in task).strip("-.")
+    return f"runs/{what}-{name[-40:]}-seed{seed}"
+
+
+def absolute(path: str | None) -> str | None:
+    """Return a path that is found from any folder; None stays None."""
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,246 @@
+"""What tasks on texts and pairs of texts share: their columns, tokens and batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bidora.data.source import Source
+from bidora.data.table import Table, name_column
+from bidora.errors import UserError
+from bidora.tasks.base import Rows, Schema, Task
+from bidora.tasks.labels import BadValueError, plain, shown
+
+__all__ = ["LABEL_COLUMNS", "PAIRS", "SKIP", "TEXT_COLUMNS", "TextTask"]
+
+SKIP = object()
+"""What `read_labels` returns for a row that is neither used nor wrong."""
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "review", "question")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """What tasks share whose examples are texts, or pairs of texts.
+
+    Args:
+        text_column: Column of the text; None for one with a usual name.
+        text_pair_column: Column of the second text; None for none, unless both columns
+            have usual names, such as `premise` and `hypothesis`.
+        label_column: Column of what the model is to give; None for one with a usual
+            name.
+        metric: The metric that choices are made by; None for the data set's own, or
+            else the task's.
+    """
+
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
+    usual_label_columns: ClassVar[Sequence[str]] = LABEL_COLUMNS
+
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    metric: str | None = None
+
+    @abstractmethod
+    def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
+        """Return what each row's label means.
+
+        Args:
+            table: The rows.
+            schema: Of the training data.
+
+        Returns:
+            One value a row: the label; `SKIP` for a row that is left out; or a
+            `BadValueError` that says what is wrong with it.
+
+        Raises:
+            UserError: If a column is missing.
+        """
+
+    def text_columns(self, source: Source) -> dict[str, str]:
+        """Return the columns of texts by setting: chosen, hinted, or by usual names.
+
+        Args:
+            source: The examples.
+
+        Raises:
+            UserError: If there is none.
+        """
+        table, hints = source.train, source.hints
+        text, pair = self.text_column, self.text_pair_column
+        if text is None:
+            text = hints.get("text_column")
+            pair = pair or (hints.get("text_pair_column") if text else None)
+        if text is None and "text" not in table.columns:
+            usual = (p for p in PAIRS if set(p) <= set(table.columns))
+            first, second = next(usual, (None, None))
+            text, pair = first, pair or second
+        text = name_column(table, text, "--text-column", TEXT_COLUMNS)
+        if pair is None:
+            return {"text_column": text}
+        pair = name_column(table, pair, "--text-pair-column", ())
+        return {"text_column": text, "text_pair_column": pair}
+
+    def columns(self, source: Source) -> dict[str, str]:
+        """Return the columns of texts and of the label, by setting.
+
+        Args:
+            source: The examples.
+
+        Raises:
+            UserError: If one is missing, or serves twice.
+        """
+        chosen = self.text_columns(source)
+        label = self.label_column or source.hints.get("label_column")
+        usual = [n for n in self.usual_label_columns if n not in chosen.values()]
+        chosen["label_column"] = name_column(
+            source.train, label, "--label-column", usual
+        )
+        if len(set(chosen.values())) < len(chosen):
+            raise UserError(
+                f"{source.train.origin}: one column serves twice "
+                f"({', '.join(chosen.values())}). The text, the second text and the "
+                "label need a column each; name them with --text-column, "
+                "--text-pair-column and --label-column."
+            )
+        return chosen
+
+    def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
+        """Read texts and labels; every bad row is told."""
+        columns = {"text": schema.settings["text_column"]}
+        if schema.settings.get("text_pair_column"):
+            columns["text_pair"] = schema.settings["text_pair_column"]
+        for key, column in columns.items():
+            name_column(table, column, f"--{key.replace('_', '-')}-column", ())
+        read: dict[str, Sequence[Any]] = {
+            key: [_text(value, column) for value in table.values(column)]
+            for key, column in columns.items()
+        }
+        if labelled:
+            read["labels"] = self.read_labels(table, schema)
+        clean: dict[str, list[Any]] = {key: [] for key in read}
+        places: list[str] = []
+        bad: list[str] = []
+        for row, values in enumerate(zip(*read.values(), strict=True)):
+            wrong = [str(v) for v in values if isinstance(v, BadValueError)]
+            if wrong:
+                end = "" if wrong[-1].endswith(("?", ".")) else "."
+                bad.append(f"{table.place(row)}: {'; '.join(wrong)}{end}")
+            elif values[-1] is not SKIP:
+                places.append(table.place(row))
+                for key, value in zip(read, values, strict=True):
+                    clean[key].append(value)
+        return Rows(clean, places, bad)
+
+    def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
+        """Return which columns are read, and how many texts two parts share."""
+        used = [
+            f"{name.removesuffix('_column').replace('_', ' ')} from column {column!r}"
+            for name, column in schema.settings.items()
+            if name.endswith("_column") and column
+        ]
+        return [", ".join(used), *_shared(rows)]
+
+    def features(
+        self,
+        batch: Mapping[str, list[Any]],
+        processor: Any,
+        schema: Schema,
+        length: int,
+    ) -> dict[str, list[Any]]:
+        """Tokenise texts, cut at `length` tokens, special ones included."""
+        tokens = processor(
+            list(batch["text"]),
+            list(batch["text_pair"]) if "text_pair" in batch else None,
+            truncation=True,
+            max_length=length,
+        )
+        made = {name: list(values) for name, values in tokens.items()}
+        if "labels" in batch:
+            made["labels"] = self.targets(batch["labels"], schema)
+        return made
+
+    def targets(self, labels: Sequence[Any], schema: Schema) -> list[Any]:
+        """Return labels of `rows` as the model's loss takes them.
+
+        Args:
+            labels: As `rows` has them.
+            schema: Of the data.
+        """
+        del schema
+        return list(labels)
+
+    def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return a collator that pads to the longest text of the batch."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(processor)
+
+    def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
+        """Return how many examples have more than `length` tokens, so that they are cut.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer.
+            length: Tokens kept.
+        """
+        pairs = rows.columns.get("text_pair")
+        count = 0
+        for start in range(0, len(rows), 1000):
+            part = slice(start, start + 1000)
+            tokens = processor(
+                rows.columns["text"][part],
+                pairs[part] if pairs else None,
+                truncation=False,
+                verbose=False,
+            )
+            count += sum(len(ids) > length for ids in tokens["input_ids"])
+        return count
+
+
+def _text(value: Any, column: str) -> str | BadValueError:
+    if isinstance(value, int | float) and value == value:
+        value = str(value)
+    try:
+        if value is None or isinstance(value, float):
+            raise BadValueError("holds no text")
+        if not isinstance(value, str):
+            raise BadValueError(f"holds a {type(value).__name__}, and no text")
+        return plain(value, "text")
+    except BadValueError as error:
+        return BadValueError(f"column {column!r} {error}")
+
+
+def _shared(rows: Mapping[str, Rows]) -> list[str]:
+    def texts(part: Rows) -> list[tuple[str, ...]]:
+        names = [n for n in ("text", "text_pair") if n in part.columns]
+        return list(zip(*(part.columns[n] for n in names), strict=True))
+
+    if "train" not in rows:
+        return []
+    known = set(texts(rows["train"]))
+    told: list[str] = []
+    for name, part in rows.items():
+        if name == "train":
+            continue
+        both = Counter(text for text in texts(part) if text in known)
+        if both:
+            example = shown(" / ".join(next(iter(both))), 60)
+            told.append(
+                f"warning: {sum(both.values()):,} of {len(part):,} examples of {name} "
+                f"have a text that train has too, such as {example!r}; what the model "
+                "has seen makes its scores too good."
+            )
+    return told
