@@ -51,7 +51,7 @@ from benchmarks._common import (
 )
 from benchmarks._scopes import Clock, at_the_seams
 from bidora import BiDoRAOptimizer, use_exact_dora
-from bidora.orthogonality import orthogonality
+from bidora.dora.orthogonality import orthogonality
 from hypergrad import NumericalWarning, make_estimator
 from hypergrad.compare._run import forwards_of
 from hypergrad.products import FiniteDifference

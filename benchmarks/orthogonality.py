@@ -47,7 +47,7 @@ from benchmarks._common import (
     write_result,
 )
 from bidora import use_exact_dora
-from bidora.orthogonality import orthogonality
+from bidora.dora.orthogonality import orthogonality
 
 QUESTION = "What does the orthogonality term cost?"
 STEP, OURS, BLOCKS, WRITTEN_OUT = (

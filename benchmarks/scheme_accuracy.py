@@ -55,9 +55,9 @@ from benchmarks._common import (
 )
 from benchmarks._truth import adamw_step
 from bidora import BiDoRAOptimizer, magnitudes, use_exact_dora
+from bidora.dora.orthogonality import orthogonality
 from bidora.methods import make_method
 from bidora.models import find_model
-from bidora.orthogonality import orthogonality
 from bidora.runs.examples import read_examples
 from bidora.runs.job import prepare
 from bidora.runs.results import Listener

@@ -18,7 +18,7 @@ from bidora.dora import (
     plain_dora_layers,
     use_exact_dora,
 )
-from bidora.orthogonality import orthogonality as orthogonality_term
+from bidora.dora.orthogonality import orthogonality as orthogonality_term
 from bidora.outer import OuterLevel, make_outer_level
 from bidora.trainer.upstream import frozen_new_head, trainable_base_weights
 from hypergrad.estimator import HypergradEstimator

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidora.orthogonality import orthogonality
+from bidora.dora.orthogonality import orthogonality
 from bidora.trainer.logs import noted_by_the_loss
 from bidora.trainer.upstream import has_the_models_loss, items_in, loss_is_scaled
 

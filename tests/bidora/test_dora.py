@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from bidora import _norms
 from bidora.dora import (
     check_norms,
     direction_norms,
@@ -33,6 +32,7 @@ from bidora.dora import (
     plain_dora_layers,
     use_exact_dora,
 )
+from bidora.dora import norms as _norms
 
 IN, HIDDEN, OUT, RANK = 6, 5, 3, 2
 Params = dict[str, Tensor]

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from bidora import BiDoRAOptimizer, _norms, use_exact_dora
+from bidora import BiDoRAOptimizer, use_exact_dora
 from bidora.dora import check_norms, direction_norms
+from bidora.dora.norms import COMPILED_ROWS
 from hypergrad import SecondOrderError
 
 IN, HIDDEN, CLASSES = 5, 7, 3
@@ -214,7 +215,7 @@ def test_the_norm_stays_in_float32_under_autocast() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_the_adapter_cancels(dtype: torch.dtype) -> None:
     """A graph cannot look for them; it computes the lowest few from their entries."""
-    few, out = _norms.COMPILED_ROWS, 3 * _norms.COMPILED_ROWS
+    few, out = COMPILED_ROWS, 3 * COMPILED_ROWS
     a = torch.randn(few, 96).to(dtype).float()
     w = torch.randn(out, 96)
     w[:few] = a + 0.01 * torch.randn_like(a)

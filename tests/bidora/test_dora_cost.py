@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bidora import _gain, use_exact_dora
+from bidora import use_exact_dora
+from bidora.dora.gain import apply_gain
 
 IN, OUT, RANK, ROWS = 12, 10, 2, 24
 VIEWS = {"view", "t", "transpose", "_unsafe_view", "detach", "reshape", "unsqueeze"}
@@ -62,7 +63,7 @@ def passes(model: Any) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     # At this size a whole activation would be one block, and a block count as large.
-    monkeypatch.setattr(_gain, "BLOCK_ELEMENTS", 4 * OUT)
+    monkeypatch.setattr("bidora.dora.gain.BLOCK_ELEMENTS", 4 * OUT)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -140,7 +141,7 @@ def test_gradients_in_blocks(shape: tuple[int, ...]) -> None:
     for inputs in ([z, gain, bias], [z, gain]):
         rest = [None] * (3 - len(inputs))
         found: list[tuple[Tensor, ...]] = []
-        for fn in (_gain.apply_gain, written_out):
+        for fn in (apply_gain, written_out):
             value: Tensor = cast(Callable[..., Tensor], fn)(*inputs, *rest)
             found.append((value, *torch.autograd.grad((value * weights).sum(), inputs)))
         for got, expected in zip(*found, strict=True):
@@ -150,7 +151,7 @@ def test_gradients_in_blocks(shape: tuple[int, ...]) -> None:
 
 def test_derivatives_of_any_order_and_mode() -> None:
     inputs = operands(3, 2)
-    fn = _gain.apply_gain
+    fn = apply_gain
     assert torch.autograd.gradcheck(fn, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(fn, inputs, check_fwd_over_rev=True)
     batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
@@ -159,7 +160,7 @@ def test_derivatives_of_any_order_and_mode() -> None:
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     z, gain, bias = operands(3, 2)
-    value = _gain.apply_gain(z, gain.detach(), bias.detach())
+    value = apply_gain(z, gain.detach(), bias.detach())
     (only,) = torch.autograd.grad(value.sum(), z)
     assert torch.equal(only, gain.detach().expand(3, 2))
 
@@ -168,7 +169,7 @@ def test_dtypes_of_the_gradients() -> None:
     z = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     gain = torch.rand(4, requires_grad=True)
     bias = torch.randn(4, dtype=torch.bfloat16, requires_grad=True)
-    value = _gain.apply_gain(z, gain, bias)
+    value = apply_gain(z, gain, bias)
     assert value.dtype == torch.float32
     value.sum().backward()
     for t in (z, gain, bias):

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from bidora import _norms, _peft
 from bidora.dora import (
-    ExactDora,
     exact_dora_layers,
     magnitudes,
     plain_dora_layers,
     use_exact_dora,
     use_peft_dora,
 )
-from bidora.orthogonality import _Gram, orthogonality
+from bidora.dora import norms as _norms
+from bidora.dora import peft as _peft
+from bidora.dora.exact import ExactDora
+from bidora.dora.orthogonality import _Gram, orthogonality
 
 IN, HIDDEN, OUT = 6, 5, 3
 LAYERS = ("base_model.model.fc1", "base_model.model.fc2")
@@ -125,7 +126,7 @@ def test_reversible_to_the_bit(plain: Any, exact: Any, x: Tensor) -> None:
     assert exact_dora_layers(exact) == {}
     assert torch.equal(exact(x), plain(x))
     assert torch.equal(gradient(exact, x), gradient(plain, x))
-    assert b"bidora._peft" not in pickle.dumps(exact)
+    assert b"bidora.dora.peft" not in pickle.dumps(exact)
 
 
 def test_magnitudes(exact: Any) -> None:

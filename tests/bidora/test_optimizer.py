@@ -25,7 +25,7 @@ from bidora import (
     magnitudes,
     plain_dora_layers,
 )
-from bidora.orthogonality import orthogonality
+from bidora.dora.orthogonality import orthogonality
 from hypergrad import estimator_names, make_estimator
 from hypergrad.estimators import Implicit
 from hypergrad.solvers import CGSolver

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from bidora import _norms
+from bidora.dora import norms as _norms
 from bidora.dora import use_exact_dora
-from bidora.orthogonality import gram_penalty, orthogonality
+from bidora.dora.orthogonality import gram_penalty, orthogonality
 
 OUT, IN, RANK, SCALING = 7, 10, 3, 1.7
 

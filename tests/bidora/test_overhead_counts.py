@@ -27,7 +27,7 @@ from hypergrad import make_estimator
 # Reads of what lies on the host: random states, and step counts that torch keeps there.
 HOST = ("hypergrad/rng.py", "hypergrad/rules/base.py")
 # On a CPU every exact DoRA layer looks for cancelled rows, and on accelerators none does.
-ON_A_CPU_ALONE = ("bidora/_norms.py",)
+ON_A_CPU_ALONE = ("bidora/dora/norms.py",)
 
 BARS: dict[str, tuple[float, int]] = {
     "darts": (4.6, 4),

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from benchmarks._counting import counted
-from bidora import _gain, _norms
-from bidora._row_gain import _RowGain, row_gains
+from bidora.dora import gain as _gain
+from bidora.dora import norms as _norms
+from bidora.dora.row_gain import _RowGain, row_gains
 
 OUT, IN, RANK, SCALING = 5, 6, 2, 1.7
 F64 = torch.float64

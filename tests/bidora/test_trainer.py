@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments, set_seed
 
 from bidora import BiDoRAOptimizer
-from bidora.orthogonality import orthogonality
+from bidora.dora.orthogonality import orthogonality
 from bidora.trainer import BiDoRATrainer
 from bidora.trainer.levels import SteppedElsewhere
 from hypergrad import Accumulated, make_estimator

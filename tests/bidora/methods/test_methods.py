@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bidora import load_run
-from bidora.errors import UserError
-from bidora.methods import METHODS, make_method
-from bidora.runs.settings import TrainSettings
+from bidora.methods import METHODS
 from tests.tolerances import error, tol
 
 OF_ONE_PHASE = ("dora", "dora-peft", "lora", "rslora", "houlsby", "full")
@@ -21,6 +18,7 @@ pytestmark = [
     # transformers' own, raised when PEFT reads its model
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
+
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_what_was_trained_is_what_is_loaded(

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bidora._function import Function, is_last
-from bidora._norms import autocast_off
+from bidora.dora.function import Function, is_last
+from bidora.dora.norms import autocast_off
 
 # Where no graph is built, the gradient of the gain is summed over this many elements
 # at a time: 512 KiB in float32, so that products stay in a CPU's cache.

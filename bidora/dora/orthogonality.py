@@ -26,8 +26,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidora import _norms, _peft, dora
-from bidora._norms import BaseWeight, WeightCache
+from bidora.dora import exact as dora
+from bidora.dora import norms as _norms
+from bidora.dora import peft as _peft
+from bidora.dora.norms import BaseWeight, WeightCache
 
 __all__ = ["gram_penalty", "orthogonality"]
 

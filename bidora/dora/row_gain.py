@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bidora import _norms
-from bidora._function import Function, is_last
-from bidora._norms import BaseNorms, BaseWeight
+from bidora.dora import norms as _norms
+from bidora.dora.function import Function, is_last
+from bidora.dora.norms import BaseNorms, BaseWeight
 
 
 def row_gains(

@@ -8,7 +8,7 @@ $$\|w_i + s\,b_i A\|^2
 
 Everything is computed in float32 (float64 where a tensor is float64) with autocast off:
 in bfloat16 the value is off by 5e-4 and its derivative by tens of percent. This file
-knows tensors only; PEFT is met in ``_peft.py``.
+knows tensors only; PEFT is met in ``peft.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bidora._function import Function
+from bidora.dora.function import Function
 
 # Rows of a weight that is not stored in the compute dtype are converted this many
 # elements at a time: 16 MiB in float32.

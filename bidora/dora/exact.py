@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidora import _norms, _peft
-from bidora._gain import add_pair, apply_gain
-from bidora._peft import DoraAdapter
-from bidora._row_gain import row_gains
+from bidora.dora import norms as _norms
+from bidora.dora import peft as _peft
+from bidora.dora.gain import add_pair, apply_gain
+from bidora.dora.peft import DoraAdapter
+from bidora.dora.row_gain import row_gains
 from bidora.errors import NoDirectionError
 
 __all__ = [

@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from bidora._norms import BaseWeight, WeightCache
+from bidora.dora.norms import BaseWeight, WeightCache
 
 TESTED = ">=0.21,<0.22"
 """The PEFT versions this was tested with."""
