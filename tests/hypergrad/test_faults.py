@@ -268,7 +268,7 @@ def torn(saved: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return copies of a checkpoint, each with something missing or of another kind."""
     out = []
     for key in saved["bilevel"]:
-        if key not in ("chosen", "resolved", "rank"):  # which older checkpoints lack
+        if key not in ("chosen", "resolved", "rank", "left"):  # which older ones lack
             less = copy.deepcopy(saved)
             del less["bilevel"][key]
             out.append((f"without {key}", less))

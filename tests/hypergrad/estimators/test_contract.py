@@ -105,7 +105,10 @@ TABLE = [
         1e-12,
         step(0.2, 6),
     ),
-    Row("unrolled", {"num_steps": 6, "rule": AdamW(0.05), "snapshots": 4}),
+    Row(
+        "unrolled",
+        {"num_steps": 6, "rule": SGD(0.1, momentum=0.9), "snapshots": 4},
+    ),
     Row("unrolled", {"num_steps": 2, "rule": SGD(0.1, momentum=0.9)}),
     Row(
         "unrolled",
