@@ -73,7 +73,7 @@ def train(
     folder = RunFolder(
         settings.folder, settings.overwrite or dry_run, resume=resume, look=dry_run
     )
-    examples = read_examples(settings, listener, searches=method.searches)
+    examples = read_examples(settings, listener, searches=method.holds_back)
 
     import torch
 
