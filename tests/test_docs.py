@@ -263,7 +263,9 @@ def test_every_field_of_info_is_explained() -> None:
 def test_defaults_of_the_bidora_page_are_the_defaults() -> None:
     text = text_of("bidora.md").split("## Settings that matter")[1]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.M))
-    settings = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
+    settings: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(TrainSettings)
+    }
     size = settings["per_device_train_batch_size"]
     derived = budget_defaults(
         settings["budget"],
