@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from bidora.dora import magnitudes
 from bidora.errors import UserError
 from bidora.runs.job import train
 from bidora.runs.settings import TrainSettings
 from hypergrad import estimator_names, make_estimator
-from hypergrad.estimators import Neumann
 from tests.bidora.conftest import Finished, Heard, finish
 
 Run = Callable[[str], Finished]
@@ -102,9 +104,8 @@ def test_split_is_that_of_the_trainer(finished: Run) -> None:
     both = split["inner_indices"] + split["outer_indices"]
     assert sorted(both) == list(range(48))
     assert len(split["outer_indices"]) == 10  # a fifth of 48, rounded up
-    record = run.trainer._split.record()
     for name in ("inner_indices", "outer_indices"):
-        assert split[name] == record[name]
+        assert split[name] == run.trainer._split_file[name]
 
 
 @pytest.mark.parametrize("method", ["lora", "bidora-one-split"])
@@ -211,11 +212,9 @@ def test_history_holds_steps_and_curves(finished: Run) -> None:
     assert rates[-1] < rates[1]
 
 
-def test_the_loss_of_a_step_falls(finished: Run) -> None:
-    losses = [
-        r["inner_loss"] for r in finished("full").read("history.jsonl") if "lr" in r
-    ]
-    assert sum(losses[-3:]) < sum(losses[:3])
+def test_longer_training_learns_the_task(options: dict[str, Any]) -> None:
+    options.update(method="full", max_steps=80, learning_rate=5e-3, eval_steps=80)
+    assert finish(**options).result.phases[-1].test["accuracy"] >= 0.75
 
 
 # -- what each phase changes ----------------------------------------------------------
@@ -258,14 +257,36 @@ def test_budgets_share_the_steps_out(finished: Run, parted: Finished) -> None:
 
 def test_equal_seeds_give_equal_runs(options: dict[str, Any], tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
-    options.update(max_steps=4, eval_steps=4)
+    options.update(max_steps=2, eval_steps=4)
     weights: list[bytes] = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        options.update(output_dir=str(tmp_path / folder), seed=seed)
+    for folder in ("a", "b"):
+        options.update(output_dir=str(tmp_path / folder))
         run = finish(**options)
         weights.append((run.folder / "adapter_model.safetensors").read_bytes())
-    assert weights[0] == weights[1] != weights[2]
+    assert weights[0] == weights[1]
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# -- estimators ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in estimator_names()), ("neumann", {"num_terms": 2})],
+)
+def test_estimators_and_their_settings_reach_the_trainer(
+    finished: Run, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    job = finished("bidora").job
+    model = copy.deepcopy(job.model)
+    for parameter in magnitudes(model).values():
+        parameter.requires_grad_(True)
+    given = {"estimator": name, "estimator_settings": settings}
+    asked = dataclasses.replace(job.settings, **given, outer_every=None)
+    trainer = dataclasses.replace(job, model=model, settings=asked)._trainer(
+        str(tmp_path)
+    )
+    assert trainer.args.make_estimator() == make_estimator(name, **settings)
 
 
 # -- refusals and the dry run ---------------------------------------------------------
