@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
 import dataclasses
-import inspect
+import json
 import re
 import sys
 import tomllib
@@ -15,12 +17,34 @@ from string import ascii_lowercase
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertModel, BertTokenizer
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    pipeline,
+)
 
 import hypergrad
-from bidora import BiDoRAOptimizer
+from bidora import _registry, defaults, magnitudes, train
+from bidora.budget import budget_defaults
+from bidora.cli import _parser
+from bidora.data.catalog import CATALOG
+from bidora.data.source import Source
+from bidora.data.table import Table
+from bidora.methods import METHODS
+from bidora.methods.base import Method
 from bidora.models import ModelSource
-from bidora.settings import TrainSettings
+from bidora.runs.settings import TrainSettings
+from bidora.tasks import TASKS, Task, make_task
+from bidora.tasks.metrics import (
+    CLASSIFICATION_METRICS,
+    MULTILABEL_METRICS,
+    REGRESSION_METRICS,
+)
+from bidora.tasks.tagging import METRICS as TAGGING_METRICS
 from hypergrad import HypergradEstimator, estimator_names, make_estimator
 from hypergrad.estimators import registry
 from hypergrad.testing import check_estimator
@@ -46,8 +70,12 @@ PAGES = (
     "precision-and-ranks.md",
     "compared.md",
     "bidora.md",
+    "tasks/your-own.md",
+    "methods.md",
+    "predict.md",
     "trainer.md",
 )
+TASK_PAGES = ("classification", "regression", "multilabel", "tagging")
 HEADINGS = (
     "Idea",
     "Equation",
@@ -76,6 +104,8 @@ def blocks(page: str, language: str) -> list[tuple[int, str]]:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a page register what it likes."""
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    for names in (TASKS, METHODS):
+        monkeypatch.setattr(names, "_homes", dict(names._homes))
 
 
 @pytest.fixture
@@ -109,11 +139,61 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert blocks(page, "python"), "a page without an example"
     monkeypatch.chdir(tmp_path)
-    if page == "trainer.md":  # its encoder takes minutes of a core
-        folder = str(tiny_encoder(tmp_path))
+    if page in ("trainer.md", "predict.md", "tasks/your-own.md"):
+        # The bundled encoder takes minutes of a core.
+        folder = str(tiny_encoder(tmp_path / "encoder"))
         found = ModelSource("tiny", folder, is_local=True)
-        monkeypatch.setattr("bidora.models.find_model", lambda: found)
-    run(page, module)
+        monkeypatch.setattr("bidora.models.find_model", lambda name="": found)
+        if page == "predict.md":
+            vars(module)["base_model"] = folder
+            write_a_run()
+    names = run(page, module)
+    if page == "predict.md":
+        the_ways_of_loading_agree(names)
+
+
+def write_a_run() -> None:
+    """Train for a few steps into the folder that the page names."""
+    rows = [f"{'good' if n % 2 else 'bad'} text {n},{n % 2}" for n in range(40)]
+    Path("reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
+    Path("new.csv").write_text("text\na new text\n", "utf-8")
+    settings = TrainSettings(
+        task="reviews.csv", max_steps=16, learning_rate=0.1, output_dir="runs/mine"
+    )
+    train(settings)
+
+
+def the_ways_of_loading_agree(names: dict[str, Any]) -> None:
+    """Compare what the page's blocks left, and try what it says does not work."""
+    probabilities = names["logits"].softmax(-1)[0].tolist()
+    (answer,) = names["answer"]
+    with Path("scored.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [float(row["p(0)"]), float(row["p(1)"])] == pytest.approx(probabilities)
+    assert answer["label"] == row["label"]
+    assert answer["score"] == pytest.approx(max(probabilities), rel=1e-4)
+
+    auto = AutoModelForSequenceClassification
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        auto.from_pretrained("runs/mine")
+    with pytest.raises(ValueError, match="Could not load model"):
+        pipeline("text-classification", model="runs/mine")
+    # Without the configuration the magnitudes are those of the base.
+    file = Path("runs/mine/adapter_config.json")
+    config = json.loads(file.read_text("utf-8"))
+    config["base_model_name_or_path"] = names["base_model"]
+    file.write_text(json.dumps(config), "utf-8")
+    Path("runs/mine/config.json").unlink()
+    model = auto.from_pretrained("runs/mine")
+    saved = load_file("runs/mine/adapter_model.safetensors")
+    found = magnitudes(model)
+    assert found
+    for name, values in found.items():
+        layer = name.split(".lora_magnitude_vector")[0]
+        weight = model.get_parameter(f"{layer}.base_layer.weight")
+        torch.testing.assert_close(values, weight.norm(dim=1))
+        right = saved[f"base_model.model.{layer}.lora_magnitude_vector"]
+        assert (values - right).abs().max() > 0.01
 
 
 def tiny_encoder(folder: Path) -> Path:
@@ -181,21 +261,101 @@ def test_every_field_of_info_is_explained() -> None:
 
 
 def test_defaults_of_the_bidora_page_are_the_defaults() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text_of("bidora.md"), re.M)
-    ours = inspect.signature(BiDoRAOptimizer).parameters
-    number = r"\d[\d.e-]*"
-    seen = 0
-    for name, text in rows:
-        if found := re.match(rf"`?({number}|[a-z]\w+`)", text):
-            shown = found[1].rstrip("`")
-            assert shown == f"{getattr(TrainSettings, name)}" or (
-                float(shown) == getattr(TrainSettings, name)
-            ), name
-            seen += 1
-        if found := re.search(rf"\(({number})\)", text):
-            assert float(found[1]) == ours[name].default, name
-            seen += 1
-    assert seen >= 10
+    text = text_of("bidora.md").split("## Settings that matter")[1]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.M))
+    settings: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(TrainSettings)
+    }
+    size = settings["per_device_train_batch_size"]
+    derived = budget_defaults(
+        settings["budget"],
+        steps=settings["max_steps"],
+        batch_size=size,
+        validation_fraction=settings["validation_fraction"],
+    )
+    truth = {
+        **settings,
+        "estimator": derived["estimator"],
+        "outer_every": derived["outer_every"],
+        "outer_warmup_steps": defaults.OUTER_WARMUP,
+        "learning_rate": defaults.LEARNING_RATE,
+        "per_device_outer_batch_size": derived["outer_batch_size"],
+        "retrain": derived["retrain"],
+    }
+    assert set(rows) <= set(settings)
+    left_open = {n for n, shown in rows.items() if not re.match(r"`|never|\d", shown)}
+    assert all(settings[name] is None for name in left_open)
+    for name in set(rows) - left_open:
+        found = re.match(r"`?(?:never \()?([\w.-]+)", rows[name])
+        assert found
+        wanted = truth[name]
+        shown = found[1] if isinstance(wanted, str) else float(found[1])
+        assert shown == wanted, name
+    assert (
+        f"else {defaults.OTHER_LEARNING_RATE:.0e}".replace("e-0", "e-")
+        in (rows["learning_rate"])
+    )
+
+
+def options(command: str) -> set[str]:
+    """Return the options of a command, without those that switch one off."""
+    parser = _parser()
+    (chosen,) = [
+        a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
+    ]
+    actions: Any = chosen.choices[command]._actions
+    return {a.option_strings[0] for a in actions if a.option_strings}
+
+
+def test_the_bidora_page_lists_every_option() -> None:
+    text = text_of("bidora.md").split("### Three splits")[0]
+    listed = set(re.findall(r"`(--[\w-]+)", text))
+    known = options("train") - {"-h"}
+    assert known <= listed
+    assert listed <= known | options("estimators") | options("predict") | {"--help"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["methods.md", "predict.md", *(f"tasks/{n}.md" for n in ("index", *TASK_PAGES))],
+)
+def test_options_that_a_page_names_exist(page: str) -> None:
+    known = options("train") | options("predict")
+    known |= {f"--no-{name[2:]}" for name in known}
+    assert set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", text_of(page))) <= known
+
+
+def test_the_page_of_predict_lists_its_options() -> None:
+    listed = set(re.findall(r"(--[a-z][\w-]+)", text_of("predict.md")))
+    assert options("predict") - {"-h"} == listed
+
+
+def test_the_table_of_methods_is_the_registry() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", text_of("methods.md"), re.M)
+    ours = [(name, METHODS.get(name).summary) for name in METHODS.names()]
+    assert rows[: len(ours)] == ours
+
+
+def test_every_type_of_task_has_a_page_with_its_metrics() -> None:
+    assert TASKS.names() == TASK_PAGES
+    for name in TASK_PAGES:
+        kind = TASKS.get(name)
+        row = rf"\| \[`{name}`\]\({name}\.md\) \|.*\| `{kind.main_metric}`"
+        assert re.search(row, text_of("tasks/index.md")), name
+    for name, metrics in {
+        "classification": CLASSIFICATION_METRICS,
+        "regression": (*REGRESSION_METRICS, "mse"),
+        "multilabel": MULTILABEL_METRICS,
+        "tagging": TAGGING_METRICS,
+    }.items():
+        table = text_of(f"tasks/{name}.md").split("## Metrics")[1]
+        assert set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(metrics)
+
+
+def test_data_sets_known_by_name_are_on_the_page_of_tasks() -> None:
+    table = text_of("tasks/index.md")
+    for name in CATALOG:
+        assert re.search(rf"`(?:glue/)?{name.removeprefix('glue/')}`", table), name
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -243,3 +403,58 @@ def test_the_extending_page_writes_an_estimator_in_thirty_lines(
     monkeypatch.setattr(registry, "entry_points", installed)
     assert estimator_names() == [name]
     assert isinstance(make_estimator(name), kind)
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_the_page_on_tasks_writes_one_in_forty_lines(
+    module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = blocks("tasks/your-own.md", "python")[0][1]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 40
+    ((_, declared),) = blocks("tasks/your-own.md", "toml")
+    by_an_entry_point(TASKS, Task, first, declared, module, monkeypatch)
+    rows = tuple((f"text {n}", str(1 + n % 3)) for n in range(9))
+    table = Table("t.csv", ("text", "label"), (*rows, ("bad", "x")), ("line",) * 10)
+    task = make_task("ordinal")
+    schema = task.schema(Source("t.csv", {"train": table}))
+    assert schema.label_names == ("1", "2", "3")
+    read = task.rows(table, schema)
+    assert read.columns["labels"] == [0, 1, 2] * 3
+    assert read.bad == ["t.csv, line: 'x' is no grade."]
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_the_page_on_methods_declares_its_own(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((_, code),) = blocks("methods.md", "python")
+    ((_, declared),) = blocks("methods.md", "toml")
+    by_an_entry_point(METHODS, Method, code.split("METHODS.register")[0], declared,
+                      module, monkeypatch)  # fmt: skip
+    assert METHODS.get("lora-bias").phases == ("train",)
+
+
+def by_an_entry_point(
+    names: _registry.Registry,
+    base: type,
+    code: str,
+    declared: str,
+    module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run a page's class, and find it as the page's pyproject.toml declares it."""
+    exec(compile(code, "a page", "exec", dont_inherit=True), vars(module))
+    ((group, points),) = tomllib.loads(declared)["project"]["entry-points"].items()
+    assert group == names.group
+    ((name, target),) = points.items()
+    kind = vars(module)[target.partition(":")[2]]
+    assert issubclass(kind, base)
+    assert kind.name == name
+    point = EntryPoint(name, f"{module.__name__}:{kind.__name__}", group)
+
+    def installed(group: str, name: str = name) -> list[EntryPoint]:
+        return [point] if (group, name) == (point.group, point.name) else []
+
+    monkeypatch.setattr(_registry, "entry_points", installed)
+    assert names.names()[-1] == name
+    assert names.get(name) is kind

@@ -166,7 +166,7 @@ def test_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
 def test_wheel_declares_a_command_that_exists(wheel: zipfile.ZipFile) -> None:
     lines = in_dist_info(wheel, "entry_points.txt").split("\n")
     assert "bidora = bidora.cli:main" in lines
-    tree = ast.parse(wheel.read("bidora/cli.py"))
+    tree = ast.parse(wheel.read("bidora/cli/__init__.py"))
     functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
     assert "main" in functions
 

@@ -66,7 +66,8 @@ class Method(ABC):
         name: Name in the registry, and on the command line.
         summary: One line for `--method help`.
         phases: Names of the phases, in order.
-        searches: Whether examples are held back for an outer level.
+        searches: Whether an outer level learns too.
+        holds_back: Whether it does so on examples that are held back for it.
         preset: Settings that the method stands for; it refuses others for them.
         ignores: Settings that mean nothing to it.
     """
@@ -75,6 +76,7 @@ class Method(ABC):
     summary: ClassVar[str]
     phases: ClassVar[tuple[str, ...]] = ("train",)
     searches: ClassVar[bool] = False
+    holds_back: ClassVar[bool] = False
     preset: ClassVar[Mapping[str, Any]] = {}
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES)
 

@@ -42,6 +42,7 @@ class BiDoRA(PeftDora):
     )
     phases: ClassVar[tuple[str, ...]] = ("search", "retrain")
     searches: ClassVar[bool] = True
+    holds_back: ClassVar[bool] = True
     ignores: ClassVar[tuple[str, ...]] = ()
 
     def check(self, settings: TrainSettings) -> None:
@@ -54,14 +55,17 @@ class BiDoRA(PeftDora):
             UserError: If the estimator or one of its settings is refused.
         """
         super().check(settings)
-        if settings.estimator is None:
+        name = self.preset.get("estimator", settings.estimator)
+        if name is None and not settings.estimator_settings:
             return
+        from bidora.defaults import ESTIMATOR
         from hypergrad import make_estimator
 
+        name = name or ESTIMATOR  # that of every budget
         try:
-            make_estimator(settings.estimator, **settings.estimator_settings)
+            make_estimator(name, **settings.estimator_settings)
         except (TypeError, ValueError) as error:
-            raise UserError(f"--estimator {settings.estimator}: {error}") from error
+            raise UserError(f"--estimator {name}: {error}") from error
 
     def trainer(self, parts: TrainerParts) -> Trainer:
         """Return a `BiDoRATrainer` over both levels.
@@ -118,13 +122,16 @@ class NoRetraining(BiDoRA):
     summary: ClassVar[str] = "BiDoRA's search alone, without the retraining"
     phases: ClassVar[tuple[str, ...]] = ("search",)
     preset: ClassVar[Mapping[str, Any]] = {"retrain": "none"}
+    ignores: ClassVar[tuple[str, ...]] = ("retrain_max_steps", "retrain_learning_rate")
 
 
 class OneSplit(BiDoRA):
     """Both levels learn on all training examples: nothing is held back."""
 
     name: ClassVar[str] = "bidora-one-split"
-    summary: ClassVar[str] = "BiDoRA with the magnitudes on the training split"
+    summary: ClassVar[str] = "BiDoRA with both levels on all training examples"
+    holds_back: ClassVar[bool] = False
+    ignores: ClassVar[tuple[str, ...]] = ("validation_fraction",)
 
     def levels(self, parts: TrainerParts) -> dict[str, Any]:
         """Return all training examples for both levels.

@@ -47,7 +47,7 @@ def write_card(
     }
     if task.peft_type in PIPELINES:
         data["pipeline_tag"] = PIPELINES[task.peft_type]
-    if source.hub_name.count("/") == 1 and not Path(source.hub_name).exists():
+    if not source.is_local or source.hub_name != source.location:
         data["base_model"] = source.hub_name
     code = method.loading_code(
         {"folder": ".", "base": source.hub_name, "auto_model": task.auto_model}

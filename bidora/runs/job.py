@@ -73,7 +73,7 @@ def train(
     folder = RunFolder(
         settings.folder, settings.overwrite or dry_run, resume=resume, look=dry_run
     )
-    examples = read_examples(settings, listener, searches=method.searches)
+    examples = read_examples(settings, listener, searches=method.holds_back)
 
     import torch
 
@@ -229,10 +229,13 @@ class _Job(Prepared):
 
     def tell(self, listener: Listener) -> RunResult:
         """Say what a run would do, and return the facts."""
+        import tempfile
+
         from bidora.runs.cost import duration, memory_in_use
 
         parameters = list(self.model.parameters())
-        seconds = self.expected_seconds(self._trainer("unused"))
+        with tempfile.TemporaryDirectory() as place:  # a Trainer makes its folder
+            seconds = self.expected_seconds(self._trainer(place))
         used = memory_in_use(self.device)
         facts = {
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -15,6 +15,7 @@ from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.runs.encoding import encode
 from bidora.runs.results import Listener
+from bidora.runs.resume import as_found
 from bidora.runs.settings import TrainSettings
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.registry import make_task
@@ -151,7 +152,8 @@ def _read_run(folder: Path) -> tuple[TrainSettings, Schema]:
     try:
         values = json.loads((folder / "settings.json").read_text("utf-8"))
         schema = json.loads((folder / "task.json").read_text("utf-8"))
-        values.pop("started_in", None)
+        started_in = values.pop("started_in", None)
+        values["model"] = as_found(values["model"], started_in)
         found = TrainSettings.from_dict(values), Schema.from_dict(schema)
     except OSError as error:
         raise UserError(

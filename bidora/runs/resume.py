@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bidora.data.files import is_table_file
 from bidora.errors import UserError
 from bidora.runs.settings import TrainSettings, default_folder
 
-__all__ = ["settings_of_run"]
+__all__ = ["as_found", "settings_of_run"]
 
 PATHS = ("task", "data_dir", "validation_file", "test_file", "model")
 """Settings that may be paths."""
+
+FILES = ("data_dir", "validation_file", "test_file")
+"""Those that are nothing else."""
 
 
 def settings_of_run(**given: Any) -> TrainSettings:
@@ -34,6 +38,7 @@ def settings_of_run(**given: Any) -> TrainSettings:
         raise UserError(
             "--resume goes on with a run and --overwrite replaces it; leave one out."
         )
+    given = _as_settings(given)
     folder = given.pop("output_dir", None) or default_folder(
         given.get("method", "bidora"),
         given.get("task", "docstrings"),
@@ -74,19 +79,41 @@ def settings_of_run(**given: Any) -> TrainSettings:
     return TrainSettings.from_dict({**saved.as_dict(), **found, **moved})
 
 
+def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what was given as settings hold it, each of them checked."""
+    checked = TrainSettings.from_dict(given)
+    return {name: getattr(checked, name) for name in given}
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and Path(value).expanduser().exists()
 
 
+def as_found(path: str, started_in: str | None) -> str:
+    """Return a path of a run as it is found from this folder.
+
+    Args:
+        path: As it was given when the run was started; it may be a name instead.
+        started_in: The folder in which that was.
+
+    Returns:
+        The path from there, where nothing is here and something there; else `path`.
+    """
+    if started_in is None or Path(path).expanduser().exists():
+        return path
+    there = Path(started_in) / Path(path).expanduser()
+    return str(there) if there.exists() else path
+
+
 def _find(name: str, value: str | None, started_in: str | None) -> str | None:
     """Return where a file of the run is now, seen from this folder."""
-    if value is None or started_in is None or Path(value).expanduser().exists():
+    if value is None or started_in is None:
         return value
+    found = as_found(value, started_in)
+    if found != value or Path(value).expanduser().exists():
+        return found
     there = Path(started_in) / Path(value).expanduser()
-    if there.exists():
-        return str(there)
-    looks_like_file = "." in Path(value).name or value.startswith((".", "/", "~"))
-    if name in ("data_dir", "validation_file", "test_file") or looks_like_file:
+    if name in FILES or _looks_like_file(name, value):
         raise UserError(
             f"--resume: the run was started in {started_in} with --"
             f"{name.replace('_', '-')} {value}, and neither {there} nor "
@@ -94,3 +121,10 @@ def _find(name: str, value: str | None, started_in: str | None) -> str | None:
             f"{name.replace('_', '-')} PATH."
         )
     return value
+
+
+def _looks_like_file(name: str, value: str) -> bool:
+    """Say whether it is no name of the Hub, where names have dots and one slash."""
+    if value.startswith((".", "/", "~")) or value.count("/") > 1:
+        return True
+    return name == "task" and is_table_file(value)

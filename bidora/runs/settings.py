@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bidora import defaults
@@ -26,6 +25,17 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 
 OTHER_LENGTH = 128
 """Tokens kept of an example where its data does not suggest another number."""
+
+
+KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("str", str, "a word"),
+    ("bool", bool, "true or false"),
+    ("tuple", tuple, "names"),
+    ("dict", dict, "settings by name"),
+    ("int", int | float, "a number"),
+    ("float", int | float, "a number"),
+)
+"""How the type of a setting begins, what it may hold, and what a message calls it."""
 
 
 def option(
@@ -203,6 +213,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         """Check every setting, naming its option."""
+        self._check_kinds()
         self._checks(
             (1, "per_device_train_batch_size", "per_device_outer_batch_size", "lora_r"),
             (1, "min_examples_per_class"),
@@ -213,7 +224,11 @@ class JobSettings:
         for name in ("weight_decay", "orthogonality"):
             self._check(name, lambda x: x >= 0, "a finite number of 0 or more")
         self._check("lora_dropout", lambda x: 0 <= x < 1, "a number from 0 to below 1")
-        self._check("seed", lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32")
+        self._check(
+            "seed",
+            lambda x: isinstance(x, int) and 0 <= x < 2**32,
+            "a whole number from 0 to 2**32",
+        )
         self._check(
             "validation_fraction", lambda x: 0 < x < 1, "a number between 0 and 1"
         )
@@ -293,18 +308,22 @@ class JobSettings:
             near = get_close_matches(unknown[0], fields, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"there is no setting named {', '.join(unknown)}.{hint}")
-        made: dict[str, Any] = {
-            name: tuple(value)
-            if isinstance(value, list) and "tuple" in str(fields[name].type)
-            else value
-            for name, value in values.items()
-        }
-        try:
-            return cls(**made)
-        except TypeError as error:  # a word where a number belongs
-            raise UserError(
-                f"a setting has a value of the wrong kind: {error}."
-            ) from error
+        return cls(
+            **{
+                name: _names(value) if str(fields[name].type).startswith("tuple") else value
+                for name, value in values.items()
+            }
+        )
+
+    def _check_kinds(self) -> None:
+        """Refuse words where numbers belong and the like; numbers have their own checks."""
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None and "None" in kind:
+                continue
+            for name, accepted, wanted in KINDS:
+                if kind.startswith(name) and not isinstance(value, accepted):
+                    raise UserError(f"{_option(f.name)} is {value!r}; give {wanted}.")
 
     def _checks(self, *counts: tuple[Any, ...]) -> None:
         for least, *names in counts:
@@ -503,9 +522,11 @@ def default_folder(what: str, task: str, seed: int) -> str:
     return f"runs/{what}-{name[-40:]}-seed{seed}"
 
 
-def absolute(path: str | None) -> str | None:
-    """Return a path that is found from any folder; None stays None."""
-    return None if path is None else str(Path(path).expanduser().absolute())
+def _names(value: Any) -> Any:
+    """Return names as a tuple; a word may hold several, as on the command line."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _option(name: str) -> str:

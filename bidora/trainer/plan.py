@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bidora import defaults
 from bidora.budget import outer_steps_due
+from bidora.errors import UserError
 from bidora.optimizer import orthogonality_weight
 from bidora.trainer.arguments import arguments_of_phase
 from bidora.trainer.data import loader_over
@@ -130,7 +131,7 @@ def _fitted(trainer: Any, dataset: Any) -> HypergradEstimator:
             "one. Raise per_device_train_batch_size, or set estimator_settings="
             f"{{'product_fraction': {1 / count:.3g}}} or more."
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     if args.train_batch_size * args.world_size <= len(loader.dataset):
         # The last batch of an epoch may be too small to divide.
         args.dataloader_drop_last = True

@@ -92,6 +92,9 @@ class Finished:
     result: RunResult
     job: Any  # with the trained model and the tokenised examples
     told: list[str]
+    trainer: Any
+    values: dict[str, dict[str, torch.Tensor]]  # as a phase begins and ends
+    groups: dict[str, dict[str, tuple[float, float]]]  # rate and decay by name, by phase
 
     @property
     def folder(self) -> Path:
@@ -114,23 +117,68 @@ class Finished:
             return model.eval()(**batch).logits
 
 
-def finish(**given: Any) -> Finished:
-    """Train, and keep the model that was trained."""
+def trained_values(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of what a method may train, by name."""
+    marks = ("lora_", "modules_to_save", ".down.", ".up.", "classifier")
+    return {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if any(mark in n for mark in marks) and "original_module" not in n
+    }
+
+
+def finish(*, draws: bool = False, **given: Any) -> Finished:
+    """Train, and keep the model; a picture takes a second, and one of them is enough."""
     from bidora.runs import job
 
-    kept: list[Any] = []
-    save = job._Job.save
+    from bidora.runs.recorder import Recorder
+
+    kept: dict[str, Any] = {}
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    save, begin, end = job._Job.save, Recorder.on_train_begin, Recorder.on_train_end
 
     def keep(self: Any, *args: Any) -> None:
-        kept.append(self)
+        kept["job"] = self
         save(self, *args)
+
+    def on_train_begin(self: Any, *args: Any, **rest: Any) -> None:
+        begin(self, *args, **rest)
+        kept["trainer"] = self.trainer
+        model = self.trainer.model
+        values[f"{self.phase} begins"] = trained_values(model)
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups[self.phase] = {
+            names[id(p)]: (group["initial_lr"], group["weight_decay"])
+            for group in rest["optimizer"].param_groups
+            for p in group["params"]
+        }
+
+    def on_train_end(self: Any, *args: Any, **rest: Any) -> None:
+        values[f"{self.phase} ends"] = trained_values(self.trainer.model)
+        end(self, *args, **rest)
 
     heard, settings = Heard(), TrainSettings.from_dict(given)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(job._Job, "save", keep)
+        patch.setattr(Recorder, "on_train_begin", on_train_begin)
+        patch.setattr(Recorder, "on_train_end", on_train_end)
+        if not draws:
+            patch.setattr(
+                "bidora.runs.plots.draw_curves",
+                lambda history, path, title, metric: path.touch(),
+            )
         warnings.simplefilter("ignore")
         result = job.train(settings, heard)
-    return Finished(settings, result, kept[0], heard.lines)
+    return Finished(
+        settings,
+        result,
+        kept["job"],
+        heard.lines,
+        kept["trainer"],
+        values,
+        groups,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -157,13 +205,12 @@ def finished(
     def run(method: str) -> Finished:
         if method not in runs:
             place = tmp_path_factory.mktemp("finished") / method
-            searches = {"budget": "full", "outer_every": 2, "outer_warmup_steps": 2}
-            runs[method] = finish(
-                **small_job,
-                **(searches if method.startswith("bidora") else {}),
-                method=method,
-                output_dir=str(place),
-            )
+            own: dict[str, Any] = {"method": method, "output_dir": str(place)}
+            if method.startswith("bidora"):
+                own |= {"budget": "full", "outer_every": 2, "outer_warmup_steps": 2}
+            if method.startswith("bidora-"):
+                own |= {"max_steps": 4, "eval_steps": 4}
+            runs[method] = finish(**{**small_job, **own}, draws=method == "bidora")
         return runs[method]
 
     return run

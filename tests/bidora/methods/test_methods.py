@@ -2,34 +2,214 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 from bidora import load_run
-from bidora.methods import METHODS
+from bidora.dora import exact_dora_layers
+from bidora.errors import UserError
+from bidora.methods import METHODS, make_method
+from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY
+from bidora.runs.settings import TrainSettings
 from tests.tolerances import error, tol
 
-OF_ONE_PHASE = ("dora", "dora-peft", "lora", "rslora", "houlsby", "full")
+Run = Callable[[str], Any]
 
-pytestmark = [
-    # transformers' own, raised when PEFT reads its model
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-]
+# transformers' own, raised when PEFT reads its model
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
+
+ALL = METHODS.names()
+SEARCHES = tuple(name for name in ALL if name.startswith("bidora"))
+HEAD = 16 * 3 + 3  # hidden size times classes, and a bias
+RANK = 4
+LORA = 4 * 2 * 16 * RANK  # query and value of two layers, A and B of each
+MAGNITUDES = 4 * 16
+HOULSBY = 4 * (16 * RANK + RANK + RANK * 16 + 16)  # two bottlenecks a layer
 
 
-@pytest.mark.parametrize("name", METHODS.names())
-def test_what_was_trained_is_what_is_loaded(
-    finished: Callable[[str], Any], name: str, capsys: Any
-) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_what_was_trained_is_what_is_loaded(finished: Run, name: str) -> None:
     run = finished(name)
     truth = run.logits()
     loaded, tokenizer = load_run(run.folder)
-    assert error(run.logits(loaded), truth) <= tol(torch.float32, cond=10)
-    assert tokenizer(["apple"])["input_ids"]
+    assert not loaded.training
+    assert error(run.logits(loaded), truth) <= tol(torch.float32)
     lines: dict[str, Any] = {}
     exec(run.result.loading_code, lines)
     assert not lines["model"].training
-    assert error(run.logits(lines["model"]), truth) <= tol(torch.float32, cond=10)
+    assert error(run.logits(lines["model"]), truth) <= tol(torch.float32)
+    for found in (tokenizer, lines["tokenizer"]):
+        assert found("apple")["input_ids"] == run.job.tokenizer("apple")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_phases_are_those_of_the_method(finished: Run, name: str) -> None:
+    run = finished(name)
+    names = [phase.name for phase in run.result.phases]
+    assert names == list(METHODS.get(name).phases)
+    outer_steps = [phase.outer_steps for phase in run.result.phases]
+    assert (outer_steps[0] > 0) == (name in SEARCHES)
+    assert not any(outer_steps[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("lora", LORA + HEAD),
+        ("rslora", LORA + HEAD),
+        ("dora-peft", LORA + MAGNITUDES + HEAD),
+        ("dora", LORA + MAGNITUDES + HEAD),
+        ("houlsby", HOULSBY + HEAD),
+    ],
+)
+def test_trained_parameters_are_counted(finished: Run, name: str, count: int) -> None:
+    run = finished(name)
+    trained = [p.numel() for p in run.job.model.parameters() if p.requires_grad]
+    assert sum(trained) == count
+    assert any(f"{name} trains {count:,} of its" in line for line in run.told)
+
+
+def test_full_trains_and_saves_all_of_the_model(finished: Run) -> None:
+    run = finished("full")
+    assert all(p.requires_grad for p in run.job.model.parameters())
+    saved = BertForSequenceClassification.from_pretrained(run.folder)
+    assert saved.num_parameters() == run.job.model.num_parameters()
+
+
+def test_only_the_exact_forward_is_exact(finished: Run) -> None:
+    for name in ("dora", "bidora"):
+        assert len(exact_dora_layers(finished(name).job.model)) == 4
+    for name in ("dora-peft", "lora"):
+        assert not exact_dora_layers(finished(name).job.model)
+
+
+def test_rank_stabilised_scale_is_alpha_over_the_root(finished: Run) -> None:
+    for name, scale in (("lora", 8 / 4), ("rslora", 8 / 2)):
+        layer = finished(name).job.model.base_model.model.bert.encoder.layer[0]
+        assert layer.attention.self.query.scaling == {"default": scale}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "bidora"])
+def test_adapters_are_plain_peft(finished: Run, name: str, tiny_encoder: Path) -> None:
+    run = finished(name)
+    config = json.loads((run.folder / "adapter_config.json").read_text("utf-8"))
+    assert config["use_dora"] is (name != "lora")
+    assert config["base_model_name_or_path"] == str(tiny_encoder)
+    assert "classifier" in config["modules_to_save"]
+    assert config["task_type"] == "SEQ_CLS"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("bidora-first-order", {"estimator": "first-order"}),
+        ("bidora-no-orthogonality", {"orthogonality": 0.0}),
+        ("bidora-no-retraining", {"retrain": "none"}),
+        ("bidora-one-split", {}),
+    ],
+)
+def test_ablations_differ_from_bidora_in_one_thing(
+    finished: Run, name: str, changed: dict[str, Any]
+) -> None:
+    assert METHODS.get(name).preset == changed
+    args, whole = finished(name).trainer.args, finished("bidora").trainer.args
+    for field in SEARCH_ONLY:
+        wanted = changed.get(field, getattr(whole, field))
+        assert getattr(args, field) == wanted, field
+
+
+def useless(method: str) -> list[str]:
+    return sorted(METHODS.get(method).ignores)
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "budget": "full",
+    "estimator": "cg",
+    "estimator_settings": {"num_terms": 2},
+    "outer_every": 2,
+    "outer_warmup_steps": 3,
+    "per_device_outer_batch_size": 2,
+    "validation_fraction": 0.5,
+    "orthogonality": 0.5,
+    "retrain": "fresh",
+    "retrain_max_steps": 2,
+    "retrain_learning_rate": 0.5,
+    "audit_every": 2,
+    "outer_learning_rate": 0.5,
+    "outer_weight_decay": 0.5,
+    "lora_r": 2,
+    "lora_alpha": 3.0,
+    "lora_dropout": 0.5,
+    "target_modules": ("query",),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, name) for m in ALL for name in useless(m)]
+)
+def test_settings_without_a_meaning_are_refused(method: str, name: str) -> None:
+    settings = TrainSettings(method=method, **{name: OTHER_VALUES[name]})
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(UserError, match=f"{option} has no meaning with --method {method}"):
+        make_method(method).check(settings)
+
+
+def test_what_each_method_ignores() -> None:
+    assert set(OTHER_VALUES) == {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS}
+    assert set(useless("full")) == set(OTHER_VALUES)
+    assert set(useless("lora")) == {*SEARCH_ONLY, *OF_MAGNITUDES}
+    assert set(useless("dora")) == set(SEARCH_ONLY)  # magnitudes have a rate
+    assert set(useless("houlsby")) == set(OTHER_VALUES) - {"lora_r"}
+    assert not useless("bidora")
+    # Nothing is held back, and nothing is retrained.
+    assert useless("bidora-one-split") == ["validation_fraction"]
+    assert useless("bidora-no-retraining") == [
+        "retrain_learning_rate",
+        "retrain_max_steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("bidora-first-order", {"estimator": "darts"}),
+        ("bidora-no-orthogonality", {"orthogonality": 0.1}),
+        ("bidora-no-retraining", {"retrain": "warm"}),
+    ],
+)
+def test_what_an_ablation_stands_for_is_not_changed(
+    method: str, given: dict[str, Any]
+) -> None:
+    (name,) = given
+    with pytest.raises(UserError, match=f"--method {method} stands for .* --{name}"):
+        make_method(method).check(TrainSettings(method=method, **given))
+    same = METHODS.get(method).preset
+    make_method(method).check(TrainSettings(method=method, **same))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"estimator": "magic"}, "--estimator magic: .*darts"),
+        ({"estimator": "neumann", "estimator_settings": {"sweets": 1}}, "sweets"),
+        ({"estimator_settings": {"sweets": 1}}, "sweets"),
+    ],
+)
+def test_estimators_are_checked_before_anything_is_loaded(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_method("bidora").check(TrainSettings(**given))
+
+
+def test_unknown_methods_get_the_nearest() -> None:
+    with pytest.raises(UserError, match="'qlora'; choose one of .* mean 'lora'"):
+        make_method("qlora")
