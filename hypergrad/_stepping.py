@@ -119,7 +119,7 @@ class Stepper:
         tally, gaps = Tally(), list[float]()
         if run.left is not None:
             now = tree.size(moments(self.inner, problem.inner_params))
-            tally.watch(now - run.left, gaps.append)
+            tally.watch([now - run.left], gaps.extend)
         versions = [t._version for t in problem.inner_params.values()]
         g = gradients(
             problem,

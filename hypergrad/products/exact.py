@@ -295,7 +295,7 @@ class _ForwardOverReverse(BoundProduct):
             # torch.func.grad would build the graph of its backward pass too, which
             # nothing here goes through: half of the memory. The value comes along to
             # be looked at: a loss that ignores its arguments has derivatives of zeros.
-            loss, pull = torch.func.vjp(
+            loss, pull, *_ = torch.func.vjp(
                 lambda a, b: problem.inner_loss(a, b, micro.batch), at, lam
             )
             one = torch.ones_like(loss)

@@ -33,8 +33,12 @@ from bidora.models import Base, ModelSource
 from bidora.runs.settings import TrainSettings
 from tests.tolerances import error, tol
 
-SIZES = {"vocab_size": 9, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = BertConfig(hidden_size=8, intermediate_size=12, num_labels=3, **SIZES)
+SIZES: dict[str, Any] = {
+    "vocab_size": 9,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BERT = BertConfig(hidden_size=8, intermediate_size=12, **{**SIZES, "num_labels": 3})
 BASES: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForSequenceClassification(BERT),
     "roberta": lambda: RobertaModel(
@@ -82,7 +86,9 @@ def test_an_adapter_computes_what_its_formula_says() -> None:
 def test_adapters_and_head_are_trained_and_nothing_else(tiny_encoder: Path) -> None:
     model = BASES["bert"]()
     base = Base(ModelSource("b", "b", is_local=True), model, ["classifier"], "SEQ_CLS")
-    adapted = make_method("houlsby").adapt(base, TrainSettings(method="houlsby", lora_r=2))
+    adapted = make_method("houlsby").adapt(
+        base, TrainSettings(method="houlsby", lora_r=2)
+    )
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert all(".down." in n or ".up." in n or "classifier" in n for n in trained)
     # Down and up of four adapters, and the head.

@@ -68,7 +68,8 @@ def _held(problem: BilevelProblem, product: Product, batches: object) -> int:
 
     def take() -> None:
         tally = Tally()
-        product.bind(problem, batches, tally, Hints(single_use=True)).vjp(u)  # pyright: ignore
+        bound = product.bind(problem, batches, tally, Hints(single_use=True))
+        bound.vjp(u)
         tally.read()
 
     take()  # what is looked at once
