@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hypergrad import BilevelProblem
-from hypergrad.batches import Accumulated, as_micro_batches
+from hypergrad.batches import Accumulated, MicroBatch, as_micro_batches
 from hypergrad.compare._measure import peak_bytes
 from hypergrad.products import (
     DoubleBackward,
@@ -62,7 +63,9 @@ def test_micro_batches_divide_what_the_exact_product_holds() -> None:
     assert _held(problem, DoubleBackward(), quarters) < whole / 3  # w does not shrink
 
 
-def _held(problem: BilevelProblem, product: Product, batches: object) -> int:
+def _held(
+    problem: BilevelProblem, product: Product, batches: Sequence[MicroBatch]
+) -> int:
     torch.manual_seed(1)
     u = {n: torch.randn_like(p) for n, p in problem.inner_params.items()}
 
