@@ -78,7 +78,9 @@ def _text(
         table.append(f"| {_plain(part)} | " + " | ".join(values) + " |")
     sizes = ", ".join(f"{len(r)} {_plain(p)}" for p, r in examples.rows.items())
     labels = ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50]) or (
-        "a number, {mean:.6g} + {deviation:.6g} times the logit".format(**schema.details)
+        "a number, {mean:.6g} + {deviation:.6g} times the logit".format(
+            **schema.details
+        )
         if {"mean", "deviation"} <= set(schema.details)
         else "numbers"
     )

@@ -310,7 +310,9 @@ class JobSettings:
             raise UserError(f"there is no setting named {', '.join(unknown)}.{hint}")
         return cls(
             **{
-                name: _names(value) if str(fields[name].type).startswith("tuple") else value
+                name: _names(value)
+                if str(fields[name].type).startswith("tuple")
+                else value
                 for name, value in values.items()
             }
         )

@@ -94,7 +94,9 @@ class Finished:
     told: list[str]
     trainer: Any
     values: dict[str, dict[str, torch.Tensor]]  # as a phase begins and ends
-    groups: dict[str, dict[str, tuple[float, float]]]  # rate and decay by name, by phase
+    groups: dict[
+        str, dict[str, tuple[float, float]]
+    ]  # rate and decay by name, by phase
 
     @property
     def folder(self) -> Path:
@@ -130,7 +132,6 @@ def trained_values(model: Any) -> dict[str, torch.Tensor]:
 def finish(*, draws: bool = False, **given: Any) -> Finished:
     """Train, and keep the model; a picture takes a second, and one of them is enough."""
     from bidora.runs import job
-
     from bidora.runs.recorder import Recorder
 
     kept: dict[str, Any] = {}

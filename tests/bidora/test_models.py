@@ -166,7 +166,13 @@ def test_what_a_base_was_trained_for_does_not_matter(
 def test_a_base_without_a_padding_token_gets_one(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    sizes = {"vocab_size": 17, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    sizes = {
+        "vocab_size": 17,
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 16,
+    }
     GPT2Model(GPT2Config(**sizes)).save_pretrained(tmp_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_encoder)
     tokenizer.pad_token = None

@@ -82,7 +82,9 @@ def test_an_adapter_computes_what_its_formula_says() -> None:
 def test_adapters_and_head_are_trained_and_nothing_else(tiny_encoder: Path) -> None:
     model = BASES["bert"]()
     base = Base(ModelSource("b", "b", is_local=True), model, ["classifier"], "SEQ_CLS")
-    adapted = make_method("houlsby").adapt(base, TrainSettings(method="houlsby", lora_r=2))
+    adapted = make_method("houlsby").adapt(
+        base, TrainSettings(method="houlsby", lora_r=2)
+    )
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert all(".down." in n or ".up." in n or "classifier" in n for n in trained)
     # Down and up of four adapters, and the head.

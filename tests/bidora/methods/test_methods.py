@@ -158,7 +158,9 @@ OTHER_VALUES: dict[str, Any] = {
 def test_settings_without_a_meaning_are_refused(method: str, name: str) -> None:
     settings = TrainSettings(method=method, **{name: OTHER_VALUES[name]})
     option = "--" + name.replace("_", "-")
-    with pytest.raises(UserError, match=f"{option} has no meaning with --method {method}"):
+    with pytest.raises(
+        UserError, match=f"{option} has no meaning with --method {method}"
+    ):
         make_method(method).check(settings)
 
 

@@ -23,7 +23,9 @@ def is_magnitude(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_biases_and_norms_never_decay(finished: Callable[[str], Any], name: str) -> None:
+def test_biases_and_norms_never_decay(
+    finished: Callable[[str], Any], name: str
+) -> None:
     run = finished(name)
     for phase, found in run.groups.items():
         assert set(found) <= {n for n, _ in run.job.model.named_parameters()}

@@ -101,7 +101,9 @@ def test_the_base_is_named_where_the_hub_has_it(
     assert data.get("base_model") == base
 
 
-def test_the_bundled_model_is_named_as_on_the_hub(finished: Run, tmp_path: Path) -> None:
+def test_the_bundled_model_is_named_as_on_the_hub(
+    finished: Run, tmp_path: Path
+) -> None:
     try:
         source = find_model()
     except UserError as missing:

@@ -126,7 +126,9 @@ def curves(run: Finished) -> list[dict[str, Any]]:
 
 def test_curves_are_of_what_may_be_looked_at(parted: Finished) -> None:
     names = {
-        phase: {n for r in curves(parted) if r["phase"] == phase for n in r["evaluation"]}
+        phase: {
+            n for r in curves(parted) if r["phase"] == phase for n in r["evaluation"]
+        }
         for phase in ("search", "retrain")
     }
     assert names == dict.fromkeys(names, {"train", "held_back", "validation"})

@@ -46,7 +46,11 @@ def of_task(
     """Return a function that gives a finished run of a type of task, made once."""
     runs: dict[str, Finished] = {}
     place = tmp_path_factory.mktemp("of-task")
-    groups = [("apple pear", 1.5, "a"), ("iron tin", 2.5, "b"), ("crow wren", 4.0, "a;b")]
+    groups = [
+        ("apple pear", 1.5, "a"),
+        ("iron tin", 2.5, "b"),
+        ("crow wren", 4.0, "a;b"),
+    ]
     rows = [(f"{t} {f}", n, s) for t, n, s in groups for f in ("the", "of", "a", "and")]
     column_file = "".join(
         f"apple B-X\nof I-X\niron O\n{word} O\n\n" for word in ("the", "a") * 6
@@ -89,9 +93,7 @@ def test_classes_and_their_probabilities(
     assert [row["text"] for row in scored] == TEXTS
     assert [str(row["id"]) for row in scored] == ["0", "1", "2", "3"]
     for row in scored:
-        shares = {
-            name: float(row[f"p({name})"]) for name in ("bird", "fruit", "metal")
-        }
+        shares = {name: float(row[f"p({name})"]) for name in ("bird", "fruit", "metal")}
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
         assert max(shares, key=lambda n: shares[n]) in row.values()
         assert float(row["probability"]) == max(shares.values())

@@ -100,7 +100,9 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         settings_of_run(output_dir=str(tmp_path))
     for text in ("{", "[]", '{"max_stesp": 1}', '{"max_steps": "x"}'):
         (tmp_path / "settings.json").write_text(text, "utf-8")
-        with pytest.raises(UserError, match=r"settings\.json cannot be read as the set"):
+        with pytest.raises(
+            UserError, match=r"settings\.json cannot be read as the set"
+        ):
             settings_of_run(output_dir=str(tmp_path))
 
 
