@@ -224,7 +224,7 @@ def _answers(
         trainer = Trainer(model, args, data_collator=task.collator(tokenizer))
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        found = trainer.predict(features)  # pyright: ignore[reportArgumentType]
+        found: Any = trainer.predict(features)
     listener.working_on(len(rows), "")
     return task.answers(found.predictions, rows, schema, found.label_ids)
 

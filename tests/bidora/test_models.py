@@ -166,7 +166,7 @@ def test_what_a_base_was_trained_for_does_not_matter(
 def test_a_base_without_a_padding_token_gets_one(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 17,
         "n_embd": 8,
         "n_layer": 1,

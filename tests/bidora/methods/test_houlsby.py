@@ -33,8 +33,12 @@ from bidora.models import Base, ModelSource
 from bidora.runs.settings import TrainSettings
 from tests.tolerances import error, tol
 
-SIZES = {"vocab_size": 9, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = BertConfig(hidden_size=8, intermediate_size=12, num_labels=3, **SIZES)
+SIZES: dict[str, Any] = {
+    "vocab_size": 9,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BERT = BertConfig(hidden_size=8, intermediate_size=12, **SIZES, **{"num_labels": 3})
 BASES: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForSequenceClassification(BERT),
     "roberta": lambda: RobertaModel(

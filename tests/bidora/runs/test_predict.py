@@ -207,7 +207,7 @@ def test_a_run_that_is_not_finished_or_none_is_refused(
     folder = tmp_path / "run"
     shutil.copytree(finished("lora").folder, folder)
     (folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match="is not finished; .*--resume --output-dir"):
+    with pytest.raises(UserError, match=r"is not finished; .*--resume --output-dir"):
         load_run(folder)
     (folder / "task.json").write_text("{}")
     with pytest.raises(UserError, match="its settings cannot be read"):
