@@ -74,6 +74,10 @@ PAGES = (
     "methods.md",
     "predict.md",
     "trainer.md",
+    "examples/ridge.md",
+    "examples/data-weights.md",
+    "examples/imaml.md",
+    "examples/looking-back.md",
 )
 TASK_PAGES = ("classification", "regression", "multilabel", "tagging")
 HEADINGS = (

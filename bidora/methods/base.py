@@ -68,6 +68,7 @@ class Method(ABC):
         phases: Names of the phases, in order.
         searches: Whether an outer level learns too.
         holds_back: Whether it does so on examples that are held back for it.
+        saves_whole: Whether what `save` writes is loaded without the base model.
         preset: Settings that the method stands for; it refuses others for them.
         ignores: Settings that mean nothing to it.
     """
@@ -77,6 +78,7 @@ class Method(ABC):
     phases: ClassVar[tuple[str, ...]] = ("train",)
     searches: ClassVar[bool] = False
     holds_back: ClassVar[bool] = False
+    saves_whole: ClassVar[bool] = False
     preset: ClassVar[Mapping[str, Any]] = {}
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES)
 

@@ -22,6 +22,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "full fine-tuning: every weight of the model"
+    saves_whole: ClassVar[bool] = True
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS)
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:

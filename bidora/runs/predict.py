@@ -179,11 +179,12 @@ def _load(
     from bidora.models import ModelSource, find_model, load_base, load_tokenizer
     from bidora.runs.job import find_device
 
-    source = find_model(settings.model)
+    method = make_method(settings.method)
     own = ModelSource(settings.model, str(folder), is_local=True)
+    source = own if method.saves_whole else find_model(settings.model)
     tokenizer = load_tokenizer(own)
     base = load_base(source, tokenizer, task, schema, seed=settings.seed)
-    model: Any = make_method(settings.method).load(base, folder)
+    model: Any = method.load(base, folder)
     return model.to(find_device(device)).eval(), tokenizer
 
 

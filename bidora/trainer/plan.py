@@ -105,7 +105,7 @@ def _fitted(trainer: Any, dataset: Any) -> HypergradEstimator:
     patches of several images, share a first axis that is not the examples'.
 
     Raises:
-        ValueError: the part is less than an example.
+        UserError: the part is less than an example; a ValueError too.
     """
     args = trainer.args
     estimator: Any = args.make_estimator()

@@ -213,5 +213,5 @@ def test_estimators_are_checked_before_anything_is_loaded(
 
 
 def test_unknown_methods_get_the_nearest() -> None:
-    with pytest.raises(UserError, match="'qlora'; choose one of .* mean 'lora'"):
+    with pytest.raises(UserError, match=r"'qlora'; choose one of .* mean 'lora'"):
         make_method("qlora")

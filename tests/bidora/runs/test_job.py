@@ -131,7 +131,8 @@ def test_curves_are_of_what_may_be_looked_at(parted: Finished) -> None:
         }
         for phase in ("search", "retrain")
     }
-    assert names == dict.fromkeys(names, {"train", "held_back", "validation"})
+    for found in names.values():
+        assert found == {"train", "held_back", "validation"}
     for record in curves(parted):
         for scores in record["evaluation"].values():
             assert {"loss", "accuracy", "f1_macro"} <= set(scores)

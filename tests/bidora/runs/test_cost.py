@@ -1,0 +1,53 @@
+"""How long a job will take: timed without a trace, and counted in gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bidora.runs.cost import duration, memory_in_use, outer_step_cost, time_a_step
+from hypergrad import make_estimator
+
+
+def test_timing_leaves_no_trace(finished: Callable[[str], Any]) -> None:
+    run = finished("lora")
+    data = run.job.sets["train"]
+    before = {n: p.detach().clone() for n, p in run.job.model.named_parameters()}
+    state = torch.random.get_rng_state()
+    batch = run.job.collate([data[i] for i in range(4)])
+    assert time_a_step(run.job.model, lambda: batch) > 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, parameter in run.job.model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "cost"),
+    [
+        ("first-order", {}, 1.0),
+        ("darts", {}, 3.0),
+        ("neumann", {"num_terms": 5}, 8.0),
+        ("cg", {"max_iter": 20}, 23.0),
+    ],
+)
+def test_outer_costs_follow_the_number_of_products(
+    name: str, settings: dict[str, Any], cost: float
+) -> None:
+    assert outer_step_cost(make_estimator(name, **settings)) == cost
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.1, "1 seconds"), (89.4, "89 seconds"), (90.0, "1.5 minutes")],
+)
+def test_durations_are_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_memory_is_that_of_the_process() -> None:
+    # Python with torch takes some hundred MiB, and no machine of ours has a PiB.
+    assert 2**26 < memory_in_use(torch.device("cpu")) < 2**50
