@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = [
     "BUDGET",
+    "BUNDLED_MODEL",
     "ESTIMATOR",
+    "FULL_LEARNING_RATE",
     "LEARNING_RATE",
     "MAX_GRAD_NORM",
     "ORTHOGONALITY",
@@ -19,6 +21,9 @@ __all__ = [
     "WEIGHT_DECAY",
 ]
 
+BUNDLED_MODEL = "all-MiniLM-L6-v2"
+"""Name of the encoder that the extra `demo` installs."""
+
 BUDGET = "economical"
 """See `bidora.budget`."""
 
@@ -30,6 +35,9 @@ LEARNING_RATE = 5e-3
 
 OTHER_LEARNING_RATE = 5e-4
 """Likewise for every other model. transformers' own 5e-5 is for training all weights."""
+
+FULL_LEARNING_RATE = 5e-5
+"""Of full fine-tuning: transformers' own."""
 
 WEIGHT_DECAY = 0.1
 """AdamW's decoupled weight decay, on both levels."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bidora.defaults import BUNDLED_MODEL
 from bidora.errors import UserError
-from bidora.runs.settings import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

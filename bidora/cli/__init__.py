@@ -274,11 +274,13 @@ or load it in Python:
 
 
 def _dry(settings: TrainSettings) -> str:
-    usual = TrainSettings()
-    lines = [
-        f"  {name}: {value}" + ("" if value == getattr(usual, name) else "  (given)")
-        for name, value in settings.as_dict().items()
-    ]
+    usual, fields = TrainSettings(), TrainSettings.__dataclass_fields__
+    lines = []
+    for name, value in settings.as_dict().items():
+        shown = fields[name].metadata.get("shown", "")
+        what = f"({shown or 'none'})" if value is None else value
+        given = "" if value == getattr(usual, name) else "  (given)"
+        lines.append(f"  {name}: {what}{given}")
     return "Settings:\n" + "\n".join(lines) + "\nNothing was trained or written.\n"
 
 

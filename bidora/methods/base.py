@@ -70,6 +70,7 @@ class Method(ABC):
         holds_back: Whether it does so on examples that are held back for it.
         saves_whole: Whether what `save` writes is loaded without the base model.
         preset: Settings that the method stands for; it refuses others for them.
+        usual_rate: Learning rate where none is given; None for that of adapters.
         ignores: Settings that mean nothing to it.
     """
 
@@ -80,6 +81,7 @@ class Method(ABC):
     holds_back: ClassVar[bool] = False
     saves_whole: ClassVar[bool] = False
     preset: ClassVar[Mapping[str, Any]] = {}
+    usual_rate: ClassVar[float | None] = None
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES)
 
     def check(self, settings: TrainSettings) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bidora import defaults
 from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY, Method
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Full(Method):
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "full fine-tuning: every weight of the model"
     saves_whole: ClassVar[bool] = True
+    usual_rate: ClassVar[float | None] = defaults.FULL_LEARNING_RATE
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS)
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:

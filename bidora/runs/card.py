@@ -102,7 +102,7 @@ def _text(
 
 ## Scores
 
-Measured once, at the end.
+Measured after the last phase, on examples that nothing was learnt from or chosen by.
 
 {chr(10).join(table)}
 
@@ -115,9 +115,9 @@ With this folder as the working folder:
 ```python
 {code}```
 
-`AutoModel….from_pretrained` of an adapter's folder leaves DoRA's magnitudes out without a
-word (transformers' doing), so load the base first, as above. `bidora predict FOLDER
---input new.csv --output scored.csv` does all of it.
+`bidora predict FOLDER --input new.csv --output scored.csv` does all of it. An adapter's
+folder is no whole model: `AutoModel….from_pretrained` and `pipeline(model=FOLDER)` fail on
+it, or leave DoRA's magnitudes out.
 
 ## Settings that were changed
 

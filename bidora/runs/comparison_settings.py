@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
-from bidora.runs.settings import JobSettings, option
+from bidora.runs.settings import SEARCH, JobSettings, option
 
 if TYPE_CHECKING:
     from hypergrad import HypergradEstimator
@@ -77,6 +77,12 @@ class CompareSettings(JobSettings):
         "and cg differentiate the minimum of the inner loss, which is another question",
         COMPARISON,
         metavar="{" + ",".join(REFERENCES) + "}",
+    )
+    per_device_outer_batch_size: int | None = option(
+        None,
+        "held-back examples of the outer batch",
+        SEARCH,
+        shown="as --per-device-train-batch-size",
     )
     steps: int = option(40, "steps of the directions before the comparison", COMPARISON)
     lookback: int = option(

@@ -134,6 +134,7 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
             "label_columns",
             "allow_empty",
             "min_examples_per_class",
+            "scheme",
         )
         if getattr(settings, k) is not None and k not in fields
     ]

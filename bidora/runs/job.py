@@ -93,6 +93,8 @@ def train(
         )
         if dry_run:
             return job.tell(listener)
+        # What a Trainer refuses is refused before the folder is claimed.
+        trainer = job.trainer(str(folder.checkpoints))
         folder.open()
         try:
             if not resume:
@@ -106,7 +108,7 @@ def train(
                 )
                 folder.write_json("task.json", examples.schema.to_dict())
                 folder.write_json("split.json", examples.record())
-            phases = job.run(folder, listener, resume=resume)
+            phases = job.run(trainer, folder, listener, resume=resume)
             result = RunResult(
                 folder=str(folder.path),
                 phases=tuple(phases),
@@ -282,7 +284,9 @@ class _Job(Prepared):
         steps *= settings.gradient_accumulation_steps
         return time_a_step(self.model, batch) * steps
 
-    def run(self, folder: RunFolder, listener: Listener, *, resume: bool) -> list[Any]:
+    def run(
+        self, trainer: Any, folder: RunFolder, listener: Listener, *, resume: bool
+    ) -> list[Any]:
         """Run the method's phases and return what each came to."""
         from bidora.runs.cost import duration
         from bidora.runs.recorder import Recorder, too_high
@@ -300,7 +304,6 @@ class _Job(Prepared):
                 folder.remove_checkpoints()  # none is complete
             else:
                 listener.message(f"Resume step {last[2]} of the {last[1]} phase")
-        trainer = self._trainer(str(folder.checkpoints))
         if not resume:
             expected = self.expected_seconds(trainer)
             listener.message(f"Time   about {duration(expected)}")
@@ -343,7 +346,7 @@ class _Job(Prepared):
             for name, data in sets.items()
         }
 
-    def _trainer(self, place: str) -> Any:
+    def trainer(self, place: str) -> Any:
         """Return the Trainer of the method, over the prepared model and examples."""
         from transformers import PrinterCallback, ProgressCallback
 
@@ -353,7 +356,9 @@ class _Job(Prepared):
         task, schema = examples.task, examples.schema
         size = settings.per_device_train_batch_size
         smallest = min(len(examples.rows["train"]), len(examples.inner))
-        every = settings.eval_steps or max(1, settings.max_steps // 6)
+        # The economical search takes half of the steps.
+        points = 12 if self.method.searches and settings.budget == "economical" else 6
+        every = settings.eval_steps or max(1, settings.max_steps // points)
         arguments: dict[str, Any] = {
             "output_dir": place,
             "max_steps": settings.max_steps,

@@ -128,7 +128,7 @@ class Recorder(TrainerCallback):
         }
         self._check_finite(entry)
         self.record(entry)
-        shown = {"train": entry["inner_loss"], "validation": entry.get("outer_loss")}
+        shown = {"train": entry["inner_loss"], "held back": entry.get("outer_loss")}
         self.listener.step(step, {n: x for n, x in shown.items() if x is not None})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,13 +15,11 @@ from typing import Any
 
 from bidora import defaults
 from bidora.budget import BUDGETS, RETRAININGS
+from bidora.defaults import BUNDLED_MODEL
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
 
-__all__ = ["BUNDLED_MODEL", "JobSettings", "TrainSettings", "default_folder", "option"]
-
-BUNDLED_MODEL = "all-MiniLM-L6-v2"
-"""Name of the encoder that the extra `demo` installs."""
+__all__ = ["JobSettings", "TrainSettings", "default_folder", "option"]
 
 OTHER_LENGTH = 128
 """Tokens kept of an example where its data does not suggest another number."""
@@ -132,6 +130,9 @@ class JobSettings:
     allow_empty: bool | None = option(
         None, "whether an example may have no label (multilabel)", DATA, shown="by data"
     )
+    scheme: str | None = option(
+        None, "IOB1 or IOB2, how tags mark entities (tagging)", DATA, shown="by data"
+    )
     validation_file: str | None = option(
         None, "examples that choices may be made by", DATA, metavar="FILE"
     )
@@ -158,7 +159,10 @@ class JobSettings:
         None, "leave out classes with fewer training examples", DATA
     )
     metric: str | None = option(
-        None, "the main metric", DATA, shown="that of the data set or task type"
+        None,
+        "the main metric: first in tables, drawn in the curves",
+        DATA,
+        shown="that of the data set or task type",
     )
     max_length: int | None = option(
         None,
@@ -448,7 +452,7 @@ class TrainSettings(JobSettings):
         None,
         "steps between points of the curves, and between checkpoints",
         OUTPUT,
-        shown="a sixth of a phase",
+        shown="six or more points a phase",
     )
     report_to: tuple[str, ...] = option(
         (), "where else to log, as transformers calls it, such as tensorboard", OUTPUT
@@ -494,6 +498,14 @@ class TrainSettings(JobSettings):
     def what(self) -> str:
         """The method, which names the folder."""
         return self.method
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; methods and models that ours does not suit get a lower one."""
+        usual = METHODS.get(self.method).usual_rate
+        if self.learning_rate is None and usual is not None:
+            return usual
+        return super().rate
 
     def differs(self) -> set[str]:
         """Return the names of the settings that are not at their defaults."""

@@ -18,6 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from bidora.defaults import BUNDLED_MODEL
 from bidora.dora import magnitudes
 from bidora.errors import UserError
 from bidora.methods import make_method
@@ -30,7 +31,7 @@ from bidora.models import (
     load_tokenizer,
     longest_input,
 )
-from bidora.runs.settings import BUNDLED_MODEL, TrainSettings
+from bidora.runs.settings import TrainSettings
 from bidora.tasks.base import Schema
 from bidora.tasks.registry import make_task
 

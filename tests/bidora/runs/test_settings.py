@@ -12,9 +12,10 @@ import yaml
 from bidora import defaults
 from bidora.cli import _parser
 from bidora.cli.options import NOT_OPTIONS
+from bidora.defaults import BUNDLED_MODEL
 from bidora.errors import UserError
 from bidora.runs.comparison_settings import CompareSettings
-from bidora.runs.settings import BUNDLED_MODEL, TrainSettings
+from bidora.runs.settings import TrainSettings
 
 CHANGED: dict[str, Any] = {
     "model": "x/y",
