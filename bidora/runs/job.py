@@ -366,7 +366,6 @@ class _Job(Prepared):
             "lr_scheduler_type": settings.lr_scheduler_type,
             "max_grad_norm": settings.max_grad_norm,
             "bf16": settings.bf16,
-            "gradient_checkpointing": settings.gradient_checkpointing,
             "seed": settings.seed,
             "use_cpu": self.device.type == "cpu",
             "remove_unused_columns": False,
@@ -381,6 +380,8 @@ class _Job(Prepared):
             "report_to": list(settings.report_to),
             "disable_tqdm": True,
         }
+        if settings.gradient_checkpointing:  # its older name warns, whatever it is
+            arguments["gradient_checkpointing"] = True
         arguments |= _trainer_fields(settings.trainer, arguments)
         given: dict[str, Any] = {
             "model": self.model,
