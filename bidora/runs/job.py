@@ -86,6 +86,7 @@ def train(
             f"CUDA_VISIBLE_DEVICES={device.index} and leave out --device."
         )
     source = find_model(settings.model)
+    _check_trainer_fields(settings.trainer)
     with torch.random.fork_rng():
         job = _Job(
             **vars(prepare(settings, method, source, examples, device, listener)),
@@ -371,7 +372,6 @@ class _Job(Prepared):
             "lr_scheduler_type": settings.lr_scheduler_type,
             "max_grad_norm": settings.max_grad_norm,
             "bf16": settings.bf16,
-            "gradient_checkpointing": settings.gradient_checkpointing,
             "seed": settings.seed,
             "use_cpu": self.device.type == "cpu",
             "remove_unused_columns": False,
@@ -386,7 +386,9 @@ class _Job(Prepared):
             "report_to": list(settings.report_to),
             "disable_tqdm": True,
         }
-        arguments |= _trainer_fields(settings.trainer, arguments)
+        if settings.gradient_checkpointing:  # its older name warns, whatever it is
+            arguments["gradient_checkpointing"] = True
+        arguments |= settings.trainer
         given: dict[str, Any] = {
             "model": self.model,
             "train_dataset": self.sets["train"],
@@ -475,7 +477,7 @@ def find_device(name: str) -> torch.device:
         ) from error
 
 
-def _trainer_fields(given: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def _check_trainer_fields(given: dict[str, Any]) -> None:
     """Check what is passed on to `TrainingArguments` by name."""
     from difflib import get_close_matches
 
@@ -496,10 +498,9 @@ def _trainer_fields(given: dict[str, Any], ours: dict[str, Any]) -> dict[str, An
     settings = {
         f: f"--{f.replace('_', '-')}" for f in TrainSettings.__dataclass_fields__
     }
-    double = sorted(n for n in given if n in settings and n in ours)
+    double = sorted(n for n in given if n in settings)
     if double:
         raise UserError(f"trainer.{double[0]} is {settings[double[0]]} here; use that.")
-    return given
 
 
 def _name_the_base(folder: Path, source: ModelSource) -> None:

@@ -45,8 +45,9 @@ def test_methods_end_with_a_table_and_an_adapter(
     assert run("--method", method) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert lines[0].startswith("Task ")
-    assert "48 training, 12 test examples" in lines[0]
+    assert lines[0].startswith("Type   classification: ")
+    assert lines[1].startswith("Task ")
+    assert "48 training, 12 test examples" in lines[1]
     assert any(line.startswith("Model ") for line in lines)
     assert any(line.startswith("Time ") for line in lines)
     words = {line.split()[0] for line in lines if line.strip()}

@@ -38,7 +38,8 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-BERT = BertConfig(hidden_size=8, intermediate_size=12, **SIZES, **{"num_labels": 3})
+BERT = BertConfig(hidden_size=8, intermediate_size=12, **SIZES)
+BERT.num_labels = 3
 BASES: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForSequenceClassification(BERT),
     "roberta": lambda: RobertaModel(

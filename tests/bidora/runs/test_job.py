@@ -56,6 +56,7 @@ def parted(
 ) -> Finished:
     """Return a finished search and retraining on three parts, by the default budget."""
     given = {**small_job, "task": str(three_parts), "outer_warmup_steps": 0}
+    given["audit_every"] = 1
     return finish(**given, output_dir=str(tmp_path_factory.mktemp("parted") / "run"))
 
 
@@ -213,6 +214,13 @@ def test_history_holds_steps_and_curves(finished: Run) -> None:
     rates = [r["lr"] for r in steps]
     assert max(rates) <= 1e-2
     assert rates[-1] < rates[1]
+
+
+def test_audits_are_in_the_history(finished: Run, parted: Finished) -> None:
+    (audit,) = (r["audit"] for r in parted.read("history.jsonl") if "audit" in r)
+    assert audit["reference"] == "unrolled"
+    assert -1 <= audit["cosine"] <= 1
+    assert not [r for r in finished("bidora").read("history.jsonl") if "audit" in r]
 
 
 def test_longer_training_learns_the_task(options: dict[str, Any]) -> None:

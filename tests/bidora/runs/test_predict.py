@@ -234,7 +234,8 @@ def test_a_base_that_was_named_from_elsewhere_is_found(
     settings |= {"model": tiny_encoder.name, "started_in": str(tiny_encoder.parent)}
     (folder / "settings.json").write_text(json.dumps(settings), "utf-8")
     monkeypatch.chdir(tmp_path)
-    assert load_run("run")
+    model, _ = load_run("run")
+    assert not model.training
 
 
 def test_a_full_model_needs_no_base(finished: Run, tmp_path: Path) -> None:
