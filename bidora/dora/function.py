@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+__all__ = [
+    "Function",
+    "is_last",
+]
+
 # Where torch has no such test, every call takes its own, slower way.
 _in_transform: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True

@@ -15,6 +15,12 @@ from torch import Tensor
 from bidora.dora.function import Function, is_last
 from bidora.dora.norms import autocast_off
 
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "add_pair",
+    "apply_gain",
+]
+
 # Where no graph is built, the gradient of the gain is summed over this many elements
 # at a time: 512 KiB in float32, so that products stay in a CPU's cache.
 BLOCK_ELEMENTS = 1 << 17

@@ -25,6 +25,29 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bidora.dora.function import Function
 
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "CANCELLATION",
+    "COMPILED_ROWS",
+    "BaseNorms",
+    "BaseWeight",
+    "WeightCache",
+    "autocast_off",
+    "base_norms",
+    "cached_base_norms",
+    "cancelled_rows",
+    "cancels",
+    "compute_dtype",
+    "expanded_norms",
+    "expansion",
+    "frozen_product",
+    "near_cancellation",
+    "row_blocks",
+    "squared_norms",
+    "times_rows",
+    "without_direction",
+]
+
 # Rows of a weight that is not stored in the compute dtype are converted this many
 # elements at a time: 16 MiB in float32.
 BLOCK_ELEMENTS = 1 << 22

@@ -17,6 +17,20 @@ from torch import Tensor, nn
 
 from bidora.dora.norms import BaseWeight, WeightCache
 
+__all__ = [
+    "TESTED",
+    "DoraAdapter",
+    "Forward",
+    "ReplacedDora",
+    "check_peft_version",
+    "clear_cache",
+    "dora_layers",
+    "is_replaceable",
+    "is_replaced",
+    "replace_forward",
+    "restore_forward",
+]
+
 TESTED = ">=0.21,<0.22"
 """The PEFT versions this was tested with."""
 

@@ -24,6 +24,10 @@ from bidora.dora import norms as _norms
 from bidora.dora.function import Function, is_last
 from bidora.dora.norms import BaseNorms, BaseWeight
 
+__all__ = [
+    "row_gains",
+]
+
 
 def row_gains(
     weight: BaseWeight,

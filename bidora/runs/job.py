@@ -238,7 +238,7 @@ class _Job(Prepared):
 
         parameters = list(self.model.parameters())
         with tempfile.TemporaryDirectory() as place:  # a Trainer makes its folder
-            seconds = self.expected_seconds(self._trainer(place))
+            seconds = self.expected_seconds(self.trainer(place))
         used = memory_in_use(self.device)
         facts = {
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),

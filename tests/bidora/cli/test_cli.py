@@ -227,7 +227,7 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at_step(patch, 5, KeyboardInterrupt())
+        stop_at_step(patch, 3, KeyboardInterrupt())
         assert run() == 130
     shown = capsys.readouterr().err
     assert "stopped by Ctrl-C at step" in shown
@@ -245,7 +245,7 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
     history = [
         json.loads(s) for s in (folder / "history.jsonl").read_text().splitlines()
     ]
-    assert history[-1]["step"] == 5
+    assert history[-1]["step"] == 3
     assert run() == 2
     assert run("--overwrite") == 0
     assert (folder / "metrics.json").exists()
@@ -267,7 +267,7 @@ def artefacts(folder: Path) -> tuple[bytes, list[Any], list[Any]]:
     ("method", "stops"),
     [
         ("bidora", [3]),  # before the first checkpoint
-        ("bidora", [7, 13]),  # in each phase; the second counts on
+        ("bidora", [6, 13]),  # in each phase; the second counts on
         ("lora", [5]),
         ("dora", [7]),
     ],
@@ -280,7 +280,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     stops: list[int],
 ) -> None:
     options = ["--method", method, "--eval-steps", "4"]
-    options += ["--outer-warmup-steps", "2"] if method == "bidora" else []
+    options += ["--budget", "full"] if method == "bidora" else []
     assert run(*options, folder="whole") == 0
     steps, step = iter(range(1, 99)), ProgressListener.step
 

@@ -294,7 +294,7 @@ def test_estimators_and_their_settings_reach_the_trainer(
         parameter.requires_grad_(True)
     given = {"estimator": name, "estimator_settings": settings}
     asked = dataclasses.replace(job.settings, **given, outer_every=None)
-    trainer = dataclasses.replace(job, model=model, settings=asked)._trainer(
+    trainer = dataclasses.replace(job, model=model, settings=asked).trainer(
         str(tmp_path)
     )
     assert trainer.args.make_estimator() == make_estimator(name, **settings)
