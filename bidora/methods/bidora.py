@@ -86,6 +86,10 @@ class BiDoRA(PeftDora):
             estimator_settings=settings.estimator_settings or None,
         )
         use_one_device(args)
+        if settings.per_device_outer_batch_size is None:  # no more than there is
+            usual = args.bidora_settings()["per_device_outer_batch_size"]
+            held = len(parts.split[1]) or len(parts.given["train_dataset"])
+            args.per_device_outer_batch_size = min(usual, held)
         trainer = BiDoRATrainer(args=args, **parts.given, **self.levels(parts))
         trainer.whole_batches = parts.whole_batches
         return trainer
