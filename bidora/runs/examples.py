@@ -99,9 +99,16 @@ def read_examples(
     found = Examples(source, task, schema, rows, skipped)
     found.inner = list(range(len(rows["train"])))
     if searches:
-        found.inner, found.outer = task.split(
-            rows["train"], schema, settings.validation_fraction, settings.seed
-        )
+        try:
+            found.inner, found.outer = task.split(
+                rows["train"], schema, settings.validation_fraction, settings.seed
+            )
+        except UserError as error:
+            left = len(rows["train"])
+            raise UserError(
+                f"of the {left} examples that are left for training, some are to be held "
+                f"back for the magnitudes: {error}"
+            ) from error
     sizes = ", ".join(f"{len(r)} {_words(part)}" for part, r in rows.items())
     listener.message(f"Task   {source.name}: {task.name}, {sizes} examples")
     for line in task.describe(rows, schema):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,3 +366,23 @@ def test_libraries_are_as_talkative_as_before(run: Run) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     assert run("--method", "lora") == 0
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_threads_wait_briefly_unless_told_otherwise() -> None:
+    code = "import os, sys; from bidora.cli import main; "
+    code += "main(['train', '--max-steps', '0']); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+
+    def shown(**given: str) -> str:
+        kept = {n: v for n, v in os.environ.items() if n != "GOMP_SPINCOUNT"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**kept, **given},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    assert shown() == "10000 False"
+    assert shown(GOMP_SPINCOUNT="7") == "7 False"
+    assert shown(OMP_WAIT_POLICY="PASSIVE") == "None False"
