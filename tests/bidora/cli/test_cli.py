@@ -369,8 +369,14 @@ def test_libraries_are_as_talkative_as_before(run: Run) -> None:
 
 
 def test_threads_wait_briefly_unless_told_otherwise() -> None:
-    code = "import os, sys; from bidora.cli import main; "
-    code += "main(['train', '--max-steps', '0']); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    code = "\n".join(
+        (
+            "import os, sys",
+            "from bidora.cli import main",
+            "main(['train', '--max-steps', '0'])",
+            "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)",
+        )
+    )
 
     def shown(**given: str) -> str:
         kept = {n: v for n, v in os.environ.items() if n != "GOMP_SPINCOUNT"}
