@@ -159,13 +159,13 @@ class Method(ABC):
             folder: Where `save` wrote.
         """
 
+    @abstractmethod
     def loading_code(self, names: Mapping[str, str]) -> str:
         """Return lines of Python that load what `save` wrote, without this package.
 
         Args:
             names: `folder`, `base` and `auto_model`, to be put in.
         """
-        raise NotImplementedError
 
 
 def _options(names: list[str]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from bidora import BiDoRAOptimizer, BiDoRATrainingArguments, defaults
 from bidora.budget import budget_defaults, outer_schedule, outer_steps_due
 from bidora.errors import UserError
+from bidora.runs.settings import TrainSettings
 from hypergrad import make_estimator
 
 
@@ -71,7 +72,7 @@ def test_all_have_the_same_defaults(tmp_path: Path) -> None:
 
 
 def test_the_command_has_them_too(tmp_path: Path) -> None:
-    settings = pytest.importorskip("bidora.runs.settings").TrainSettings()
+    settings = TrainSettings()
     args = BiDoRATrainingArguments(str(tmp_path))
     for name in ("budget", "weight_decay", "validation_fraction", "estimator"):
         assert getattr(settings, name) == getattr(args, name), name
