@@ -1,0 +1,173 @@
+"""What one run of a comparison was, and what it came to: one JSON file each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bidora._files import write_whole
+
+__all__ = ["Cell", "Point", "Purpose", "Record", "read_records", "write_record"]
+
+Purpose = Literal["sweep", "steps", "time"]
+"""To choose settings on validation examples; to compare at equal steps, or equal time."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What a run is of.
+
+    Args:
+        task: Name of the task in the grid.
+        method: Name of the method in the grid.
+        size: Training examples; 0 for all there are.
+        seed: Of the run.
+        purpose: See `Purpose`.
+        trial: The swept settings, as sorted pairs of name and value; empty where
+            nothing is swept.
+    """
+
+    task: str
+    method: str
+    size: int
+    seed: int
+    purpose: Purpose
+    trial: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a run's curve.
+
+    Args:
+        phase: `search`, `retrain` or `train`.
+        step: Steps of the phase that were done.
+        seconds: Seconds of training in all phases until then.
+        validation: The main metric on validation examples.
+    """
+
+    phase: str
+    step: int
+    seconds: float
+    validation: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run came to.
+
+    Args:
+        cell: What it was of.
+        settings: All settings of the run, as `TrainSettings.as_dict` has them.
+        error: Why it failed; empty for a run that ended well.
+        metric: The main metric, a key of the scores.
+        test: Scores on test examples; empty in a sweep, which must not see them.
+        validation: Scores on validation examples; empty where there are none.
+        probe: The probe's scores on test examples; empty in a sweep.
+        baseline: What a constant answer scores on test examples: the most common class
+            of the training examples, their mean, no label.
+        steps: Optimizer steps of all phases.
+        seconds: Seconds of training in all phases.
+        total_seconds: Seconds of the whole run.
+        trained_parameters: Their number.
+        curve: Points in the order of time.
+        environment: Versions and machine.
+    """
+
+    cell: Cell
+    settings: dict[str, Any]
+    error: str = ""
+    metric: str = ""
+    test: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    probe: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    trained_parameters: int = 0
+    curve: tuple[Point, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run ended with an error."""
+        return bool(self.error)
+
+    @property
+    def score(self) -> float | None:
+        """The main metric on test examples; None where there is none."""
+        return self.test.get(self.metric)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the test score is exactly what a constant answer gets."""
+        constant = self.baseline.get(self.metric)
+        return (
+            self.score is not None
+            and constant is not None
+            and math.isclose(self.score, constant, rel_tol=0.0, abs_tol=1e-12)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Return the record that `to_dict` was called on.
+
+        Raises:
+            KeyError: If a field is missing.
+            TypeError: If there is one that is not known.
+            ValueError: If the file does not hold a record.
+
+        Example:
+            >>> one = Record(Cell("sst2", "lora", 100, 0, "steps", (("lr", 0.1),)), {})
+            >>> Record.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+            True
+        """
+        cell = dict(values["cell"])
+        cell["trial"] = tuple((name, _frozen(value)) for name, value in cell["trial"])
+        curve = tuple(Point(**point) for point in values["curve"])
+        return cls(**{**values, "cell": Cell(**cell), "curve": curve})
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record, so that it is never seen half written.
+
+    Args:
+        path: The file.
+        record: What it will hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_records(folder: Path) -> tuple[list[Record], list[Path]]:
+    """Read all records of a folder and those below it.
+
+    Args:
+        folder: Where they are.
+
+    Returns:
+        The records, sorted by cell as far as cells can be; and the files that hold none:
+        torn, or of another version.
+    """
+    found: list[Record] = []
+    torn: list[Path] = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            found.append(Record.from_dict(json.loads(path.read_text("utf-8"))))
+        except (ValueError, KeyError, TypeError):
+            torn.append(path)
+    return found, torn
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
