@@ -21,7 +21,7 @@ IGNORED = -100
 BATCH = 32
 
 MOST_TOKENS = 20_000
-"""Tokens that a probe of tags is fitted on, about; whole sentences, drawn alike each time."""
+"""Tokens that a probe of tags is fitted on, about: those of sentences drawn at random."""
 
 
 @torch.no_grad()
@@ -99,6 +99,17 @@ def _read(
 
     Decoders run that layer on all tokens of a text and choose one afterwards; then the
     rows that were chosen are returned.
+
+    Args:
+        model: The model, in eval mode.
+        batch: Its inputs.
+        layer: The layer, where it is known.
+
+    Returns:
+        The layer, and `(batch, width)` or, for tags, `(batch, tokens, width)`.
+
+    Raises:
+        UserError: If no linear layer gives the logits.
     """
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
 

@@ -75,11 +75,11 @@ class LinearFit:
 def fit_linear(features: Features) -> LinearFit:
     r"""Fit a linear layer on standardised features, its penalty by cross-validation.
 
-    Classes and tags: a multinomial logistic regression, C by accuracy over stratified
-    folds (tags: folds of whole sentences). Labels: a logistic regression for each, with
-    one C for all, by the log-loss over folds. Numbers: a ridge regression, its penalty
-    by leaving each example out. The standardisation is folded into the layer:
-    $W = \hat W / \sigma,\; b = \hat b - W\mu$.
+    Classes: a multinomial logistic regression, C by the log-loss over stratified folds.
+    Tags: the same, C by accuracy over folds of whole sentences. Labels: a logistic
+    regression for each, with one C for all, by the log-loss over folds. Numbers: a ridge
+    regression, its penalty by leaving each example out. The standardisation is folded
+    into the layer: $W = \hat W / \sigma,\; b = \hat b - W\mu$.
 
     Args:
         features: What to fit on.
@@ -155,8 +155,10 @@ def _fit_classes(x: np.ndarray, features: Features) -> _Fitted:
             else StratifiedKFold(folds, shuffle=True, random_state=0)
         )
         strengths = FEW_STRENGTHS if by_sentence else STRENGTHS
+        # A fold of sentences may lack a tag, whose loss would be infinite.
+        scoring = "accuracy" if by_sentence else "neg_log_loss"
         model = LogisticRegressionCV(
-            Cs=list(strengths), cv=cv, scoring="accuracy", **settings
+            Cs=list(strengths), cv=cv, scoring=scoring, **settings
         ).fit(x, y)
         penalty = float(np.ravel(model.C_)[0])
     coef, intercept = model.coef_, np.atleast_1d(model.intercept_)
@@ -214,7 +216,9 @@ def _fit_numbers(x: np.ndarray, features: Features) -> _Fitted:
 
     y = features.targets.reshape(len(x), -1)
     if not np.isfinite(y).all():
-        raise UserError("some numbers to learn are not finite, so no probe can be fitted.")
+        raise UserError(
+            "some numbers to learn are not finite, so no probe can be fitted."
+        )
     ridge: Any = RidgeCV(list(PENALTIES), fit_intercept=features.has_bias).fit(x, y)
     weight = np.reshape(ridge.coef_, (features.outputs, x.shape[1]))
     bias = np.broadcast_to(ridge.intercept_, (features.outputs,)).astype(np.float64)

@@ -129,6 +129,18 @@ def _draw(
 
     Test and validation examples depend on no seed, so that runs of several seeds are
     scored on the same ones.
+
+    Args:
+        rows: Examples by part; those that are drawn take their place.
+        task: What they mean.
+        schema: What the task found out about them.
+        settings: How many are asked for.
+
+    Returns:
+        What was drawn, for the source's note; nothing where all are used.
+
+    Raises:
+        UserError: If there are too few.
     """
     told = []
     asked = {
