@@ -27,7 +27,7 @@ __all__ = [
     "draw_cost",
     "draw_curves",
     "draw_dots",
-    "draw_swatch",
+    "draw_swatches",
     "mean_curve",
     "styles",
 ]
@@ -42,7 +42,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 INK = "#010203"
 """Stands for the colour of the page's text."""
 
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bidora",
     "text.parse_math": False,  # a name may hold dollars
@@ -164,7 +164,7 @@ def draw_cost(
             ax.errorbar([one.seconds], [one.score.mean], yerr=error, capsize=2, **look)
         if task in table.probe:
             ax.axhline(table.probe[task].mean, color=INK, linewidth=1, linestyle="--")
-        ax.set_xlim(left=0)
+        ax.margins(x=0.1)
         ax.set_xlabel("seconds of training, median")
         ax.set_ylabel(f"{_words(metric)}, test")
         return _svg(figure, title)
@@ -194,7 +194,8 @@ def draw_dots(
         if one is not None and one.score is not None:
             rows.append((method, one.score, {**looks[method], "linestyle": "none"}))
     with matplotlib.rc_context(SETTINGS):
-        figure, ax = _axes(3.6, 0.9 + 0.24 * len(rows))
+        longest = max(len(_short(name)) for name, _, _ in rows)
+        figure, ax = _axes(3.6, 0.75 + 0.22 * len(rows), 0.25 + 0.072 * longest)
         for i, (_, value, look) in enumerate(rows):
             ax.errorbar([value.mean], [i], xerr=_reach(value), capsize=2, **look)
         if task in table.probe:
@@ -207,27 +208,36 @@ def draw_dots(
         return _svg(figure, title)
 
 
-def draw_swatch(look: Style) -> str:
-    """Draw a piece of a method's line, for the legend.
+def draw_swatches(looks: Mapping[str, Style]) -> str:
+    """Draw a piece of each method's line, to be shown wherever the method is named.
 
     Args:
-        look: Its style.
+        looks: As `styles` returns them.
 
     Returns:
-        An svg element.
+        Symbols `swatch-0`, `swatch-1`, … in the order of the methods.
     """
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(0.55, 0.2))
-        ax = figure.add_axes((0, 0, 1, 1))
-        ax.set_axis_off()
-        ax.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], **look)
-        ax.set_xlim(0, 1)
-        return _svg(figure, "")
+    symbols: list[str] = []
+    for i, look in enumerate(looks.values()):
+        with matplotlib.rc_context(SETTINGS):
+            figure = Figure(figsize=(0.55, 0.2))
+            ax = figure.add_axes((0, 0, 1, 1))
+            ax.set_axis_off()
+            ax.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], clip_on=False, **look)
+            ax.set_xlim(0, 1)
+            root = _drawn(figure, f"swatch-{i}")
+        root.tag = "symbol"
+        root.set("id", f"swatch-{i}")
+        symbols.append(ET.tostring(root, encoding="unicode"))
+    return "".join(symbols)
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    ax = figure.subplots()
+def _axes(width: float, height: float, left: float = 0.65) -> tuple[Figure, Any]:
+    """Return axes with margins in inches: to fit them to the text takes twice as long."""
+    figure = Figure(figsize=(width, height))
+    bottom = 0.45 / height
+    box = (left / width, bottom, 1 - (left + 0.1) / width, 1 - bottom - 0.08 / height)
+    ax = figure.add_axes(box)
     ax.set_axisbelow(True)
     return figure, ax
 
@@ -249,27 +259,29 @@ def _short(name: str, most: int = 24) -> str:
 
 def _svg(figure: Figure, title: str) -> str:
     """Return the figure as an element of a page."""
+    title = printable(title)
+    root = _drawn(figure, title)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    head = ET.Element("title")
+    head.text = title
+    root.insert(0, head)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _drawn(figure: Figure, title: str) -> ET.Element:
+    """Draw a figure whose inner names are those of no figure with another title."""
     figure.patch.set_visible(False)
     for ax in figure.axes:
         ax.patch.set_visible(False)
     FigureCanvasSVG(figure)
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    drawn = file.getvalue()
-    key = "f" + hashlib.sha256(f"{title}\n{drawn}".encode()).hexdigest()[:8]
-    root = ET.fromstring(drawn)
-    _tidy(root, key)
+    root = ET.fromstring(file.getvalue())
+    _tidy(root, "f" + hashlib.sha256(title.encode()).hexdigest()[:10])
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    if title:
-        root.set("role", "img")
-        root.set("aria-label", printable(title))
-        head = ET.Element("title")
-        head.text = printable(title)
-        root.insert(0, head)
-    else:
-        root.set("aria-hidden", "true")
-    return ET.tostring(root, encoding="unicode")
+    return root
 
 
 def _tidy(element: ET.Element, key: str) -> None:

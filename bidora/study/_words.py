@@ -271,18 +271,18 @@ def _runner_up(ranked: Sequence[Average], reference: str) -> str:
     return f"the nearest is {other.method}{', ' + gap if gap else ''}."
 
 
-def statements(summary: Summary) -> list[str]:
+def statements(summary: Summary) -> list[tuple[str, str]]:
     """Say where the bidora family, or every method without one, wins, ties or loses.
 
     Args:
         summary: The numbers.
 
     Returns:
-        One sentence for each method, opponent and purpose.
+        For each method, opponent and purpose: what is compared, and how it stands.
     """
     family = [m for m in summary.outer if m != summary.reference]
     focus = family or [m for m in summary.methods if m != summary.reference]
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     for method in focus:
         for purpose in ("steps", "time"):
             tables = [
@@ -298,10 +298,8 @@ def statements(summary: Summary) -> list[str]:
                     part for t in tables if (part := _standing(t, method, attribute))
                 ]
                 if parts and other:
-                    found.append(
-                        f"{method} against {other}, at {PURPOSES[purpose]}: "
-                        f"{'; '.join(parts)}."
-                    )
+                    head = f"{method} against {other}, at {PURPOSES[purpose]}"
+                    found.append((head, f"{'; '.join(parts)}."))
     return found
 
 

@@ -135,7 +135,7 @@ def _page(summary: Summary, records: Sequence[Record], reference: str) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from bidora.study._figures import draw_swatch, styles
+    from bidora.study._figures import draw_swatches, styles
 
     def plain(value: Any) -> Any:
         own = isinstance(value, str) and not isinstance(value, Markup)
@@ -160,7 +160,7 @@ def _page(summary: Summary, records: Sequence[Record], reference: str) -> str:
         advice=words.advice(summary),
         statements=words.statements(summary),
         reservations=words.reservations(summary),
-        swatches={m: Markup(draw_swatch(look)) for m, look in looks.items()},
+        swatches=Markup(draw_swatches(looks)),
         sections=[_section(summary, table, final, looks) for table in summary.tables],
         unknown_reference="" if summary.reference else reference,
         shared=shared,

@@ -112,10 +112,7 @@ def summarise(
         outer=tuple(n for n in names if any(_searches(r) for r in kept if _is(r, n))),
         tables=tuple(tables),
         sweep=_sweep(kept, settled, jobs, names),
-        chosen=tuple(
-            Tried(*key, settings=value, validation=None, failed=0, chosen=True)
-            for key, value in sorted(settled.items(), key=lambda item: item[0])
-        ),
+        chosen=_chosen(settled, jobs, names),
         failures=tuple(
             Failure(r.cell, r.error or "the test score is missing or not finite")
             for r in final
@@ -407,6 +404,29 @@ def _anchors(
     return found
 
 
+def _chosen(
+    settled: Mapping[tuple[str, str, int], Any],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+) -> tuple[Tried, ...]:
+    found = [
+        Tried(*key, settings=value, validation=None, failed=0, chosen=True)
+        for key, value in settled.items()
+        if key[0] in tasks and key[1] in methods
+    ]
+    return _in_order(found, tasks, methods)
+
+
+def _in_order(
+    trials: Iterable[Tried], tasks: Sequence[str], methods: Sequence[str]
+) -> tuple[Tried, ...]:
+    def place(one: Tried) -> Any:
+        where = (tasks.index(one.task), methods.index(one.method))
+        return (*where, one.size == 0, one.size)
+
+    return tuple(sorted(trials, key=place))
+
+
 def _sweep(
     records: Sequence[Record],
     chosen: Mapping[tuple[str, str, int], Any],
@@ -437,12 +457,4 @@ def _sweep(
                 chosen=chosen.get((task, method, size)) == settings,
             )
         )
-    trials.sort(
-        key=lambda t: (
-            tasks.index(t.task),
-            methods.index(t.method),
-            t.size == 0,
-            t.size,
-        )
-    )
-    return tuple(trials)
+    return _in_order(trials, tasks, methods)

@@ -1,0 +1,399 @@
+"""The numbers of a comparison's report, against sums done by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from bidora.study._words import advice, reservations, statements
+from bidora.study.records import Record
+from bidora.study.results import Difference, Summary, Table
+from bidora.study.summary import summarise
+from tests.bidora.study.made_up import full_study, record
+
+# With two values, the t distribution is Cauchy's: its quantile is a tangent.
+T_ONE = math.tan(0.475 * math.pi)
+
+
+def only(summary: Summary) -> Table:
+    (table,) = summary.tables
+    return table
+
+
+def difference(found: Difference | None) -> Difference:
+    assert found is not None
+    return found
+
+
+def test_mean_and_interval_over_seeds() -> None:
+    table = only(summarise([record("lora", 0.6, seed=0), record("lora", 0.8, seed=1)]))
+    result = table.result("sst2", "lora")
+    assert result is not None
+    assert result.score is not None
+    # Half of the distance is the standard error of two values.
+    half = T_ONE * 0.1
+    assert result.score.mean == pytest.approx(0.7)
+    assert result.score.low == pytest.approx(0.7 - half)
+    assert result.score.high == pytest.approx(0.7 + half)
+    assert result.score.n == 2
+
+
+def test_difference_is_that_of_pairs() -> None:
+    # Means alone would mislead: lora's third seed has no partner.
+    table = only(
+        summarise(
+            [
+                *(record("lora", s, seed=i) for i, s in enumerate((0.5, 0.6, 0.1))),
+                *(record("bidora", s, seed=i) for i, s in enumerate((0.6, 0.8))),
+            ],
+            reference="lora",
+        )
+    )
+    result = table.result("sst2", "bidora")
+    assert result is not None
+    gap = difference(result.over_reference)
+    assert gap.mean == pytest.approx(0.15)
+    assert (gap.n, gap.wins, gap.ties, gap.losses) == (2, 2, 0, 0)
+    assert gap.low == pytest.approx(0.15 - T_ONE * 0.05)
+    # t is 3, and Cauchy's tail is an arc tangent. One method: Holm leaves p alone.
+    assert gap.p == pytest.approx(1 - 2 / math.pi * math.atan(3))
+    assert gap.adjusted == pytest.approx(gap.p)
+    assert gap.verdict == "no difference shown"
+    base = table.result("sst2", "lora")
+    assert base is not None
+    assert base.over_reference is None
+
+
+def test_wins_ties_and_losses() -> None:
+    scores = {"lora": (0.5, 0.5, 0.5), "dora": (0.75, 0.5, 0.25)}
+    table = only(
+        summarise(
+            [record(m, s, seed=i) for m, v in scores.items() for i, s in enumerate(v)],
+            reference="lora",
+        )
+    )
+    gap = difference(table.average("dora").over_reference)
+    assert (gap.wins, gap.ties, gap.losses) == (1, 1, 1)
+    assert gap.verdict == "no difference shown"
+
+
+def test_verdicts_follow_the_adjusted_p() -> None:
+    # Differences of mean d and standard deviation 0.01 over 3 seeds: t = 173 d. The p of
+    # 2 degrees of freedom is 1 − t / √(t² + 2): for t = 5 it is 0.0377.
+    def scores(t: float) -> list[float]:
+        step = 0.01
+        mean = t * step / math.sqrt(3)
+        return [0.5 + mean - step, 0.5 + mean, 0.5 + mean + step]
+
+    def found(**methods: float) -> dict[str, Difference]:
+        records = [record("lora", 0.5, seed=i) for i in range(3)]
+        for name, t in methods.items():
+            records += [record(name, s, seed=i) for i, s in enumerate(scores(t))]
+        table = only(summarise(records, reference="lora"))
+        return {
+            name: difference(result.over_reference)
+            for name in methods
+            if (result := table.result("sst2", name))
+        }
+
+    alone = found(dora=5.0)["dora"]
+    assert alone.p == pytest.approx(1 - 5 / math.sqrt(27))
+    assert alone.verdict == "better"
+    assert found(dora=-5.0)["dora"].verdict == "worse"
+    both = found(dora=5.0, full=0.0)
+    assert both["dora"].p == pytest.approx(alone.p)
+    assert both["dora"].adjusted == pytest.approx(2 * (1 - 5 / math.sqrt(27)))
+    assert both["dora"].verdict == "no difference shown"  # 0.075
+    low = both["dora"].low
+    assert low is not None
+    assert low > 0  # the interval is not adjusted
+
+
+def test_averages_need_every_task_in_a_seed() -> None:
+    scores = {
+        ("lora", "a"): (0.5, 0.5, 0.5),
+        ("lora", "b"): (0.5, 0.5, 0.5),
+        ("dora", "a"): (0.6, 0.7, 0.8),
+        ("dora", "b"): (0.6, 0.5, None),
+    }
+    table = only(
+        summarise(
+            [
+                record(m, s, task=t, seed=i, error="" if s else "ValueError: no")
+                for (m, t), values in scores.items()
+                for i, s in enumerate(values)
+            ],
+            reference="lora",
+        )
+    )
+    average = table.average("dora")
+    gap = difference(average.over_reference)
+    assert gap.n == 2
+    assert gap.mean == pytest.approx((0.1 + 0.1) / 2)
+    assert average.score is not None
+    assert average.score.mean == pytest.approx(0.6)
+
+
+def test_a_task_that_a_method_never_ran_leaves_it_without_average() -> None:
+    table = only(
+        summarise(
+            [
+                record("lora", 0.5, task="a"),
+                record("lora", 0.5, task="b"),
+                record("dora", 0.9, task="a"),
+            ],
+            reference="lora",
+        )
+    )
+    assert table.result("b", "dora") is None
+    assert table.average("dora").score is None
+    # Against the probe, both tasks count, as lora has pairs on both.
+    assert table.average("dora").over_probe is None
+
+
+def test_failed_collapsed_and_missing_runs_are_counted() -> None:
+    summary = summarise(
+        [
+            record("lora", 0.25, seed=0),
+            record("lora", 0.75, seed=1),
+            record("lora", seed=2, error="ValueError: no"),
+            record("lora", math.nan, seed=3),
+        ],
+        seeds={"sst2": range(6)},
+    )
+    result = only(summary).result("sst2", "lora")
+    assert result is not None
+    assert result.score is not None
+    assert (result.failed, result.collapsed, result.missing) == (2, 1, 2)
+    assert result.score.n == 2
+    assert result.score.mean == pytest.approx(0.5)
+    assert [f.error for f in summary.failures] == [
+        "ValueError: no",
+        "the test score is missing or not finite",
+    ]
+    said = " ".join(reservations(summary))
+    assert "2 runs failed" in said
+    assert "1 run collapsed" in said
+    assert "2 planned runs" in said
+
+
+def test_cost_is_medians_and_a_ratio() -> None:
+    times = {"lora": (10.0, 30.0, 20.0), "bidora": (50.0, 40.0, 30.0)}
+    table = only(
+        summarise(
+            [
+                record(m, 0.5, seed=i, seconds=s, steps=i)
+                for m, v in times.items()
+                for i, s in enumerate(v)
+            ],
+            reference="lora",
+        )
+    )
+    result = table.result("sst2", "bidora")
+    assert result is not None
+    assert (result.seconds, result.steps, result.time_ratio) == (40.0, 1.0, 2.0)
+    assert table.average("bidora").time_ratio == 2.0
+
+
+def test_probe_and_constant_count_once_a_seed() -> None:
+    records = [
+        record(m, 0.7, seed=i, probe=p, constant=0.25)
+        for m in ("lora", "dora")
+        for i, p in enumerate((0.4, 0.6))
+    ]
+    table = only(summarise(records))
+    assert (table.probe["sst2"].mean, table.probe["sst2"].n) == (0.5, 2)
+    assert (table.constant["sst2"].mean, table.constant["sst2"].n) == (0.25, 2)
+    gap = difference(table.average("lora").over_probe)
+    assert gap.mean == pytest.approx(0.2)
+    assert only(summarise([record("lora", 0.5, probe=None)])).probe == {}
+
+
+def test_tables_are_one_each_purpose_and_size_with_all_examples_last() -> None:
+    summary = summarise(
+        record("lora", 0.5, size=size, purpose=purpose)
+        for purpose in ("time", "sweep", "steps")
+        for size in (0, 1000, 100)
+    )
+    assert [(t.purpose, t.size) for t in summary.tables] == [
+        (purpose, size) for purpose in ("steps", "time") for size in (100, 1000, 0)
+    ]
+
+
+def test_the_order_is_the_grids_and_not_that_of_the_records() -> None:
+    records = [record(m, 0.5, task=t) for m in ("b", "a", "c") for t in ("y", "x")]
+    first = summarise(records, methods=["c", "a", "gone"], tasks=["y"])
+    assert (first.methods, first.tasks) == (("c", "a", "b"), ("y", "x"))
+    assert summarise(records[::-1], methods=["c", "a"], tasks=["y"]) == first
+
+
+def test_one_run_a_seed_and_that_with_the_chosen_settings() -> None:
+    trial = (("learning_rate", 0.1),)
+    records = [
+        record("lora", 0.8, trial=trial),
+        record("lora", 0.2, trial=(("learning_rate", 0.2),)),
+    ]
+    for order in (records, records[::-1]):
+        summary = summarise(order, chosen={("sst2", "lora", 100): trial})
+        result = only(summary).result("sst2", "lora")
+        assert result is not None
+        assert result.score is not None
+        assert (result.score.mean, result.score.n) == (0.8, 1)
+        assert "1 run " in summary.notes[0]
+
+
+def test_a_sweep_is_summed_up_by_trial() -> None:
+    def tried(rate: float, value: float | None, seed: int, error: str = "") -> Record:
+        return record(
+            "lora",
+            purpose="sweep",
+            seed=seed,
+            trial=(("learning_rate", rate),),
+            validation=value,
+            error=error,
+        )
+
+    records = [
+        tried(0.1, 0.5, 0),
+        tried(0.1, 0.7, 1),
+        tried(0.2, 0.9, 0),
+        tried(0.2, None, 1, "ValueError: no"),
+    ]
+    summary = summarise(
+        records,
+        chosen={("sst2", "lora", 100): {"learning_rate": 0.2}},
+    )
+    first, second = summary.sweep
+    assert first.validation is not None
+    assert second.validation is not None
+    assert (first.validation.mean, first.validation.n, first.failed, first.chosen) == (
+        pytest.approx(0.6),
+        2,
+        0,
+        False,
+    )
+    assert (second.validation.mean, second.failed, second.chosen) == (0.9, 1, True)
+    assert summary.tables == ()
+    assert summary.failures == ()  # a sweep's are in its own table
+
+
+def test_a_reference_without_a_run_is_none() -> None:
+    summary = summarise([record("lora", 0.5)], reference="dora")
+    assert summary.reference == ""
+    result = only(summary).result("sst2", "lora")
+    assert result is not None
+    assert result.over_reference is None
+    assert result.time_ratio is None
+
+
+# --- sentences ----------------------------------------------------------------------
+
+
+def three(method: str, *scores: float, **changed: Any) -> list[Record]:
+    return [record(method, s, seed=i, **changed) for i, s in enumerate(scores)]
+
+
+def said(*records: list[Record], reference: str = "lora") -> Summary:
+    together = [one for some in records for one in some]
+    return summarise(together, reference=reference)
+
+
+def test_advice_is_the_winner_over_reference_and_probe() -> None:
+    summary = said(
+        three("lora", 0.60, 0.61, 0.62), three("bidora", 0.70, 0.72, 0.71, seconds=25.0)
+    )
+    (sentence,) = advice(summary)
+    assert sentence.startswith(
+        "With 100 examples, at equal steps: take bidora, which scores 0.710: +0.100 "
+    )
+    assert "against lora and +0.210 " in sentence
+    assert sentence.endswith("in 2.5× the training time of lora.")
+
+
+def test_advice_is_the_reference_where_nothing_is_shown_to_beat_it() -> None:
+    (sentence,) = advice(
+        said(three("lora", 0.60, 0.61, 0.62), three("bidora", 0.60, 0.66, 0.58))
+    )
+    assert "take lora, which scores 0.610" in sentence
+    assert "No other method is shown to beat it; the nearest is bidora" in sentence
+
+
+def test_advice_is_the_probe_where_nothing_is_shown_to_beat_it() -> None:
+    (sentence,) = advice(
+        said(three("lora", 0.5, 0.6, 0.4), three("bidora", 0.45, 0.6, 0.5))
+    )
+    assert "take the probe" in sentence
+    assert "The highest mean is bidora's, +0.017 " in sentence
+
+
+def test_advice_claims_nothing_without_probe_and_reference() -> None:
+    (sentence,) = advice(
+        said(
+            three("dora", 0.5, 0.6, 0.4, probe=None),
+            three("bidora", 0.6, 0.6, 0.5, probe=None),
+            reference="",
+        )
+    )
+    assert "the highest mean is that of bidora" in sentence
+    assert "take" not in sentence
+
+
+def test_advice_without_any_final_run_says_why() -> None:
+    assert advice(summarise([])) == [
+        "There are no runs yet, so there is nothing to compare."
+    ]
+    (sentence,) = advice(summarise([record("lora", purpose="sweep", validation=0.5)]))
+    assert sentence.startswith("Only runs of the sweep")
+    (sentence,) = advice(summarise([record("lora", error="ValueError: no")]))
+    assert "none can be advised" in sentence
+
+
+def test_statements_are_of_the_bidora_family_whatever_the_grid_calls_it() -> None:
+    records = [
+        record(m, s, seed=i, settings={"method": known})
+        for m, known, scores in (
+            ("lora", "lora", (0.60, 0.61, 0.62)),
+            ("dora", "dora", (0.60, 0.61, 0.62)),
+            ("ours", "bidora-one-split", (0.70, 0.72, 0.71)),
+        )
+        for i, s in enumerate(scores)
+    ]
+    summary = summarise(records, reference="lora")
+    assert summary.outer == ("ours",)
+    first, second = statements(summary)
+    assert first[0] == "ours against lora, at equal steps"
+    assert first[1].startswith("better with 100 examples (+0.100 ")
+    assert second[0] == "ours against the probe, at equal steps"
+
+
+def test_statements_count_tasks() -> None:
+    records = [
+        record(m, s, seed=i, task=t)
+        for m, t, scores in (
+            ("lora", "a", (0.60, 0.61, 0.62)),
+            ("lora", "b", (0.60, 0.61, 0.62)),
+            ("bidora", "a", (0.70, 0.72, 0.71)),
+            ("bidora", "b", (0.66, 0.55, 0.62)),
+        )
+        for i, s in enumerate(scores)
+    ]
+    first = statements(summarise(records, reference="lora"))[0]
+    assert first[1].endswith("better on 1 and no difference shown on 1 of 2 tasks.")
+
+
+def test_few_seeds_are_said() -> None:
+    (one,) = reservations(summarise([record("lora", 0.5)]))
+    assert "one seed" in one
+    (two,) = reservations(summarise([record("lora", 0.5, seed=i) for i in (0, 1)]))
+    assert "2 seeds" in two
+    assert reservations(summarise(record("lora", 0.5, seed=i) for i in range(5))) == []
+
+
+def test_a_whole_study_is_summed_up() -> None:
+    whole = full_study()
+    summary = summarise(whole.records, reference="lora", chosen=whole.chosen)
+    assert len(summary.tables) == 2
+    assert len(summary.failures) == 1
+    assert [t.chosen for t in summary.sweep] == [False, True]
