@@ -31,6 +31,7 @@ __all__ = [
 PURPOSES = {"steps": "equal steps", "time": "equal time", "sweep": "sweep"}
 NOTHING = "–"
 FEW_SEEDS = 5
+HIGHEST = "the highest mean is that of "
 
 
 # --- numbers ------------------------------------------------------------------------
@@ -222,16 +223,20 @@ def _take(summary: Summary, table: Table) -> str:
     if len(table.methods) == 1 and not table.probe:
         only = ranked[0]
         return f"{at}{only.method} alone was run and scores {score(_mean(only.score))}."
-    best, reference = ranked[0], summary.reference
-    over_probe = [a for a in ranked if _verdict(a.over_probe) == "better"]
-    probed = any(a.over_probe is not None for a in ranked)
+    reference = summary.reference
+    probed = [a for a in ranked if a.over_probe is not None]
+    tested = [d for a in ranked for d in (a.over_probe, a.over_reference) if d]
+    if not any(d.p is not None for d in tested):
+        reason = "one seed shows no difference" if tested else "nothing to test against"
+        return at + _taken(ranked[0], table, reference, f"{reason}; {HIGHEST}")
+    over_probe = [a for a in probed if _verdict(a.over_probe) == "better"]
     if probed and not over_probe:
-        shown = _joined([against(best.over_probe, "it")])
+        shown = against(probed[0].over_probe, "it")
         return (
             f"{at}take the probe, a linear head on the frozen model: no method is shown "
-            f"to beat it on average. The highest mean is {best.method}'s, {shown}."
+            f"to beat it. The highest mean is {probed[0].method}'s, {shown}."
         )
-    candidates = over_probe if probed else ranked
+    candidates = over_probe or ranked
     winners = [a for a in candidates if _verdict(a.over_reference) == "better"]
     if winners:
         return at + _taken(winners[0], table, reference, "take ")
@@ -242,9 +247,10 @@ def _take(summary: Summary, table: Table) -> str:
             + _taken(base, table, reference, "take ")
             + f" No other method is shown to beat it; {_runner_up(ranked, reference)}"
         )
-    first = candidates[0]
-    lead = "take " if probed else "the highest mean is that of "
-    return at + _taken(first, table, reference, lead)
+    lead = "take "
+    if len(candidates) > 1:
+        lead = f"of {len(candidates)} methods shown to beat the probe, {HIGHEST}"
+    return at + _taken(candidates[0], table, reference, lead)
 
 
 def _taken(one: Average, table: Table, reference: str, lead: str) -> str:

@@ -340,6 +340,31 @@ def test_advice_claims_nothing_without_probe_and_reference() -> None:
     assert "take" not in sentence
 
 
+def test_advice_needs_more_than_one_seed() -> None:
+    (sentence,) = advice(said(three("lora", 0.6), three("bidora", 0.9)))
+    assert sentence == (
+        "With 100 examples, at equal steps: one seed shows no difference; the highest "
+        "mean is that of bidora, which scores 0.900: +0.300 against lora (1 seed) and "
+        "+0.400 against the probe (1 seed), in 1.0× the training time of lora; no "
+        "difference to lora is shown."
+    )
+
+
+def test_advice_without_reference_is_the_highest_of_those_over_the_probe() -> None:
+    (sentence,) = advice(
+        said(
+            three("dora", 0.60, 0.61, 0.62),
+            three("bidora", 0.70, 0.72, 0.71),
+            three("full", 0.90, 0.10, 0.95),
+            reference="",
+        )
+    )
+    assert (
+        "of 2 methods shown to beat the probe, the highest mean is that of bidora"
+        in sentence
+    )
+
+
 def test_advice_without_any_final_run_says_why() -> None:
     assert advice(summarise([])) == [
         "There are no runs yet, so there is nothing to compare."
