@@ -232,7 +232,7 @@ def draw_swatches(looks: Mapping[str, Style]) -> str:
     return "".join(symbols)
 
 
-def _axes(width: float, height: float, left: float = 0.65) -> tuple[Figure, Any]:
+def _axes(width: float, height: float, left: float = 0.78) -> tuple[Figure, Any]:
     """Return axes with margins in inches: to fit them to the text takes twice as long."""
     figure = Figure(figsize=(width, height))
     bottom = 0.45 / height
