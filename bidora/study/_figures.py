@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from bidora.study._words import printable
 from bidora.study.records import Record
 from bidora.study.results import Estimate, Table
+from bidora.study.summary import POINTS
 
 __all__ = [
     "draw_cost",
@@ -88,7 +89,7 @@ def mean_curve(records: Iterable[Record]) -> list[tuple[float, float]]:
         records: Runs of one method on one task; those without a curve don't count.
 
     Returns:
-        Seconds of training and validation score, in the order of time.
+        Seconds of training and validation score in points, in the order of time.
     """
     curves = [
         {
@@ -105,7 +106,7 @@ def mean_curve(records: Iterable[Record]) -> list[tuple[float, float]]:
     return [
         (
             fmean(curve[key].seconds for curve in curves),
-            fmean(curve[key].validation for curve in curves),
+            POINTS * fmean(curve[key].validation for curve in curves),
         )
         for key in shared
     ]
@@ -134,7 +135,7 @@ def draw_curves(
             every = max(1, len(points) // 6)  # room between markers, to see the line
             ax.plot(*zip(*points, strict=True), markevery=every, **looks[method])
         ax.set_xlabel("seconds of training")
-        ax.set_ylabel(f"{_words(metric)}, validation")
+        ax.set_ylabel(f"{_words(metric)}, validation, points")
         return _svg(figure, title)
 
 
@@ -166,7 +167,7 @@ def draw_cost(
             ax.axhline(table.probe[task].mean, color=INK, linewidth=1, linestyle="--")
         ax.margins(x=0.1)
         ax.set_xlabel("seconds of training, median")
-        ax.set_ylabel(f"{_words(metric)}, test")
+        ax.set_ylabel(f"{_words(metric)}, test, points")
         return _svg(figure, title)
 
 
@@ -203,7 +204,7 @@ def draw_dots(
         ax.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
-        ax.set_xlabel(f"{_words(metric)}, test")
+        ax.set_xlabel(f"{_words(metric)}, test, points")
         ax.xaxis.set_major_locator(MaxNLocator(5))
         return _svg(figure, title)
 

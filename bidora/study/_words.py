@@ -25,12 +25,14 @@ __all__ = [
     "signed",
     "size_name",
     "span",
+    "standing",
     "statements",
 ]
 
 PURPOSES = {"steps": "equal steps", "time": "equal time", "sweep": "sweep"}
 NOTHING = "–"
 FEW_SEEDS = 5
+TOO_FEW = "too few pairs to tell"
 HIGHEST = "the highest mean is that of "
 
 
@@ -38,24 +40,24 @@ HIGHEST = "the highest mean is that of "
 
 
 def score(value: float | None) -> str:
-    """Return a score with three decimals.
+    """Return a score in points.
 
     Example:
-        >>> score(0.84449), score(None)
-        ('0.844', '–')
+        >>> score(84.449), score(None)
+        ('84.4', '–')
     """
     if value is None or not math.isfinite(value):
         return NOTHING
-    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    text = f"{value:.1f}"
     return text.replace("-", "−") if float(text) else text.lstrip("-")
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign.
+    """Return a difference in points with its sign.
 
     Example:
-        >>> signed(0.0214), signed(-0.5), signed(-1e-9)
-        ('+0.021', '−0.500', '0.000')
+        >>> signed(2.14), signed(-50.0), signed(-1e-9)
+        ('+2.1', '−50.0', '0.0')
     """
     text = score(value)
     return f"+{text}" if text[0].isdigit() and float(text) else text
@@ -65,18 +67,21 @@ def span(low: float | None, high: float | None) -> str:
     """Return an interval of differences; nothing where there is none.
 
     Example:
-        >>> span(-0.004, 0.038)
-        '[−0.004, +0.038]'
+        >>> span(-0.4, 3.8)
+        '[−0.4, +3.8]'
     """
     return "" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
 
 
 def estimate(value: Estimate | None) -> str:
-    """Return a mean with its interval.
+    """Return a mean with half of its interval.
 
     Example:
-        >>> estimate(Estimate(0.8, 0.7, 0.9, 3)), estimate(Estimate(0.8, None, None, 1))
-        ('0.800 ± 0.100', '0.800')
+        >>> (
+        ...     estimate(Estimate(80.0, 70.0, 90.0, 3)),
+        ...     estimate(Estimate(8.0, None, None, 1)),
+        ... )
+        ('80.0 ± 10.0', '8.0')
     """
     if value is None:
         return NOTHING
@@ -178,16 +183,25 @@ def against(difference: Difference | None, other: str) -> str:
     """Return a difference with its interval, and what it is from.
 
     Example:
-        >>> gap = Difference(0.1, None, None, 1, None, None, 1, 0, 0, "better")
+        >>> gap = Difference(10.0, None, None, 1, None, None, 1, 0, 0, "better")
         >>> against(gap, "the probe")
-        '+0.100 against the probe (1 seed)'
+        '+10.0 against the probe (1 pair)'
     """
     if difference is None:
         return ""
     if difference.low is None:
-        return f"{signed(difference.mean)} against {other} (1 seed)"
+        return f"{signed(difference.mean)} against {other} (1 pair)"
     interval = span(difference.low, difference.high)
     return f"{signed(difference.mean)} {interval} against {other}"
+
+
+def standing(difference: Difference) -> str:
+    """Return the verdict, or that so few pairs allow none.
+
+    Args:
+        difference: Of one method to another.
+    """
+    return difference.verdict if difference.decidable else TOO_FEW
 
 
 def advice(summary: Summary) -> list[str]:
@@ -226,8 +240,11 @@ def _take(summary: Summary, table: Table) -> str:
     reference = summary.reference
     probed = [a for a in ranked if a.over_probe is not None]
     tested = [d for a in ranked for d in (a.over_probe, a.over_reference) if d]
-    if not any(d.p is not None for d in tested):
-        reason = "one seed shows no difference" if tested else "nothing to test against"
+    if not any(d.decidable for d in tested):
+        reason = "there is nothing to test against"
+        if tested:
+            pairs = plural(max(d.n for d in tested), "pair")
+            reason = f"{pairs} of runs cannot show a difference"
         return at + _taken(ranked[0], table, reference, f"{reason}; {HIGHEST}")
     over_probe = [a for a in probed if _verdict(a.over_probe) == "better"]
     if probed and not over_probe:
@@ -266,7 +283,8 @@ def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
     timed = table.purpose == "steps" and one.method != reference
     if timed and one.time_ratio is not None:
         text += f", in {ratio(one.time_ratio)} the training time of {reference}"
-    if _verdict(one.over_reference) == "no difference shown":
+    gap = one.over_reference
+    if gap is not None and gap.decidable and gap.verdict == "no difference shown":
         text += f"; no difference to {reference} is shown"
     return text + "."
 
@@ -317,17 +335,17 @@ def _standing(table: Table, method: str, attribute: str) -> str:
     if not by_task:
         return ""
     where = f"with {size_name(table.size)}"
-    verdicts = [d.verdict for d in by_task]
+    verdicts = [standing(d) for d in by_task]
     if average is None:
         text = f"{where} no average, as no seed has a score on every task"
     else:
-        gap = f"{signed(average.mean)} {span(average.low, average.high) or '(1 seed)'}"
+        gap = f"{signed(average.mean)} {span(average.low, average.high) or '(1 pair)'}"
         tested = "" if average.adjusted is None else f", p {p_value(average.adjusted)}"
-        text = f"{average.verdict} {where} ({gap}{tested})"
+        text = f"{standing(average)} {where} ({gap}{tested})"
         if len(verdicts) == 1:
             return text
-    counts = {v: verdicts.count(v) for v in ("better", "worse", "no difference shown")}
-    parts = [f"{name} on {number}" for name, number in counts.items() if number]
+    counts = {v: verdicts.count(v) for v in dict.fromkeys(sorted(verdicts))}
+    parts = [f"{name} on {number}" for name, number in counts.items()]
     return f"{text}, and {_joined(parts)} of {plural(len(verdicts), 'task')}"
 
 
@@ -335,6 +353,17 @@ def reservations(summary: Summary) -> list[str]:
     """Say what weakens the numbers: few seeds, failures, runs that learned nothing."""
     found: list[str] = []
     results = [r for t in summary.tables for r in t.results]
+    undecided = sum(
+        d is not None and not d.decidable
+        for r in results
+        for d in (r.over_probe, r.over_reference)
+    )
+    if undecided:
+        found.append(
+            f"{plural(undecided, 'comparison')} on a single task can show nothing: with n "
+            "pairs, the test gives no p below 2^(1−n), and Holm’s correction multiplies it "
+            "by the number of methods. More seeds, or fewer methods, would."
+        )
     seeds = [r.score.n for r in results if r.score is not None]
     if seeds and min(seeds) == 1:
         found.append(

@@ -1,4 +1,7 @@
-"""What a comparison of methods came to, as its report shows it; `summarise` fills it."""
+"""What a comparison of methods came to, as its report shows it; `summarise` fills it.
+
+Scores are in points, hundredths of the metric, and so are their differences.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +46,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's score minus another's, over the seeds that both have.
+    """A method's score minus another's, over the runs that both have.
 
     Args:
         mean: Mean of the differences.
         low: Lower end of its interval, not adjusted; None with one pair.
         high: Upper end.
         n: Pairs.
-        p: Of the paired test; None with one pair.
+        p: Of the permutation test that flips signs; None with one pair.
         adjusted: p after Holm's correction over the methods of the table.
         wins: Pairs in which the method is ahead.
         ties: Pairs of equal scores.
         losses: Pairs in which it is behind.
         verdict: What is shown, by the adjusted p.
+        decidable: Whether so many pairs could show a difference at all: flipping the
+            signs of n differences gives no p below 2^(1 − n), before the correction.
     """
 
     mean: float
@@ -68,6 +73,7 @@ class Difference:
     ties: int
     losses: int
     verdict: Verdict
+    decidable: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,16 +111,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Average:
-    """What a method came to on average over tasks, seed by seed.
+    """What a method came to on average over tasks.
 
-    Only seeds count with which the method has a score on every task, so that no average
-    rests on easier tasks than another.
+    No average rests on fewer tasks than another. The score is taken within each seed that
+    has all tasks; differences count each pair of runs once.
 
     Args:
         method: The method.
         score: Mean of its scores over tasks; None if no seed has them all.
-        over_probe: Mean of its differences to the probe.
-        over_reference: Mean of its differences to the reference.
+        over_probe: Difference to the probe; None if a task has no pair.
+        over_reference: Difference to the reference, likewise.
         time_ratio: Median of its time ratios over tasks.
     """
 

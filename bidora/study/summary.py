@@ -32,8 +32,11 @@ __all__ = ["LEVEL", "summarise"]
 LEVEL = 0.95
 """Of intervals; an adjusted p below 1 − LEVEL shows a difference."""
 
-TIE = 1e-12
-"""Scores that are as near as this are equal: both count the same examples."""
+POINTS = 100.0
+"""Scores are fractions; a report tells them, and differences, in points."""
+
+PROBE = ""
+"""Stands for the probe where pairs are made; no method of a grid has no name."""
 
 
 def summarise(
@@ -78,7 +81,7 @@ def summarise(
         ... )
         >>> difference = summary.tables[0].result("sst2", "bidora").over_reference
         >>> round(difference.mean, 9), difference.wins
-        (0.15, 2)
+        (15.0, 2)
     """
     settled = {key: _trial(value) for key, value in (chosen or {}).items()}
     kept, set_aside = _one_each(records, settled)
@@ -179,42 +182,46 @@ def _score(record: Record) -> float | None:
     return None if record.failed else _number(record.test, record.metric)
 
 
-def _probe(record: Record) -> float | None:
-    return _number(record.probe, record.metric)
-
-
 def _estimate(values: Sequence[float]) -> Estimate | None:
+    """Return the mean of scores, in points."""
     if not values:
         return None
-    if len(values) == 1:
-        return Estimate(values[0], None, None, 1)
-    low, high = interval(values, LEVEL)
-    return Estimate(fmean(values), low, high, len(values))
+    points = [POINTS * value for value in values]
+    low, high = interval(points, LEVEL)
+    return Estimate(fmean(points), low, high, len(points))
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
-    """Compare pairs of scores; the verdict waits for the others of the table."""
-    if not pairs:
+def _difference(
+    records: Sequence[Record], method: str, other: str, task: str | None = None
+) -> Difference | None:
+    """Compare a method with another; the verdict waits for the others of the table."""
+    if not records or method == other:
         return None
-    gaps = [ours - theirs for ours, theirs in pairs]
-    wins = sum(gap > TIE for gap in gaps)
-    losses = sum(gap < -TIE for gap in gaps)
-    mean, low, high, p = fmean(gaps), None, None, None
-    if len(gaps) > 1:
-        low, high = interval(gaps, LEVEL)
-        p = paired([a for a, _ in pairs], [b for _, b in pairs])
+    found = paired(records, method, other, records[0].cell.purpose, task)
+    if found.mean is None:
+        return None
     return Difference(
-        mean=mean,
-        low=low,
-        high=high,
-        n=len(gaps),
-        p=p,
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        n=len(found.differences),
+        p=found.sign_flips if len(found.differences) > 1 else None,
         adjusted=None,
-        wins=wins,
-        ties=len(gaps) - wins - losses,
-        losses=losses,
+        wins=found.wins,
+        ties=found.ties,
+        losses=found.losses,
         verdict="no difference shown",
     )
+
+
+def _as_probe(records: Sequence[Record]) -> list[Record]:
+    """Return what the probe scores in the place of each run."""
+    return [
+        dataclasses.replace(
+            r, cell=dataclasses.replace(r.cell, method=PROBE), test=r.probe
+        )
+        for r in records
+    ]
 
 
 def _judged(
@@ -230,14 +237,15 @@ def _judged(
             continue
         p = float(next(adjusted))
         verdict: Verdict = "no difference shown"
-        if p < 1.0 - LEVEL and abs(one.mean) > TIE:
+        if p < 1.0 - LEVEL and one.mean:
             verdict = "better" if one.mean > 0 else "worse"
-        judged.append(dataclasses.replace(one, adjusted=p, verdict=verdict))
+        least = len(tested) * 2.0 ** (1 - one.n)
+        judged.append(
+            dataclasses.replace(
+                one, adjusted=p, verdict=verdict, decidable=least < 1.0 - LEVEL
+            )
+        )
     return judged
-
-
-Scores = dict[tuple[str, str, int], float]
-"""By task, method and seed."""
 
 
 def _table(
@@ -251,37 +259,32 @@ def _table(
 ) -> Table:
     tasks = [t for t in tasks if any(r.cell.task == t for r in records)]
     methods = [m for m in methods if any(_is(r, m) for r in records)]
-    scores = _by_seed(records, _score)
-    probes = _by_seed(records, _probe)
-    to_probe = _pairs(scores, probes)
-    to_reference = _pairs(
-        {key: value for key, value in scores.items() if key[1] != reference},
-        {
-            (task, method, seed): value
-            for (task, other, seed), value in scores.items()
-            if other == reference
-            for method in methods
-        },
-    )
+    with_probe = {m: _with_probe(records, m) for m in methods}
     results: list[Result] = []
     for task in tasks:
         rows = [
             _result(
                 [r for r in records if _is(r, m) and r.cell.task == task],
-                _difference(list(to_probe.get((task, m), {}).values())),
-                _difference(list(to_reference.get((task, m), {}).values())),
+                _difference(with_probe[m], m, PROBE, task),
+                _difference(records, m, reference, task),
                 seeds.get(task, frozenset()),
             )
             for m in methods
             if any(_is(r, m) and r.cell.task == task for r in records)
         ]
         results += _with_verdicts(_with_ratios(rows, reference))
+    to_probe = {(r.task, r.method) for r in results if r.over_probe}
+    to_reference = {(r.task, r.method) for r in results if r.over_reference}
     averages = [
         Average(
             method=m,
-            score=_estimate(_complete(scores, m, tasks)),
-            over_probe=_average_difference(to_probe, m),
-            over_reference=_average_difference(to_reference, m),
+            score=_estimate(_complete(records, m, tasks)),
+            over_probe=_difference(with_probe[m], m, PROBE)
+            if _everywhere(m, to_probe)
+            else None,
+            over_reference=_difference(records, m, reference)
+            if _everywhere(m, to_reference)
+            else None,
             time_ratio=_median(r.time_ratio for r in results if r.method == m),
         )
         for m in methods
@@ -293,45 +296,33 @@ def _table(
         methods=tuple(methods),
         results=tuple(results),
         averages=tuple(_with_verdicts(averages)),
-        probe=_anchors(records, tasks, _probe),
+        probe=_anchors(records, tasks, lambda r: _number(r.probe, r.metric)),
         constant=_anchors(records, tasks, lambda r: _number(r.baseline, r.metric)),
     )
 
 
-def _by_seed(records: Sequence[Record], value: Any) -> Scores:
-    found = {(r.cell.task, r.cell.method, r.cell.seed): value(r) for r in records}
-    return {key: score for key, score in found.items() if score is not None}
+def _with_probe(records: Sequence[Record], method: str) -> list[Record]:
+    own = [r for r in records if _is(r, method)]
+    return [*own, *_as_probe(own)]
 
 
-Pairs = dict[tuple[str, str], dict[int, tuple[float, float]]]
-"""Both scores by seed, by task and method."""
+def _everywhere(method: str, compared: set[tuple[str, str]]) -> bool:
+    """Return whether a method has a pair on each task that any method has one on."""
+    return all((task, method) in compared for task, _ in compared)
 
 
-def _pairs(ours: Scores, theirs: Scores) -> Pairs:
-    pairs: Pairs = {}
-    for (task, method, seed), score in ours.items():
-        other = theirs.get((task, method, seed))
-        if other is not None:
-            pairs.setdefault((task, method), {})[seed] = (score, other)
-    return pairs
-
-
-def _complete(scores: Scores, method: str, tasks: Sequence[str]) -> list[float]:
+def _complete(
+    records: Sequence[Record], method: str, tasks: Sequence[str]
+) -> list[float]:
     """Average over tasks with each seed that has them all."""
-    seeds = sorted({seed for _, name, seed in scores if name == method})
-    rows = [[scores.get((t, method, seed)) for t in tasks] for seed in seeds]
+    scores = {
+        (r.cell.task, r.cell.seed): score
+        for r in records
+        if _is(r, method) and (score := _score(r)) is not None
+    }
+    seeds = sorted({seed for _, seed in scores})
+    rows = [[scores.get((task, seed)) for task in tasks] for seed in seeds]
     return [fmean(v for v in row if v is not None) for row in rows if None not in row]
-
-
-def _average_difference(pairs: Pairs, method: str) -> Difference | None:
-    """Compare averages over all tasks that anyone has pairs on, seed by seed."""
-    tasks = sorted({task for task, _ in pairs})
-    by_task = [pairs.get((task, method), {}) for task in tasks]
-    seeds = sorted(set[int]().union(*by_task))
-    rows = [[p[s] for p in by_task] for s in seeds if all(s in p for p in by_task)]
-    return _difference(
-        [(fmean(a for a, _ in row), fmean(b for _, b in row)) for row in rows]
-    )
 
 
 def _result(

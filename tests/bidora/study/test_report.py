@@ -106,7 +106,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def test_a_whole_page(whole: Whole) -> None:
     _, page, _, _ = whole
     assert "Comparison of 4 methods on 2 tasks" in page.text
-    assert "take bidora" in page.text
+    # Six pairs and three methods: the least adjusted p is 3 / 32.
+    assert "6 pairs of runs cannot show a difference" in page.text
+    assert "too few pairs to tell" in page.text
     # Three kinds of figures, two tasks, two tables.
     assert page.count("figure") == 3 * 2 * 2
     assert page.count("caption") == page.count("table")
@@ -328,19 +330,21 @@ def test_latex_specials() -> None:
     assert escape("[x]*") == "{[}x]{*}"  # at the start of a row they are \\'s
 
 
-def test_latex_tables_have_the_numbers(tmp_path: Path) -> None:
-    records = [
-        record(m, s, seed=i)
-        for m, scores in (("lora", (0.60, 0.61, 0.62)), ("bi_dora", (0.70, 0.72, 0.71)))
-        for i, s in enumerate(scores)
+def test_verdicts_are_seen_on_page_and_paper(tmp_path: Path) -> None:
+    base = (0.60, 0.61, 0.62, 0.63, 0.64, 0.65)
+    records = [record("lora", s, seed=i, probe=None) for i, s in enumerate(base)]
+    records += [
+        record("bi_dora", s + 0.1 + 0.01 * i, seed=i, probe=None)
+        for i, s in enumerate(base)
     ]
-    _, _, tex = written(study(records), tmp_path)
-    assert tex.count(r"\begin{table}") == 3
-    # Deviation 0.01 over 3 seeds: 4.303 × 0.01 / √3 = 0.025.
-    assert r"lora & $0.610 \pm 0.025$ \\" in tex
+    page, _, tex = written(study(records), tmp_path)
+    assert "▲ better" in page.text
+    assert "p 0.031, 6–0–0" in " ".join(page.text.split())
+    assert tex.count(r"\begin{table}") == 2
+    # t of 5 degrees of freedom is 2.571, the deviation √(17.5 / 5) = 1.871 and √6 2.449.
+    assert r"lora & $62.5 \pm 2.0$ \\" in tex
     assert (
-        r"bi\_dora & $+0.100$\textsuperscript{*} {\scriptsize $[+0.075, +0.125]$}"
-        in tex
+        r"bi\_dora & $+12.5$\textsuperscript{*} {\scriptsize $[+10.5, +14.5]$}" in tex
     )
     assert r"\label{tab:over-reference-steps-100}" in tex
 
@@ -355,8 +359,8 @@ def test_a_mean_curve_has_the_points_of_all_seeds() -> None:
         record("lora", 0.5, seed=2),
     ]
     assert mean_curve(runs) == [
-        (2.0, pytest.approx(0.3)),
-        (4.0, pytest.approx(0.5)),
+        (2.0, pytest.approx(30)),
+        (4.0, pytest.approx(50)),
     ]
     assert mean_curve([]) == []
 

@@ -33,10 +33,10 @@ def test_mean_and_interval_over_seeds() -> None:
     assert result is not None
     assert result.score is not None
     # Half of the distance is the standard error of two values.
-    half = T_ONE * 0.1
-    assert result.score.mean == pytest.approx(0.7)
-    assert result.score.low == pytest.approx(0.7 - half)
-    assert result.score.high == pytest.approx(0.7 + half)
+    half = T_ONE * 10
+    assert result.score.mean == pytest.approx(70)
+    assert result.score.low == pytest.approx(70 - half)
+    assert result.score.high == pytest.approx(70 + half)
     assert result.score.n == 2
 
 
@@ -54,13 +54,13 @@ def test_difference_is_that_of_pairs() -> None:
     result = table.result("sst2", "bidora")
     assert result is not None
     gap = difference(result.over_reference)
-    assert gap.mean == pytest.approx(0.15)
+    assert gap.mean == pytest.approx(15)
     assert (gap.n, gap.wins, gap.ties, gap.losses) == (2, 2, 0, 0)
-    assert gap.low == pytest.approx(0.15 - T_ONE * 0.05)
-    # t is 3, and Cauchy's tail is an arc tangent. One method: Holm leaves p alone.
-    assert gap.p == pytest.approx(1 - 2 / math.pi * math.atan(3))
-    assert gap.adjusted == pytest.approx(gap.p)
+    assert gap.low == pytest.approx(15 - T_ONE * 5)
+    # Two of four patterns of signs are as far from zero. One method: Holm leaves p alone.
+    assert (gap.p, gap.adjusted) == (0.5, 0.5)
     assert gap.verdict == "no difference shown"
+    assert not gap.decidable
     base = table.result("sst2", "lora")
     assert base is not None
     assert base.over_reference is None
@@ -79,39 +79,43 @@ def test_wins_ties_and_losses() -> None:
     assert gap.verdict == "no difference shown"
 
 
+def found(pairs: int, **gaps: float) -> dict[str, Difference]:
+    """Compare methods that are always ahead, or behind, by about as much."""
+    records = [record("lora", 0.5, seed=i) for i in range(pairs)]
+    for name, gap in gaps.items():
+        records += [
+            record(name, 0.5 + gap * (1 + i / 100), seed=i) for i in range(pairs)
+        ]
+    table = only(summarise(records, reference="lora"))
+    return {
+        name: difference(result.over_reference)
+        for name in gaps
+        if (result := table.result("sst2", name))
+    }
+
+
 def test_verdicts_follow_the_adjusted_p() -> None:
-    # Differences of mean d and standard deviation 0.01 over 3 seeds: t = 173 d. The p of
-    # 2 degrees of freedom is 1 − t / √(t² + 2): for t = 5 it is 0.0377.
-    def scores(t: float) -> list[float]:
-        step = 0.01
-        mean = t * step / math.sqrt(3)
-        return [0.5 + mean - step, 0.5 + mean, 0.5 + mean + step]
-
-    def found(**methods: float) -> dict[str, Difference]:
-        records = [record("lora", 0.5, seed=i) for i in range(3)]
-        for name, t in methods.items():
-            records += [record(name, s, seed=i) for i, s in enumerate(scores(t))]
-        table = only(summarise(records, reference="lora"))
-        return {
-            name: difference(result.over_reference)
-            for name in methods
-            if (result := table.result("sst2", name))
-        }
-
-    alone = found(dora=5.0)["dora"]
-    assert alone.p == pytest.approx(1 - 5 / math.sqrt(27))
-    assert alone.verdict == "better"
-    assert found(dora=-5.0)["dora"].verdict == "worse"
-    both = found(dora=5.0, full=0.0)
-    assert both["dora"].p == pytest.approx(alone.p)
-    assert both["dora"].adjusted == pytest.approx(2 * (1 - 5 / math.sqrt(27)))
-    assert both["dora"].verdict == "no difference shown"  # 0.075
+    # All six signs agree: that is 2 of 64 patterns.
+    alone = found(6, dora=0.1)["dora"]
+    assert (alone.p, alone.adjusted, alone.verdict) == (1 / 32, 1 / 32, "better")
+    assert found(6, dora=-0.1)["dora"].verdict == "worse"
+    both = found(6, dora=0.1, full=0.2)
+    assert (both["dora"].p, both["dora"].adjusted) == (1 / 32, 1 / 16)
+    assert both["dora"].verdict == "no difference shown"
     low = both["dora"].low
     assert low is not None
     assert low > 0  # the interval is not adjusted
 
 
-def test_averages_need_every_task_in_a_seed() -> None:
+def test_what_no_outcome_could_show_is_not_decidable() -> None:
+    # The least p is 1 / 16 with five pairs, and 1 / 32 with six.
+    assert not found(5, dora=0.1)["dora"].decidable
+    assert found(6, dora=0.1)["dora"].decidable
+    assert not found(6, dora=0.1, full=0.1)["dora"].decidable
+    assert found(7, dora=0.1, full=0.1)["dora"].decidable
+
+
+def test_averages_count_each_pair_once() -> None:
     scores = {
         ("lora", "a"): (0.5, 0.5, 0.5),
         ("lora", "b"): (0.5, 0.5, 0.5),
@@ -130,10 +134,13 @@ def test_averages_need_every_task_in_a_seed() -> None:
     )
     average = table.average("dora")
     gap = difference(average.over_reference)
-    assert gap.n == 2
-    assert gap.mean == pytest.approx((0.1 + 0.1) / 2)
+    # Each of five pairs once; the score is of the two seeds that have both tasks.
+    assert gap.n == 5
+    assert gap.mean == pytest.approx((10 + 20 + 30 + 10 + 0) / 5)
+    assert (gap.wins, gap.ties, gap.losses) == (4, 1, 0)
     assert average.score is not None
-    assert average.score.mean == pytest.approx(0.6)
+    assert average.score.n == 2
+    assert average.score.mean == pytest.approx((60 + 60) / 2)
 
 
 def test_a_task_that_a_method_never_ran_leaves_it_without_average() -> None:
@@ -168,7 +175,7 @@ def test_failed_collapsed_and_missing_runs_are_counted() -> None:
     assert result.score is not None
     assert (result.failed, result.collapsed, result.missing) == (2, 1, 2)
     assert result.score.n == 2
-    assert result.score.mean == pytest.approx(0.5)
+    assert result.score.mean == pytest.approx(50)
     assert [f.error for f in summary.failures] == [
         "ValueError: no",
         "the test score is missing or not finite",
@@ -204,10 +211,10 @@ def test_probe_and_constant_count_once_a_seed() -> None:
         for i, p in enumerate((0.4, 0.6))
     ]
     table = only(summarise(records))
-    assert (table.probe["sst2"].mean, table.probe["sst2"].n) == (0.5, 2)
-    assert (table.constant["sst2"].mean, table.constant["sst2"].n) == (0.25, 2)
+    assert (table.probe["sst2"].mean, table.probe["sst2"].n) == (50, 2)
+    assert (table.constant["sst2"].mean, table.constant["sst2"].n) == (25, 2)
     gap = difference(table.average("lora").over_probe)
-    assert gap.mean == pytest.approx(0.2)
+    assert gap.mean == pytest.approx(20)
     assert only(summarise([record("lora", 0.5, probe=None)])).probe == {}
 
 
@@ -240,7 +247,7 @@ def test_one_run_a_seed_and_that_with_the_chosen_settings() -> None:
         result = only(summary).result("sst2", "lora")
         assert result is not None
         assert result.score is not None
-        assert (result.score.mean, result.score.n) == (0.8, 1)
+        assert (result.score.mean, result.score.n) == (80, 1)
         assert "1 run " in summary.notes[0]
 
 
@@ -269,12 +276,12 @@ def test_a_sweep_is_summed_up_by_trial() -> None:
     assert first.validation is not None
     assert second.validation is not None
     assert (first.validation.mean, first.validation.n, first.failed, first.chosen) == (
-        pytest.approx(0.6),
+        pytest.approx(60),
         2,
         0,
         False,
     )
-    assert (second.validation.mean, second.failed, second.chosen) == (0.9, 1, True)
+    assert (second.validation.mean, second.failed, second.chosen) == (90, 1, True)
     assert summary.tables == ()
     assert summary.failures == ()  # a sweep's are in its own table
 
@@ -291,7 +298,7 @@ def test_a_reference_without_a_run_is_none() -> None:
 # --- sentences ----------------------------------------------------------------------
 
 
-def three(method: str, *scores: float, **changed: Any) -> list[Record]:
+def runs(method: str, *scores: float, **changed: Any) -> list[Record]:
     return [record(method, s, seed=i, **changed) for i, s in enumerate(scores)]
 
 
@@ -300,62 +307,66 @@ def said(*records: list[Record], reference: str = "lora") -> Summary:
     return summarise(together, reference=reference)
 
 
+LOW = (0.60, 0.61, 0.62, 0.63, 0.64, 0.65, 0.66, 0.67)
+HIGH = (0.72, 0.71, 0.74, 0.73, 0.76, 0.75, 0.78, 0.77)  # its mean is 11 points more
+MIXED = (0.60, 0.66, 0.58, 0.64, 0.66, 0.60, 0.70, 0.67)
+AROUND_PROBE = (0.5, 0.6, 0.4, 0.45, 0.55, 0.52, 0.48, 0.5)
+
+
 def test_advice_is_the_winner_over_reference_and_probe() -> None:
-    summary = said(
-        three("lora", 0.60, 0.61, 0.62), three("bidora", 0.70, 0.72, 0.71, seconds=25.0)
-    )
+    summary = said(runs("lora", *LOW), runs("bidora", *HIGH, seconds=25.0))
     (sentence,) = advice(summary)
     assert sentence.startswith(
-        "With 100 examples, at equal steps: take bidora, which scores 0.710: +0.100 "
+        "With 100 examples, at equal steps: take bidora, which scores 74.5: +11.0 "
     )
-    assert "against lora and +0.210 " in sentence
+    assert "against lora and +24.5 " in sentence
     assert sentence.endswith("in 2.5× the training time of lora.")
 
 
 def test_advice_is_the_reference_where_nothing_is_shown_to_beat_it() -> None:
-    (sentence,) = advice(
-        said(three("lora", 0.60, 0.61, 0.62), three("bidora", 0.60, 0.66, 0.58))
-    )
-    assert "take lora, which scores 0.610" in sentence
+    (sentence,) = advice(said(runs("lora", *LOW), runs("bidora", *MIXED)))
+    assert "take lora, which scores 63.5" in sentence
     assert "No other method is shown to beat it; the nearest is bidora" in sentence
 
 
 def test_advice_is_the_probe_where_nothing_is_shown_to_beat_it() -> None:
-    (sentence,) = advice(
-        said(three("lora", 0.5, 0.6, 0.4), three("bidora", 0.45, 0.6, 0.5))
-    )
+    worse = [score - 0.1 for score in AROUND_PROBE]
+    (sentence,) = advice(said(runs("lora", *worse), runs("bidora", *AROUND_PROBE)))
     assert "take the probe" in sentence
-    assert "The highest mean is bidora's, +0.017 " in sentence
+    assert "The highest mean is bidora's, 0.0 [" in sentence
 
 
 def test_advice_claims_nothing_without_probe_and_reference() -> None:
     (sentence,) = advice(
         said(
-            three("dora", 0.5, 0.6, 0.4, probe=None),
-            three("bidora", 0.6, 0.6, 0.5, probe=None),
+            runs("dora", *LOW, probe=None),
+            runs("bidora", *HIGH, probe=None),
             reference="",
         )
     )
-    assert "the highest mean is that of bidora" in sentence
+    assert "there is nothing to test against; the highest mean is that of bidora" in (
+        sentence
+    )
     assert "take" not in sentence
 
 
-def test_advice_needs_more_than_one_seed() -> None:
-    (sentence,) = advice(said(three("lora", 0.6), three("bidora", 0.9)))
+def test_advice_needs_pairs_enough() -> None:
+    (sentence,) = advice(said(runs("lora", 0.6), runs("bidora", 0.9)))
     assert sentence == (
-        "With 100 examples, at equal steps: one seed shows no difference; the highest "
-        "mean is that of bidora, which scores 0.900: +0.300 against lora (1 seed) and "
-        "+0.400 against the probe (1 seed), in 1.0× the training time of lora; no "
-        "difference to lora is shown."
+        "With 100 examples, at equal steps: 1 pair of runs cannot show a difference; the "
+        "highest mean is that of bidora, which scores 90.0: +30.0 against lora (1 pair) "
+        "and +40.0 against the probe (1 pair), in 1.0× the training time of lora."
     )
+    (sentence,) = advice(said(runs("lora", *LOW[:3]), runs("bidora", *HIGH[:3])))
+    assert "3 pairs of runs cannot show a difference" in sentence
 
 
 def test_advice_without_reference_is_the_highest_of_those_over_the_probe() -> None:
     (sentence,) = advice(
         said(
-            three("dora", 0.60, 0.61, 0.62),
-            three("bidora", 0.70, 0.72, 0.71),
-            three("full", 0.90, 0.10, 0.95),
+            runs("dora", *LOW),
+            runs("bidora", *HIGH),
+            runs("full", *[0.1, 0.2, *(0.99,) * 6]),
             reference="",
         )
     )
@@ -379,9 +390,9 @@ def test_statements_are_of_the_bidora_family_whatever_the_grid_calls_it() -> Non
     records = [
         record(m, s, seed=i, settings={"method": known})
         for m, known, scores in (
-            ("lora", "lora", (0.60, 0.61, 0.62)),
-            ("dora", "dora", (0.60, 0.61, 0.62)),
-            ("ours", "bidora-one-split", (0.70, 0.72, 0.71)),
+            ("lora", "lora", LOW),
+            ("dora", "dora", LOW),
+            ("ours", "bidora-one-split", HIGH),
         )
         for i, s in enumerate(scores)
     ]
@@ -389,31 +400,38 @@ def test_statements_are_of_the_bidora_family_whatever_the_grid_calls_it() -> Non
     assert summary.outer == ("ours",)
     first, second = statements(summary)
     assert first[0] == "ours against lora, at equal steps"
-    assert first[1].startswith("better with 100 examples (+0.100 ")
+    assert first[1].startswith("better with 100 examples (+11.0 ")
     assert second[0] == "ours against the probe, at equal steps"
 
 
 def test_statements_count_tasks() -> None:
-    records = [
-        record(m, s, seed=i, task=t)
-        for m, t, scores in (
-            ("lora", "a", (0.60, 0.61, 0.62)),
-            ("lora", "b", (0.60, 0.61, 0.62)),
-            ("bidora", "a", (0.70, 0.72, 0.71)),
-            ("bidora", "b", (0.66, 0.55, 0.62)),
-        )
-        for i, s in enumerate(scores)
-    ]
-    first = statements(summarise(records, reference="lora"))[0]
-    assert first[1].endswith("better on 1 and no difference shown on 1 of 2 tasks.")
+    def first(pairs: int) -> str:
+        records = [
+            record(m, s, seed=i, task=t)
+            for m, t, scores in (
+                ("lora", "a", LOW),
+                ("lora", "b", LOW),
+                ("bidora", "a", HIGH),
+                ("bidora", "b", MIXED),
+            )
+            for i, s in enumerate(scores[:pairs])
+        ]
+        return statements(summarise(records, reference="lora"))[0][1]
+
+    assert first(8).endswith("better on 1 and no difference shown on 1 of 2 tasks.")
+    assert first(5).endswith("too few pairs to tell on 2 of 2 tasks.")
 
 
 def test_few_seeds_are_said() -> None:
-    (one,) = reservations(summarise([record("lora", 0.5)]))
-    assert "one seed" in one
-    (two,) = reservations(summarise([record("lora", 0.5, seed=i) for i in (0, 1)]))
-    assert "2 seeds" in two
-    assert reservations(summarise(record("lora", 0.5, seed=i) for i in range(5))) == []
+    def reserved(seeds: int) -> list[str]:
+        return reservations(
+            summarise(record("lora", 0.6, seed=i) for i in range(seeds))
+        )
+
+    assert "one seed" in reserved(1)[1]
+    assert "2 seeds" in reserved(2)[1]
+    assert ["can show nothing" in text for text in reserved(5)] == [True]
+    assert reserved(6) == []
 
 
 def test_a_whole_study_is_summed_up() -> None:
