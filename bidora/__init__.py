@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bidora.runs.job import train
     from bidora.runs.predict import load_run, predict
     from bidora.runs.settings import TrainSettings
+    from bidora.study.runner import compare
+    from bidora.study.settings import StudySettings
     from bidora.trainer import (
         BiDoRAArguments,
         BiDoRAMixin,
@@ -33,8 +35,10 @@ __all__ = [
     "BiDoRAOptimizer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "StudySettings",
     "TrainSettings",
     "check_norms",
+    "compare",
     "exact_dora_layers",
     "load_run",
     "magnitudes",
@@ -52,6 +56,8 @@ _HOMES = {
     "load_run": "bidora.runs.predict",
     "predict": "bidora.runs.predict",
     "train": "bidora.runs.job",
+    "StudySettings": "bidora.study.settings",
+    "compare": "bidora.study.runner",
     "BiDoRAOptimizer": "bidora.optimizer",
     **{f"BiDoRA{name}": "bidora.trainer" for name in _TRAINER},
 }

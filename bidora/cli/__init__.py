@@ -1,4 +1,4 @@
-"""The command line: `bidora train`, `bidora predict` and `bidora estimators`."""
+"""The command line: `bidora train`, `predict`, `compare` and `estimators`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bidora.cli.compare import add_compare, run_compare
 from bidora.cli.options import add_settings, literal, pairs
 from bidora.errors import UserError
 from bidora.runs.settings import TrainSettings
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[[dict[str, Any]], int]] = {
         "train": _train,
         "predict": _predict,
+        "compare": _compare,
         "estimators": _estimators,
     }
     _wait_briefly()
@@ -217,6 +219,11 @@ def _predict(options: dict[str, Any]) -> int:
         sys.stdout.write(f"left out: {line}\n")
     sys.stdout.write(f"{done.rows} row(s) scored in {done.output}\n")
     return 0
+
+
+def _compare(options: dict[str, Any]) -> int:
+    with _known_failures(), _quiet_libraries():
+        return run_compare(options)
 
 
 def _estimators(options: dict[str, Any]) -> int:
@@ -380,6 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_train(commands)
     _add_predict(commands)
+    add_compare(commands)
     _add_estimators(commands)
     return parser
 
