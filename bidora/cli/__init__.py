@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bidora._threads import brief_waiting
 from bidora.cli.compare import add_compare, run_compare
 from bidora.cli.options import add_settings, literal, pairs
 from bidora.errors import UserError
@@ -25,9 +26,6 @@ __all__ = ["main"]
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-
-SPIN_COUNT = "10000"
-"""Turns that a waiting thread of GNU's OpenMP spins for; decision 15 has the figures."""
 
 TRAIN = """\
 Fine-tune a pretrained model on your examples and save the result.
@@ -109,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "estimators": _estimators,
     }
-    _wait_briefly()
+    if "torch" not in sys.modules:
+        os.environ.update(brief_waiting())
     try:
         return run[command](options)
     except UserError as error:
@@ -117,16 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say_error("\nbidora: stopped by Ctrl-C.")
         return EXIT_INTERRUPTED
-
-
-def _wait_briefly() -> None:
-    """Let threads that wait for each other give up their core after a moment.
-
-    torch's threads spin for milliseconds otherwise, and two trainings on the same cores
-    wait for threads that wait. Read when torch is loaded, which is later.
-    """
-    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _train(options: dict[str, Any]) -> int:

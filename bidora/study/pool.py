@@ -12,6 +12,7 @@ from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from bidora._threads import brief_waiting
 from bidora.errors import UserError
 from bidora.study.records import Record
 from bidora.study.worker import Order, begin, ready, work
@@ -131,6 +132,7 @@ def worker_environment(processes: int) -> Iterator[None]:
     """
     share = str(max(1, cores() // processes))
     wanted = dict.fromkeys(THREADS, share) | dict.fromkeys(QUIET, "error")
+    wanted |= brief_waiting()
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
