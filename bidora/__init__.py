@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         use_peft_dora,
     )
     from bidora.optimizer import BiDoRAOptimizer
+    from bidora.probing import probe
     from bidora.runs.job import train
     from bidora.runs.predict import load_run, predict
     from bidora.runs.settings import TrainSettings
@@ -44,6 +45,7 @@ __all__ = [
     "magnitudes",
     "plain_dora_layers",
     "predict",
+    "probe",
     "train",
     "use_exact_dora",
     "use_peft_dora",
@@ -55,6 +57,7 @@ _HOMES = {
     "TrainSettings": "bidora.runs.settings",
     "load_run": "bidora.runs.predict",
     "predict": "bidora.runs.predict",
+    "probe": "bidora.probing",
     "train": "bidora.runs.job",
     "StudySettings": "bidora.study.settings",
     "compare": "bidora.study.runner",

@@ -264,7 +264,8 @@ def _summary(result: RunResult) -> str:
     widths = [max(10, len(n) + 2) for n in names]
     header = "".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True))
     rows = [f"{'phase':<9}{'steps':>7}{'seconds':>9}{header}   (on the test examples)"]
-    for phase in result.phases:
+    first = [result.probe] if result.probe not in (None, *result.phases) else []
+    for phase in (*first, *result.phases):
         scores = "".join(
             f"{phase.test[n]:>{w}.3f}" for n, w in zip(names, widths, strict=True)
         )
