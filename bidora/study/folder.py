@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bidora._files import write_whole
 from bidora.errors import UserError
@@ -15,6 +14,7 @@ from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid
 from bidora.study.records import Cell, Record, read_records
+from bidora.study.worker import as_recorded
 from bidora.trainer.lock import LOCK_FILE, FolderLock
 
 __all__ = ["StudyFolder"]
@@ -164,12 +164,12 @@ class StudyFolder:
         Raises:
             UserError: If a setting differs; it names the first.
         """
-        usual = TrainSettings().as_dict()
+        usual = as_recorded(TrainSettings())
         for record in records:
             cell = record.cell
             if not grid.has(cell.task, cell.method):
                 continue
-            wanted = _plain(grid.settings_of(cell).as_dict())
+            wanted = as_recorded(grid.settings_of(cell))
             ignored = {*UNIMPORTANT, *(["max_steps"] if cell.purpose == "time" else [])}
             for name, value in wanted.items():
                 found = record.settings.get(name, usual[name])
@@ -189,7 +189,3 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _plain(values: Any) -> Any:
-    return json.loads(json.dumps(values))

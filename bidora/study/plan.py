@@ -160,6 +160,11 @@ class Plan:
         well = [record.seconds for record in found if not record.failed]
         return median(well) if well and len(found) == len(cells) else None
 
+    def takes_steps(self, group: Group) -> bool:
+        """Return whether a group's runs took steps; a probe takes none."""
+        found = [self.by_cell.get(cell) for cell in self.finals(group, "steps")]
+        return any(record is not None and record.steps > 0 for record in found)
+
     @cached_property
     def steps_in_time(self) -> dict[Group, int | None]:
         """Steps that take a group the reference's time, where that is known.
@@ -190,7 +195,7 @@ class Plan:
             own = self.seconds(group)
             if wanted is None or own is None:
                 continue
-            if own == 0 or abs(own / wanted - 1) <= CLOSE_ENOUGH:
+            if not self.takes_steps(group) or abs(own / wanted - 1) <= CLOSE_ENOUGH:
                 found[group] = None
             else:
                 steps = self.grid.settings_of(cells[0]).max_steps

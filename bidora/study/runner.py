@@ -16,7 +16,7 @@ from bidora.study.plan import Plan, Study
 from bidora.study.pool import Slot, worker_environment
 from bidora.study.records import Cell, Record, write_record
 from bidora.study.settings import StudySettings
-from bidora.study.worker import Order, Train
+from bidora.study.worker import Order, Train, as_recorded
 
 __all__ = ["check_tasks", "compare"]
 
@@ -39,7 +39,7 @@ def compare(
         settings: What to compare, and where.
         listener: Told what happens.
         train: What trains, in place of `bidora.train`: a function of a module, which
-            takes `TrainSettings` and `score_test` and leaves the same files.
+            is called as that is and leaves the same files.
 
     Returns:
         The comparison as far as it came.
@@ -212,7 +212,7 @@ class _Runner:
             settings = self.plan.grid.settings_of(
                 cell, steps if cell.purpose == "time" else None
             )
-            record = Record(cell, settings.as_dict(), error=slot.why_it_ended())
+            record = Record(cell, as_recorded(settings), error=slot.why_it_ended())
             write_record(self.folder.record_path(cell), record)
             return record
 

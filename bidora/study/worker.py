@@ -23,10 +23,10 @@ from bidora.study.records import Cell, Point, Record, write_record
 if TYPE_CHECKING:
     from bidora.runs.results import RunResult
 
-__all__ = ["Order", "Train", "begin", "ready", "work"]
+__all__ = ["Order", "Train", "as_recorded", "begin", "ready", "record_of", "work"]
 
 Train = Callable[..., Any]
-"""What trains: called as `bidora.train` is, with settings and `score_test`."""
+"""What trains: called as `bidora.train`, with settings, `score_test`, `score_probe`."""
 
 LONGEST_ERROR = 300
 
@@ -91,12 +91,25 @@ def work(order: Order) -> Record:
         sys.stderr.flush()
         record = Record(
             order.cell,
-            order.settings.as_dict(),
+            as_recorded(order.settings),
             error=first_line(error),
             total_seconds=time.perf_counter() - started,
         )
     write_record(order.path, record)
     return record
+
+
+def as_recorded(settings: TrainSettings) -> dict[str, Any]:
+    """Return settings as a record has them that was read again: without tuples.
+
+    Args:
+        settings: Of a run.
+
+    Example:
+        >>> as_recorded(TrainSettings(target_modules=("query",)))["target_modules"]
+        ['query']
+    """
+    return json.loads(json.dumps(settings.as_dict()))
 
 
 def first_line(error: BaseException) -> str:
@@ -124,7 +137,7 @@ def _trained(order: Order) -> Record:
     with tempfile.TemporaryDirectory(dir=order.scratch) as place:
         folder = Path(place) / "run"
         settings = dataclasses.replace(order.settings, output_dir=str(folder))
-        result = train(settings, score_test=not is_sweep)
+        result = train(settings, score_test=not is_sweep, score_probe=not is_sweep)
         metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
         history = (folder / "history.jsonl").read_text("utf-8").splitlines()
     return record_of(
@@ -150,22 +163,19 @@ def record_of(
     """
     scores = result.phases[-1].scores if result.phases else {}
     is_sweep = cell.purpose == "sweep"
-    probe, baseline = (
-        {} if is_sweep else found.get("test", {})
-        for found in (result.probe, result.baseline)
-    )
+    probe = result.probe.scores if result.probe else {}
     return Record(
         cell,
-        settings.as_dict(),
+        as_recorded(settings),
         metric=result.metric,
         test={} if is_sweep else scores.get("test", {}),
         validation=scores.get("validation", {}),
-        probe=probe,
-        baseline=baseline,
+        probe={} if is_sweep else probe.get("test", {}),
+        baseline={} if is_sweep else result.baseline.get("test", {}),
         steps=sum(phase.steps for phase in result.phases),
         seconds=sum(phase.seconds for phase in result.phases),
         total_seconds=result.seconds,
-        trained_parameters=metrics["trained_parameters"],
+        trained_parameters=result.trained_parameters,
         curve=_curve(history, result.metric),
         environment=metrics["environment"],
     )

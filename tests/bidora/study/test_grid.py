@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def test_a_file_becomes_the_grid_it_describes(tmp_path: Path) -> None:
     assert [(t, m) for t, m, _ in grid.groups() if m == "bidora"] == [
         ("docstrings", "bidora")
     ]
-    assert grid.has("glue", "full") and not grid.has("glue", "bidora")
+    assert grid.has("glue", "full")
+    assert not grid.has("glue", "bidora")
     # 3e-4 is text to YAML.
     assert grid.method("lora").sweep["learning_rate"] == (0.0003, 0.001)
-    assert grid.sweeps("lora") and not grid.sweeps("careful")
+    assert grid.sweeps("lora")
+    assert not grid.sweeps("careful")
 
 
 def test_settings_of_method_task_and_grid_go_before_each_other(tmp_path: Path) -> None:
@@ -80,7 +83,8 @@ def test_settings_of_method_task_and_grid_go_before_each_other(tmp_path: Path) -
     assert (settings.learning_rate, settings.lora_r) == (0.001, 2)
     careful = grid.settings_of(Cell("docstrings", "careful", 0, 1, "steps"))
     assert (careful.method, careful.lora_dropout, careful.lora_r) == ("lora", 0.1, 8)
-    assert careful.max_steps == 12 and careful.output_dir is None
+    assert careful.max_steps == 12
+    assert careful.output_dir is None
     # Full fine-tuning has no rank: what is given for all is left out for it.
     assert grid.unused("docstrings", "full") == ["lora_r"]
     assert grid.settings_of(Cell("docstrings", "full", 0, 1, "steps")).lora_r == 4
@@ -105,7 +109,7 @@ def test_trials_are_the_product_or_a_part_of_it_that_only_grows() -> None:
     assert every[0] == (("learning_rate", 0.1), ("lora_r", 2))
     some = [method.trials(n) for n in range(1, 8)]
     assert [len(trials) for trials in some] == [1, 2, 3, 4, 5, 6, 6]
-    assert all(set(a) < set(b) for a, b in zip(some[:5], some[1:6], strict=True))
+    assert all(set(a) < set(b) for a, b in pairwise(some[:6]))
     assert [t for t in every if t in some[3]] == list(some[3])
     assert some[2] == method.trials(3)
 
@@ -186,7 +190,7 @@ def test_what_is_wrong_is_named_by_key_and_file(
 
 def test_a_file_that_is_no_grid_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
-    with pytest.raises(UserError, match="cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
         read_grid(path)
     for text, said in (
         ("a: [", "cannot be read"),

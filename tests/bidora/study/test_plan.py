@@ -34,13 +34,13 @@ def grid_of(**changed: Any) -> Grid:
 def done(cell: Cell, **values: Any) -> Record:
     """Return the record of a run; `score` is its score on validation examples."""
     score = values.pop("score", 0.5)
-    settings = values.pop("settings", {"max_steps": 40})
     return Record(
         cell,
-        settings,
+        values.pop("settings", {"max_steps": 40}),
         metric="f1",
         validation={"f1": score},
         test={"f1": 0.9},
+        steps=values.pop("steps", 40),
         **values,
     )
 
@@ -73,7 +73,8 @@ def test_sweeps_come_first_and_then_seed_by_seed_over_everything() -> None:
     ]
     assert plan.remaining == 4
     plan = finish(plan)
-    assert plan.due == [] and plan.remaining == 0
+    assert plan.due == []
+    assert plan.remaining == 0
 
 
 def swept(scores: dict[Any, Any], **values: Any) -> Plan:
@@ -130,7 +131,8 @@ def test_a_method_without_a_trial_that_ended_well_has_failed_and_is_shown() -> N
         ("lora", 1, True),
     ]
     (note,) = [n for n in study.notes if n.startswith("lora on a:")]
-    assert "no trial of the sweep" in note and "ValueError: nan" in note
+    assert "no trial of the sweep" in note
+    assert "ValueError: nan" in note
     assert any("4 of 4 runs failed, such as lora on a, seed" in n for n in study.notes)
 
 
@@ -171,7 +173,7 @@ def test_steps_are_scaled_to_the_median_time_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "steps"), [(9.1, None), (10.9, None), (8.9, 45), (11.2, 36), (0.0, None)]
+    ("own", "steps"), [(9.1, None), (10.9, None), (8.9, 45), (11.2, 36)]
 )
 def test_runs_of_about_equal_time_serve_as_they_are(
     own: float, steps: int | None
@@ -188,6 +190,16 @@ def test_runs_of_about_equal_time_serve_as_they_are(
         twin = replace(record, cell=replace(record.cell, purpose="steps"))
         assert twin in study.records
     assert plan.remaining == (0 if steps is None else 2)
+
+
+def test_a_method_without_steps_serves_as_it_is() -> None:
+    plan = timed({"lora": [10.0], "probe": [0.2]})
+    without = tuple(
+        replace(r, steps=0) if r.cell.method == "probe" else r for r in plan.records
+    )
+    plan = replace(plan, records=without)
+    assert plan.steps_in_time["a", "probe", 0] is None
+    assert plan.due == []
 
 
 def test_time_waits_for_all_seeds_of_both_methods() -> None:
@@ -220,7 +232,8 @@ def test_without_a_measured_reference_no_time_is_equal() -> None:
         for r in plan.records
     )
     plan = replace(plan, records=failed)
-    assert plan.due == [] and plan.remaining == 0
+    assert plan.due == []
+    assert plan.remaining == 0
     elsewhere = Plan(
         grid_of(methods={"lora": {"tasks": ["b"]}, "full": {}}, equal=["steps", "time"])
     )
@@ -264,7 +277,8 @@ def test_records_of_another_grid_are_left_aside_and_counted() -> None:
     plan = finish(Plan(grid_of(methods={"lora": {}})))
     smaller = replace(plan, grid=grid_of(methods={"lora": {}}, seeds=[0]))
     study = smaller.study()
-    assert len(study.records) == 2 and smaller.due == []
+    assert len(study.records) == 2
+    assert smaller.due == []
     assert any("2 records of this folder belong to no run" in n for n in study.notes)
 
 
