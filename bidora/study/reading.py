@@ -167,7 +167,7 @@ class _Reader:
         sweep, own = entry.pop("sweep", None), entry.pop("tasks", None)
         settings = self.settings(entry, key, ("task",), beside=("sweep", "tasks"))
         settings = {"method": name, **settings}
-        if settings["method"] not in METHODS.names():
+        if settings["method"] not in METHODS:
             beside = "" if "method" in entry else " (or a name of yours with `method:`)"
             self.unknown(
                 f"{key}{beside}", settings["method"], METHODS.names(), "method"

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 
 from bidora.errors import UserError
@@ -135,7 +136,7 @@ def _report(study: Study, folder: StudyFolder, listener: Listener) -> None:
     """Write the report, and say where it is."""
     from bidora.study.report import write_report
 
-    names = write_report(study, folder.path)
+    names = [Path(name).name for name in write_report(study, folder.path)]
     listener.message(f"Report {folder.path}: {', '.join(names)}")
 
 
