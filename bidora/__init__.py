@@ -17,9 +17,12 @@ if TYPE_CHECKING:
         use_peft_dora,
     )
     from bidora.optimizer import BiDoRAOptimizer
+    from bidora.probing import probe
     from bidora.runs.job import train
     from bidora.runs.predict import load_run, predict
     from bidora.runs.settings import TrainSettings
+    from bidora.study.runner import compare
+    from bidora.study.settings import StudySettings
     from bidora.trainer import (
         BiDoRAArguments,
         BiDoRAMixin,
@@ -33,13 +36,16 @@ __all__ = [
     "BiDoRAOptimizer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "StudySettings",
     "TrainSettings",
     "check_norms",
+    "compare",
     "exact_dora_layers",
     "load_run",
     "magnitudes",
     "plain_dora_layers",
     "predict",
+    "probe",
     "train",
     "use_exact_dora",
     "use_peft_dora",
@@ -51,7 +57,10 @@ _HOMES = {
     "TrainSettings": "bidora.runs.settings",
     "load_run": "bidora.runs.predict",
     "predict": "bidora.runs.predict",
+    "probe": "bidora.probing",
     "train": "bidora.runs.job",
+    "StudySettings": "bidora.study.settings",
+    "compare": "bidora.study.runner",
     "BiDoRAOptimizer": "bidora.optimizer",
     **{f"BiDoRA{name}": "bidora.trainer" for name in _TRAINER},
 }

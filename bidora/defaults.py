@@ -13,9 +13,11 @@ __all__ = [
     "OTHER_LEARNING_RATE",
     "OUTER_EVERY",
     "OUTER_WARMUP",
+    "POOLINGS",
     "PRODUCT_FRACTION",
     "RETRAIN_SHARE",
     "SEARCH_SHARE",
+    "STARTS",
     "VALIDATION_FRACTION",
     "WARMUP_RATIO",
     "WEIGHT_DECAY",
@@ -23,6 +25,12 @@ __all__ = [
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
+
+POOLINGS = ("auto", "head", "mean", "first", "last", "max")
+"""What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""
+
+STARTS = ("probe", "random")
+"""What the head starts from."""
 
 BUDGET = "economical"
 """See `bidora.budget`."""

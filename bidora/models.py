@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,12 +126,15 @@ class Base:
         model: The transformers model.
         head: Modules to train whole: the head, and what came without weights.
         peft_type: PEFT's name for the kind of task.
+        pooling: How tokens are pooled in front of a linear head; `head` for the stock
+            class, whose head is its own.
     """
 
     source: ModelSource
     model: Any
     head: list[str]
     peft_type: str
+    pooling: str = "head"
 
     def adaptable(self) -> list[str]:
         """Return the ends of the names of layers that an adapter may go into."""
@@ -152,6 +156,7 @@ def load_base(
     schema: Schema,
     *,
     seed: int = 0,
+    pooling: str = "auto",
 ) -> Base:
     """Load the base model and give it a new head for a task.
 
@@ -164,17 +169,24 @@ def load_base(
         task: What the model is for.
         schema: What the task found out about the data.
         seed: Seed of the new parameters.
+        pooling: One of `bidora.defaults.POOLINGS`: `head` for the stock class of
+            transformers; `auto` for the pooling that the model was trained with, where
+            it says so, and `head` elsewhere.
 
     Returns:
         The model in float32, on the CPU.
 
     Raises:
-        UserError: If the model can't be loaded.
+        UserError: If the model can't be loaded, or pooled like that.
     """
     import transformers
 
+    from bidora.pooling import PooledModel
+
+    how = _resolve_pooling(source, task, pooling)
     torch.manual_seed(seed)
-    auto: Any = getattr(transformers, task.auto_model)
+    pooled = how != "head"
+    auto: Any = getattr(transformers, "AutoModel" if pooled else task.auto_model)
     loaded: Any = _load(
         source,
         auto.from_pretrained,
@@ -186,7 +198,56 @@ def load_base(
     )
     model, info = loaded
     model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(source, model, _head_modules(model, info), task.peft_type)
+    if not pooled:
+        return Base(source, model, _head_modules(model, info), task.peft_type)
+    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        model.pooler = None  # nothing reads it
+    model.config.pooling = how
+    new = {key.rsplit(".", 1)[0] for key in info["missing_keys"]}
+    new = {name for name in new if not name.startswith("pooler.")}
+    torch.manual_seed(seed)  # the head's values do not depend on the body's loading
+    whole = PooledModel(model.config, model)
+    return Base(
+        source,
+        whole,
+        sorted({"head", *(f"body.{name}" for name in new)}),
+        task.peft_type,
+        how,
+    )
+
+
+def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> str:
+    """Return how tokens are pooled: the model's own way where nothing is asked for.
+
+    Raises:
+        UserError: If the task or the model has no such pooling.
+    """
+    from bidora.pooling import own_pooling
+
+    if task.peft_type != "SEQ_CLS":
+        if pooling not in ("auto", "head"):
+            raise UserError(
+                f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
+                "one for each word; leave it out."
+            )
+        return "head"
+    if pooling == "head":
+        return pooling
+    from transformers import AutoConfig
+
+    config: Any = _load(source, AutoConfig.from_pretrained, "model")
+    if pooling == "auto":
+        saved = getattr(config, "pooling", None)  # a model that was saved whole
+        if isinstance(saved, str):
+            return saved
+        found = own_pooling(source.location, is_local=source.is_local)
+        return found or "head"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--pooling {pooling}: {source.name!r} is an encoder and a decoder, whose "
+            "stock head reads the decoder; leave --pooling out."
+        )
+    return pooling
 
 
 def longest_input(model: Any) -> int | None:

@@ -164,7 +164,7 @@ class Method(ABC):
         """Return lines of Python that load what `save` wrote, without this package.
 
         Args:
-            names: `folder`, `base` and `auto_model`, to be put in.
+            names: `folder`, `base`, `auto_model` and `pooling`, to be put in.
         """
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora import defaults
 from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY, Method
+from bidora.methods.loading import whole_lines
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,11 +60,6 @@ class Full(Method):
         """Return lines that load the model in plain transformers.
 
         Args:
-            names: `folder` and `auto_model`.
+            names: `folder`, `auto_model` and `pooling`.
         """
-        return f"""\
-from transformers import AutoTokenizer, {names["auto_model"]}
-
-model = {names["auto_model"]}.from_pretrained({names["folder"]!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({names["folder"]!r})
-"""
+        return whole_lines(names)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.errors import UserError
 from bidora.methods.base import SEARCH_ONLY, Method
+from bidora.methods.loading import base_lines
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,18 +87,12 @@ class Lora(Method):
         """Return lines that load the adapter in plain PEFT.
 
         Args:
-            names: `folder`, `base` and `auto_model`.
+            names: `folder`, `base`, `auto_model` and `pooling`.
         """
+        lines = base_lines(names, "from peft import PeftModel\n")
         return f"""\
-from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, {names["auto_model"]}
-
-config = AutoConfig.from_pretrained({names["folder"]!r})
-base = {names["auto_model"]}.from_pretrained(
-    {names["base"]!r}, config=config, ignore_mismatched_sizes=True
-)
+{lines}
 model = PeftModel.from_pretrained(base, {names["folder"]!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({names["folder"]!r})
 """
 
 

@@ -19,6 +19,7 @@ METHODS = Registry(
         "rslora": "bidora.methods.lora:RankStabilisedLora",
         "houlsby": "bidora.methods.houlsby:Houlsby",
         "full": "bidora.methods.full:Full",
+        "probe": "bidora.methods.partial:Probe",
         "bidora-first-order": "bidora.methods.bidora:FirstOrder",
         "bidora-no-orthogonality": "bidora.methods.bidora:NoOrthogonality",
         "bidora-no-retraining": "bidora.methods.bidora:NoRetraining",

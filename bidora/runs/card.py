@@ -27,6 +27,7 @@ def write_card(
     examples: Examples,
     source: ModelSource,
     result: RunResult,
+    pooling: str,
 ) -> None:
     """Write `README.md`, as the Hub shows it.
 
@@ -36,6 +37,7 @@ def write_card(
         examples: What it learnt from.
         source: The base model.
         result: What it came to.
+        pooling: How tokens are pooled; `head` for the stock class.
     """
     from bidora.methods import make_method
 
@@ -50,7 +52,12 @@ def write_card(
     if not source.is_local or source.hub_name != source.location:
         data["base_model"] = source.hub_name
     code = method.loading_code(
-        {"folder": ".", "base": source.hub_name, "auto_model": task.auto_model}
+        {
+            "folder": ".",
+            "base": source.hub_name,
+            "auto_model": task.auto_model,
+            "pooling": pooling,
+        }
     )
     card = ModelCard(
         f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bidora.data.load import load_source
@@ -96,6 +96,8 @@ def read_examples(
         note += (
             f" {TEST_FRACTION:.0%} of it (seed {settings.seed}) held back for testing."
         )
+    note += _draw(rows, task, schema, settings)
+    source = replace(source, note=note)
     found = Examples(source, task, schema, rows, skipped)
     found.inner = list(range(len(rows["train"])))
     if searches:
@@ -118,6 +120,60 @@ def read_examples(
             f"       {len(skipped)} bad row(s) left out, such as: {skipped[0]}"
         )
     return found
+
+
+def _draw(
+    rows: dict[str, Rows], task: Task, schema: Schema, settings: JobSettings
+) -> str:
+    """Draw the examples that are asked for, in place, and say so in a sentence.
+
+    Test and validation examples depend on no seed, so that runs of several seeds are
+    scored on the same ones.
+
+    Args:
+        rows: Examples by part; those that are drawn take their place.
+        task: What they mean.
+        schema: What the task found out about them.
+        settings: How many are asked for.
+
+    Returns:
+        What was drawn, for the source's note; nothing where all are used.
+
+    Raises:
+        UserError: If there are too few.
+    """
+    told = []
+    asked = {
+        "test": settings.max_test_samples,
+        "validation": settings.max_validation_samples,
+    }
+    pool = rows["train"]
+    few = settings.max_train_samples is not None and settings.max_train_samples < len(
+        pool
+    )
+    wanted = asked["validation"]
+    if "validation" not in rows and wanted is not None and few:
+        left = len(pool) - (settings.max_train_samples or 0)
+        if left < wanted:
+            raise UserError(
+                f"--max-validation-samples {wanted}: of the {len(pool)} training "
+                f"examples, --max-train-samples leaves out {left}. Ask for fewer of "
+                "either."
+            )
+        drawn = set(task.draw(pool, schema, wanted, 0))
+        rows["validation"] = pool.select(sorted(drawn))
+        rows["train"] = pool.select([i for i in range(len(pool)) if i not in drawn])
+        told.append(f"{wanted} training examples are for validation.")
+    for part, most in asked.items():
+        if part in rows and most is not None and most < len(rows[part]):
+            told.append(f"{most} of {len(rows[part])} {part} examples are used.")
+            rows[part] = rows[part].select(task.draw(rows[part], schema, most, 0))
+    if few:
+        most = settings.max_train_samples or 0
+        told.append(f"{most} of {len(rows['train'])} training examples are used.")
+        chosen = task.draw(rows["train"], schema, most, settings.seed)
+        rows["train"] = rows["train"].select(chosen)
+    return "".join(f" {sentence}" for sentence in told)
 
 
 def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:

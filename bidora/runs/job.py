@@ -20,7 +20,7 @@ from bidora.methods import make_method
 from bidora.runs.encoding import encode
 from bidora.runs.examples import Examples, read_examples
 from bidora.runs.folder import RunFolder
-from bidora.runs.results import Listener, RunResult, environment
+from bidora.runs.results import Listener, PhaseResult, RunResult, environment
 from bidora.runs.settings import JobSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    score_test: bool = True,
+    score_probe: bool = True,
 ) -> RunResult:
     """Fine-tune a model on a task and save what was trained.
 
@@ -59,6 +61,9 @@ def train(
             checkpoint; it then ends as if it had never stopped.
         dry_run: Whether to stop before the training: settings, parameters, time and
             memory are told, and nothing is written.
+        score_test: Whether test examples are scored; a run that is to choose settings
+            must not see them.
+        score_probe: Whether the probe is scored, where it is no more than the start.
 
     Returns:
         Scores and seconds of each phase; `facts` alone after a dry run.
@@ -74,6 +79,9 @@ def train(
         settings.folder, settings.overwrite or dry_run, resume=resume, look=dry_run
     )
     examples = read_examples(settings, listener, searches=method.holds_back)
+    if not score_test:
+        kept = {n: r for n, r in examples.rows.items() if not n.startswith("test")}
+        examples.rows = kept
 
     import torch
 
@@ -91,6 +99,7 @@ def train(
         job = _Job(
             **vars(prepare(settings, method, source, examples, device, listener)),
             method=method,
+            score_probe=score_probe,
         )
         if dry_run:
             return job.tell(listener)
@@ -116,6 +125,9 @@ def train(
                 seconds=time.perf_counter() - started,
                 metric=job.metric,
                 loading_code=job.loading_code(folder.path),
+                probe=job.probe,
+                baseline=job.baseline,
+                trained_parameters=job.trained_parameters,
             )
             job.save(folder, result)
         finally:
@@ -135,6 +147,7 @@ class Prepared:
         model: The model with what the method put in, on its device.
         sets: Tokenised examples by part, as `datasets.Dataset`.
         length: Tokens kept of an example.
+        pooling: How tokens are pooled; `head` for the stock class.
     """
 
     settings: Any
@@ -144,6 +157,7 @@ class Prepared:
     model: Any
     sets: dict[str, Any]
     length: int
+    pooling: str
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +198,14 @@ def prepare(
 
     task, schema = examples.task, examples.schema
     tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
-    base = load_base(source, tokenizer, task, schema, seed=settings.seed)
+    base = load_base(
+        source,
+        tokenizer,
+        task,
+        schema,
+        seed=settings.seed,
+        pooling=settings.pooling,
+    )
     model: Any = method.adapt(base, settings).to(device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -204,7 +225,9 @@ def prepare(
             f"       {cut} of {len(sets['train'])} training examples are longer than the "
             f"{length} tokens that are kept (--max-length)."
         )
-    return Prepared(settings, examples, source, tokenizer, model, sets, length)
+    return Prepared(
+        settings, examples, source, tokenizer, model, sets, length, base.pooling
+    )
 
 
 @dataclass
@@ -212,7 +235,15 @@ class _Job(Prepared):
     """One run, from the tokenised examples to what is saved."""
 
     method: Method = field(kw_only=True)
+    score_probe: bool = field(default=True, kw_only=True)
     history: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
+    probe: PhaseResult | None = field(default=None, kw_only=True)
+    baseline: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers the method trains."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def metric(self) -> str:
@@ -227,6 +258,7 @@ class _Job(Prepared):
                 "folder": str(folder),
                 "base": self.source.location,
                 "auto_model": self.examples.task.auto_model,
+                "pooling": self.pooling,
             }
         )
 
@@ -241,7 +273,7 @@ class _Job(Prepared):
             seconds = self.expected_seconds(self.trainer(place))
         used = memory_in_use(self.device)
         facts = {
-            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "trained_parameters": self.trained_parameters,
             "parameters": sum(p.numel() for p in parameters),
             "expected_seconds": seconds,
             "bytes_after_four_steps": used,
@@ -266,7 +298,7 @@ class _Job(Prepared):
             made = collate([data[i] for i in range(size)])
             return {name: value.to(self.device) for name, value in made.items()}
 
-        steps = float(settings.max_steps)
+        steps = float(settings.max_steps) * (self.method.phases != ("probe",))
         if self.method.searches:
             own = args.bidora_settings()
             search = arguments_of_phase(args, "search").max_steps
@@ -278,7 +310,7 @@ class _Job(Prepared):
             if "retrain" in self.method.phases and own["retrain"] != "none":
                 steps += arguments_of_phase(args, "retrain").max_steps
         points = settings.max_steps / max(1, args.eval_steps) + 1
-        evaluated = len(self.sets["test"]) * len(self.method.phases)
+        evaluated = len(self.sets.get("test", ())) * (len(self.method.phases) + 1)
         evaluated += 3 * CURVE_EXAMPLES * points
         # A forward is about half of a step, and less with examples sorted by length.
         steps += 0.3 * evaluated / size
@@ -312,6 +344,9 @@ class _Job(Prepared):
             trainer, self._final_sets(), listener, record, list(self.history)
         )
         trainer.add_callback(recorder)
+        self._start(trainer, recorder, listener, resume=last is not None)
+        if self.method.phases == ("probe",):
+            return [self.probe]
         try:
             with warnings.catch_warnings():
                 # Kept in the history instead, for each step and not for the first.
@@ -325,6 +360,17 @@ class _Job(Prepared):
                 f"{too_high(recorder.phase)}"
             ) from error
         return [r for name, r in recorder.results.items() if name in self.method.phases]
+
+    def _start(
+        self, trainer: Any, recorder: Any, listener: Listener, *, resume: bool
+    ) -> None:
+        """Fit the probe, score it, and let the training start from its head."""
+        from bidora.runs.probe_phase import run_probe
+
+        found = run_probe(
+            trainer, recorder, self, listener, resume=resume, scored=self.score_probe
+        )
+        self.probe, self.baseline = found.result, found.baseline
 
     def _final_sets(self) -> dict[str, Any]:
         """Return what the end of a phase is scored on, whole."""
@@ -432,17 +478,22 @@ class _Job(Prepared):
             f"seed {self.settings.seed}\ncurves of up to {CURVE_EXAMPLES} examples"
         )
         draw_curves(self.history, staging / "curves.png", title, self.metric)
-        write_card(staging, self.settings, self.examples, self.source, result)
+        write_card(
+            staging, self.settings, self.examples, self.source, result, self.pooling
+        )
         files = folder.publish()
         parameters = list(self.model.parameters())
         folder.write_json(
             "metrics.json",
             {
                 "phases": [dataclasses.asdict(phase) for phase in result.phases],
+                "probe": dataclasses.asdict(result.probe) if result.probe else None,
+                "baseline": result.baseline,
                 "metric": self.metric,
                 "seconds": result.seconds,
                 "label_names": list(self.examples.schema.label_names),
                 "parameters": sum(p.numel() for p in parameters),
+                "trained_parameters": result.trained_parameters,
                 "environment": environment(self.device),
                 "files": files,
             },

@@ -48,7 +48,11 @@ def draw_curves(
         title: What stands above.
         metric: The score that is drawn below the loss.
     """
+    probe = next((r["result"] for r in history if r["phase"] == "probe"), None)
+    history = [r for r in history if r["phase"] != "probe"]
     phases = list(dict.fromkeys(record["phase"] for record in history))
+    if not phases:
+        phases = ["probe"]
     searched = any(r.get("hypergrad_norm") is not None for r in history)
     rows = 3 if searched else 2
     figure = Figure(
@@ -66,6 +70,7 @@ def draw_curves(
         loss.legend(handles=_draw_steps(loss, records), loc="upper right", fontsize=8)
         _draw_evaluations(loss, records, phase, "loss")
         _draw_evaluations(score, records, phase, metric)
+        _draw_test(score, records, probe, metric)
         if score.get_lines():
             score.legend(loc="lower right", fontsize=8)
         if searched:
@@ -114,6 +119,33 @@ def _draw_evaluations(
                     (phase, name), LABELS.get(name, f"{name} (all of it)")
                 ),
                 **STYLES.get(name, {}),
+            )
+
+
+def _draw_test(
+    ax: Any, records: Sequence[dict[str, Any]], probe: Any, metric: str
+) -> None:
+    """Draw what is to be beaten, and what the phase came to: both on the test examples."""
+    reached = probe["scores"].get("test", {}).get(metric) if probe else None
+    if reached is not None:
+        ax.axhline(
+            reached,
+            color="#aa3377",
+            linestyle="-.",
+            linewidth=1.2,
+            label=f"probe, test: {reached:.3f}",
+        )
+    for record in records:
+        final = record.get("result", {}).get("scores", {}).get("test", {}).get(metric)
+        if final is not None:
+            ax.plot(
+                [record["result"]["steps"]],
+                [final],
+                color="black",
+                linestyle="none",
+                marker="*",
+                markersize=9,
+                label=f"this phase, test: {final:.3f}",
             )
 
 

@@ -183,7 +183,14 @@ def _load(
     own = ModelSource(settings.model, str(folder), is_local=True)
     source = own if method.saves_whole else find_model(settings.model)
     tokenizer = load_tokenizer(own)
-    base = load_base(source, tokenizer, task, schema, seed=settings.seed)
+    base = load_base(
+        source,
+        tokenizer,
+        task,
+        schema,
+        seed=settings.seed,
+        pooling=settings.pooling,
+    )
     model: Any = method.load(base, folder)
     return model.to(find_device(device)).eval(), tokenizer
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from bidora.errors import UserError
 from bidora.runs.results import Listener, PhaseResult
 
-__all__ = ["Record", "Recorder", "too_high"]
+__all__ = ["Record", "Recorder", "scores_of", "too_high"]
 
 NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
 
@@ -66,6 +66,15 @@ class Recorder(TrainerCallback):
         self._outer_steps = 0
         self._skipped: list[str] = []
         self._notes: list[str] = []
+
+    def earlier(self, phase: str) -> Record | None:
+        """Return the record of a phase's result that the run goes on from, if any.
+
+        Args:
+            phase: Its name.
+        """
+        kept = (r for r in self.history if r["phase"] == phase and "result" in r)
+        return next(kept, None)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, **kwargs: Any
@@ -139,7 +148,7 @@ class Recorder(TrainerCallback):
             if name == "held_back" and self.phase != "search":
                 continue  # it is trained on
             found = self.trainer.predict(data, metric_key_prefix=name).metrics
-            scores[name] = _scores(found, f"{name}_")
+            scores[name] = scores_of(found, f"{name}_")
         self._evaluating += time.perf_counter() - started
         result = PhaseResult(
             self.phase,
@@ -205,10 +214,20 @@ def _evaluations(logs: dict[str, float]) -> dict[str, dict[str, float]]:
         for name in ("train", "held_back", "validation"):
             if rest.startswith(f"{name}_"):
                 found.setdefault(name, {})[rest.removeprefix(f"{name}_")] = value
-    return {name: _scores(values, "") for name, values in found.items()}
+    return {name: scores_of(values, "") for name, values in found.items()}
 
 
-def _scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+def scores_of(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Return the scores among what a Trainer measured, without their prefix.
+
+    Args:
+        metrics: What `Trainer.predict` or an evaluation returned.
+        prefix: What stands before each of those that are wanted.
+
+    Example:
+        >>> scores_of({"test_loss": 1.0, "test_runtime": 2.0}, "test_")
+        {'loss': 1.0}
+    """
     own = {
         k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)
     }

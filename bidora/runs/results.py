@@ -82,8 +82,8 @@ class PhaseResult:
 
     @property
     def test(self) -> dict[str, float]:
-        """Scores on all test examples after the phase."""
-        return self.scores["test"]
+        """Scores on all test examples after the phase; empty where none were scored."""
+        return self.scores.get("test", {})
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class RunResult:
         seconds: Seconds of the whole run.
         metric: The main metric, a key of `PhaseResult.test`.
         loading_code: Lines of Python that load what was saved.
+        probe: What a linear head on the frozen model comes to, fitted before the first
+            phase; None where it could not be, or was not asked for.
+        baseline: Scores of a constant answer by part: the most common class, the mean
+            number, the labels that most examples have.
+        trained_parameters: How many numbers the method trains.
         facts: What a dry run found out: parameters, seconds, bytes.
     """
 
@@ -104,6 +109,9 @@ class RunResult:
     seconds: float
     metric: str
     loading_code: str = ""
+    probe: PhaseResult | None = None
+    baseline: dict[str, dict[str, float]] = field(default_factory=dict)
+    trained_parameters: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 

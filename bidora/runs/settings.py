@@ -63,7 +63,7 @@ def _described(
 
 WHAT = "what to train, and on what"
 DATA = "your own data"
-ADAPTER = "the adapter"
+ADAPTER = "head and adapter"
 TRAINING = "training"
 SEARCH = "search and retraining (method bidora)"
 OUTPUT = "output"
@@ -171,6 +171,30 @@ class JobSettings:
         shown=f"32 for docstrings, else {OTHER_LENGTH} or what the model takes",
     )
 
+    max_train_samples: int | None = option(
+        None,
+        "train on at most that many examples, drawn by --seed with the classes in "
+        "proportion",
+        DATA,
+    )
+    max_validation_samples: int | None = option(
+        None,
+        "at most that many validation examples; where the data has none, taken from the "
+        "training examples that --max-train-samples leaves out",
+        DATA,
+    )
+    max_test_samples: int | None = option(
+        None, "score at most that many test examples, the same for every seed", DATA
+    )
+
+    pooling: str = option(
+        "auto",
+        "what the head reads of a text: mean, first, last or max of the tokens, through "
+        "one linear layer; or head, the stock class of transformers",
+        ADAPTER,
+        shown="as the model was trained, where it says so, else head",
+        metavar="{" + ",".join(defaults.POOLINGS) + "}",
+    )
     lora_r: int = option(4, "rank of the change of a weight", ADAPTER)
     lora_alpha: float = option(
         8.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
@@ -221,6 +245,7 @@ class JobSettings:
         self._checks(
             (1, "per_device_train_batch_size", "per_device_outer_batch_size", "lora_r"),
             (1, "min_examples_per_class"),
+            (1, "max_train_samples", "max_validation_samples", "max_test_samples"),
             (4, "max_length"),
         )
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
@@ -238,6 +263,7 @@ class JobSettings:
         )
         self._choose("quoting", ("auto", "csv", "none"))
         self._choose("on_bad_row", ("error", "skip"))
+        self._choose("pooling", defaults.POOLINGS)
 
     @property
     def what(self) -> str:
@@ -396,6 +422,14 @@ class TrainSettings(JobSettings):
         False, "save memory: compute activations again for the gradient", TRAINING
     )
 
+    start: str = option(
+        defaults.STARTS[0],
+        "what the head starts from: probe, a linear head fitted on the frozen model; or "
+        "random values",
+        TRAINING,
+        metavar="{" + ",".join(defaults.STARTS) + "}",
+    )
+
     budget: str = option(
         defaults.BUDGET,
         "economical: a small outer step after every fourth inner one, half of --max-steps "
@@ -467,9 +501,10 @@ class TrainSettings(JobSettings):
     def __post_init__(self) -> None:
         """Check every setting, naming its option."""
         super().__post_init__()
-        if self.method not in METHODS.names():
+        if self.method not in METHODS:
             METHODS.get(self.method)  # whose error names the nearest
         self._choose("budget", BUDGETS)
+        self._choose("start", defaults.STARTS)
         self._choose("retrain", (None, *RETRAININGS))
         self._checks(
             (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -190,6 +191,36 @@ class Task(ABC):
         if strata is not None and schema.label_names and _are_indices(strata, schema):
             names = dict(enumerate(schema.label_names))
         return stratified_split(strata or [0] * len(rows), fraction, seed, names)
+
+    def draw(self, rows: Rows, schema: Schema, count: int, seed: int) -> list[int]:
+        """Draw some of the examples, with the strata in proportion.
+
+        Args:
+            rows: The examples.
+            schema: Of the data.
+            count: How many; all where there are no more.
+            seed: Equal seeds give equal draws.
+
+        Returns:
+            Sorted indices.
+
+        Raises:
+            UserError: If that is fewer than one of each stratum.
+        """
+        if count >= len(rows):
+            return list(range(len(rows)))
+        strata = self.strata(rows, schema)
+        if strata is not None and len(set(strata)) > count:
+            raise UserError(
+                f"{count} of {len(rows)} examples are too few for one of each of the "
+                f"{len(set(strata))} classes. Ask for more."
+            )
+        # Splits round up: half an example less gives this very number.
+        rest, found = self.split(rows, schema, (count - 0.5) / len(rows), seed)
+        dealer = random.Random(seed)
+        if len(found) < count:  # several labels: shares come first there
+            found = [*found, *dealer.sample(rest, count - len(found))]
+        return sorted(dealer.sample(found, count))
 
     @abstractmethod
     def model_kwargs(self, schema: Schema) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Lines of Python that load a model on a card, without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["base_lines", "whole_lines"]
+
+POOLED = {
+    "mean": """\
+        mask = attention_mask.unsqueeze(-1)
+        pooled = (states * mask).sum(1) / mask.sum(1)
+""",
+    "max": """\
+        hidden = attention_mask.unsqueeze(-1) == 0
+        pooled = states.masked_fill(hidden, -1e30).amax(1)
+""",
+    "first": """\
+        pooled = states[torch.arange(len(states)), attention_mask.argmax(1)]
+""",
+    "last": """\
+        places = attention_mask * torch.arange(attention_mask.shape[1])
+        pooled = states[torch.arange(len(states)), places.argmax(1)]
+""",
+}
+"""How tokens' states are pooled, as by `bidora.pooling.pool`."""
+
+CLASS = '''\
+class Pooled(torch.nn.Module):
+    """A transformer, the {pooling} of its tokens, and a linear head."""
+
+    def __init__(self, body, config):
+        super().__init__()
+        self.config, self.body = config, body
+        self.head = torch.nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, input_ids, attention_mask, labels=None, **rest):
+        states = self.body(input_ids, attention_mask=attention_mask, **rest)[0]
+{lines}        return SequenceClassifierOutput(logits=self.head(pooled))
+'''
+
+
+def base_lines(names: Mapping[str, str], imports: str = "") -> str:
+    """Return lines that load the base model, with a new head, as `base`.
+
+    Args:
+        names: `folder`, `base`, `auto_model` and `pooling`, to be put in.
+        imports: What else is imported, lines.
+    """
+    folder, base, auto = names["folder"], names["base"], names["auto_model"]
+    if names["pooling"] == "head":
+        return f"""\
+{imports}from transformers import AutoConfig, AutoTokenizer, {auto}
+
+config = AutoConfig.from_pretrained({folder!r})
+base = {auto}.from_pretrained({base!r}, config=config, ignore_mismatched_sizes=True)
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+    return f"""\
+import torch
+{imports}from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+{_pooled(names)}
+
+config = AutoConfig.from_pretrained({folder!r})
+base = Pooled(AutoModel.from_pretrained({base!r}), config)
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+
+
+def whole_lines(names: Mapping[str, str]) -> str:
+    """Return lines that load a model that was saved whole, as `model`.
+
+    Args:
+        names: As for `base_lines`.
+    """
+    folder, auto = names["folder"], names["auto_model"]
+    if names["pooling"] == "head":
+        return f"""\
+from transformers import AutoTokenizer, {auto}
+
+model = {auto}.from_pretrained({folder!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+    return f"""\
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+{_pooled(names)}
+
+config = AutoConfig.from_pretrained({folder!r})
+model = Pooled(AutoModel.from_config(config), config).eval()
+weights = load_file({folder!r} + "/model.safetensors")
+lacking = model.load_state_dict(weights, strict=False).missing_keys
+assert all("pooler" in name for name in lacking)  # the body's own, which nothing reads
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+
+
+def _pooled(names: Mapping[str, str]) -> str:
+    pooling = names["pooling"]
+    return CLASS.format(pooling=pooling, lines=POOLED[pooling])

@@ -1,0 +1,216 @@
+"""A linear head on pooled token states: how a sentence encoder was trained to be read.
+
+The classes of transformers for classifying sequences read the first token, through a
+dense layer of their own. A sentence encoder was trained for another reading, mostly the
+mean of its tokens, and says so beside its weights.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bidora.defaults import POOLINGS
+from bidora.errors import UserError
+
+__all__ = ["PooledModel", "own_pooling", "pool"]
+
+FLAGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "last",
+}
+"""What sentence-transformers writes, and our word for it."""
+
+
+def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
+    r"""Return one vector a sequence of token states.
+
+    `mean` is $\sum_t m_t h_t / \sum_t m_t$; `max` is taken by coordinate; `first` and
+    `last` are the states of the first and the last token that the mask keeps.
+
+    Args:
+        states: `(batch, tokens, width)`.
+        mask: `(batch, tokens)`, 1 for tokens and 0 for padding on either side; None where
+            nothing is padded.
+        how: `mean`, `first`, `last` or `max`.
+
+    Returns:
+        `(batch, width)`, in the dtype of `states`.
+
+    Raises:
+        ValueError: If `how` is another.
+
+    Example:
+        >>> states = torch.tensor([[[1.0], [3.0], [9.0]]])
+        >>> pool(states, torch.tensor([[1, 1, 0]]), "mean").item()
+        2.0
+    """
+    kept = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+    if how == "mean":
+        # A sequence of padding alone has no tokens, and the mean of none is 0.
+        count = kept.sum(1, keepdim=True).clamp(min=1)
+        return (states * kept.unsqueeze(-1)).sum(1) / count
+    if how == "max":
+        lowest = torch.finfo(states.dtype).min
+        return states.masked_fill(kept.unsqueeze(-1) == 0, lowest).amax(1)
+    if how not in ("first", "last"):
+        raise ValueError(f"unknown pooling {how!r}; choose mean, first, last or max.")
+    places = torch.arange(states.shape[1], device=states.device)
+    first, last = kept.argmax(1), (kept * places).argmax(1)
+    rows = torch.arange(len(states), device=states.device)
+    return states[rows, first if how == "first" else last]
+
+
+class PooledModel(PreTrainedModel):
+    """A transformer without its own head, pooled, under dropout and one linear layer.
+
+    `config.pooling` says how tokens are pooled (see `pool`). The loss is that of the
+    stock classes, by `config.problem_type`.
+
+    Args:
+        config: That of the body, with `pooling`.
+        body: The loaded transformer; None to make one with random weights.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> config = BertConfig(
+        ...     vocab_size=9,
+        ...     hidden_size=8,
+        ...     num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ...     intermediate_size=8,
+        ...     num_labels=3,
+        ...     pooling="mean",
+        ... )
+        >>> model = PooledModel(config)
+        >>> model(torch.tensor([[1, 2]])).logits.shape
+        torch.Size([1, 3])
+    """
+
+    base_model_prefix = "body"
+    supports_gradient_checkpointing = True
+    # The body has decided that already.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Any, body: PreTrainedModel | None = None) -> None:
+        """Put the body under a new head."""
+        super().__init__(config)
+        self.loss_type = "ForSequenceClassification"
+        self.body = AutoModel.from_config(config) if body is None else body
+        self.dropout = nn.Dropout(_head_dropout(config))
+        self.head = nn.Linear(config.get_text_config().hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the head as the bodies draw their layers; they have drawn their own."""
+        if module is self.head:
+            std = getattr(self.config, "initializer_range", 0.02)
+            nn.init.normal_(self.head.weight, std=std)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Return logits, and the loss where there are labels.
+
+        Args:
+            input_ids: As for the body.
+            attention_mask: Likewise.
+            labels: Classes, numbers, or rows of zeros and ones.
+            kwargs: What else the body takes.
+        """
+        kwargs["return_dict"] = True
+        found = self.body(input_ids, attention_mask=attention_mask, **kwargs)
+        pooled = pool(found.last_hidden_state, attention_mask, self.config.pooling)
+        logits = self.head(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, logits=logits, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutput(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+        )
+
+
+def own_pooling(location: str, *, is_local: bool) -> str | None:
+    """Return how a model was trained to be pooled, None where it does not say.
+
+    Models of sentence-transformers say so in a file that `modules.json` leads to. A
+    concatenation of several poolings is none of ours, so nothing is returned for it.
+
+    Args:
+        location: A folder, or a repository of the Hub.
+        is_local: Whether it is a folder.
+
+    Raises:
+        UserError: If a file is there and is no JSON of that kind.
+    """
+    modules = _read(location, "modules.json", is_local=is_local)
+    if modules is None:
+        return None
+    try:
+        folder = next(
+            (m["path"] for m in modules if m["type"].endswith(".Pooling")), None
+        )
+        if folder is None:
+            return None
+        config = _read(location, f"{folder}/config.json", is_local=is_local) or {}
+        chosen = [FLAGS.get(name, "") for name, is_on in config.items()
+                  if name.startswith("pooling_mode_") and is_on]  # fmt: skip
+        named = config.get("pooling_mode")  # newer files have one word
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"the pooling settings of {location} cannot be read ({error!r}); say what "
+            f"they are with --pooling: {', '.join(POOLINGS[1:])}."
+        ) from error
+    if isinstance(named, str):
+        chosen = [{"cls": "first", "lasttoken": "last"}.get(named, named)]
+    known = len(chosen) == 1 and chosen[0] in FLAGS.values()
+    return chosen[0] if known else None
+
+
+def _read(location: str, name: str, *, is_local: bool) -> Any:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        location,
+        name,
+        local_files_only=is_local,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return None
+    try:
+        with open(found, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{found} cannot be read ({error}); say how the model is pooled with "
+            f"--pooling: {', '.join(POOLINGS[1:])}."
+        ) from error
+
+
+def _head_dropout(config: Any) -> float:
+    """Return the dropout that the stock head of such a model would have."""
+    for name in ("classifier_dropout", "hidden_dropout_prob", "seq_classif_dropout"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    return 0.1

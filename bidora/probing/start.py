@@ -1,0 +1,119 @@
+"""From a probe to the head that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from bidora.errors import UserError
+from bidora.probing.features import extract
+from bidora.probing.fit import Features, LinearFit, fit_linear
+
+__all__ = ["Probe", "StartFromProbe", "probe", "set_head"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe` did.
+
+    Args:
+        fit: The head that the model has now.
+        features: What it was fitted on.
+    """
+
+    fit: LinearFit
+    features: Features
+
+
+def probe(
+    trainer: Any,
+    dataset: Any = None,
+    *,
+    collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+) -> Probe:
+    """Fit a linear head on the frozen model, and let training start from it.
+
+    With a Trainer, this is the one line to add to a script, before `train()`:
+
+        bidora.probe(trainer)
+
+    The head is fitted on its training examples and written into the model. A
+    `BiDoRATrainer` fits it again when its search begins, on the examples that the
+    directions learn on, and when a fresh retraining begins, on all: so the search's head
+    has not seen what is held back for the magnitudes.
+
+    The model's last linear layer is the head, whatever its name. Nothing else of the
+    model changes, nor do modes, gradients and random numbers.
+
+    Args:
+        trainer: A Trainer; or a model, with `dataset` and `collator`.
+        dataset: Examples with labels; the Trainer's training examples by default.
+        collator: Makes a batch of a list of examples; the Trainer's by default.
+
+    Returns:
+        What was fitted, and on what.
+
+    Raises:
+        UserError: If the model's outputs are not those of a linear layer, or the
+            examples have no labels.
+    """
+    if isinstance(trainer, nn.Module):
+        if dataset is None or collator is None:
+            raise UserError(
+                "probe(model) needs dataset= and collator=; a Trainer has both itself."
+            )
+        return _fit_into(trainer, dataset, collator)
+    dataset = trainer.train_dataset if dataset is None else dataset
+    found = _fit_into(trainer.model, dataset, collator or trainer.data_collator)
+    if hasattr(trainer, "outer_level"):
+        trainer.add_callback(StartFromProbe(trainer))
+    return found
+
+
+class StartFromProbe(TrainerCallback):
+    """Fit the head when a phase begins at its first step, on the phase's own examples.
+
+    A warm retraining goes on from the search's head, which is left alone.
+
+    Args:
+        trainer: A `BiDoRATrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        """Set the head, unless the phase goes on from somewhere."""
+        trainer = self.trainer
+        if state.global_step > 0:
+            return
+        if trainer.phase == "retrain" and args.bidora_settings()["retrain"] != "fresh":
+            return
+        _fit_into(trainer.model, trainer.train_dataset, trainer.data_collator)
+
+
+def _fit_into(model: Any, dataset: Any, collator: Any) -> Probe:
+    features, layer = extract(model, dataset, collator)
+    fit = fit_linear(features)
+    set_head(layer, fit)
+    return Probe(fit, features)
+
+
+@torch.no_grad()
+def set_head(layer: nn.Linear, fit: LinearFit) -> None:
+    """Write a fit into a linear layer.
+
+    Args:
+        layer: The layer.
+        fit: Weight and bias.
+    """
+    layer.weight.copy_(torch.as_tensor(fit.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.as_tensor(fit.bias))
