@@ -361,8 +361,8 @@ def reservations(summary: Summary) -> list[str]:
     if undecided:
         found.append(
             f"{plural(undecided, 'comparison')} on a single task can show nothing: with n "
-            "pairs, the test gives no p below 2^(1−n), and Holm’s correction multiplies it "
-            "by the number of methods. More seeds, or fewer methods, would."
+            "pairs, the test gives no p below 2^(1−n), and Holm’s correction raises it "
+            "with the number of methods. More seeds, or fewer methods, would show more."
         )
     seeds = [r.score.n for r in results if r.score is not None]
     if seeds and min(seeds) == 1:

@@ -59,8 +59,8 @@ class Difference:
         ties: Pairs of equal scores.
         losses: Pairs in which it is behind.
         verdict: What is shown, by the adjusted p.
-        decidable: Whether so many pairs could show a difference at all: flipping the
-            signs of n differences gives no p below 2^(1 − n), before the correction.
+        decidable: Whether so many pairs, and methods, could show a difference at all:
+            flipping the signs of n differences gives no p below 2^(1 − n).
     """
 
     mean: float

@@ -229,21 +229,20 @@ def _judged(
 ) -> list[Difference | None]:
     """Add adjusted p and verdict, over the methods that a table compares with one."""
     tested = [d for d in differences if d is not None and d.p is not None]
-    adjusted = iter(holm([d.p for d in tested if d.p is not None]) if tested else ())
+    adjusted = iter(holm([d.p for d in tested if d.p is not None]))
+    least = iter(holm([2.0 ** (1 - d.n) for d in tested]))
     judged: list[Difference | None] = []
     for one in differences:
         if one is None or one.p is None:
             judged.append(one)
             continue
-        p = float(next(adjusted))
+        p = next(adjusted)
         verdict: Verdict = "no difference shown"
         if p < 1.0 - LEVEL and one.mean:
             verdict = "better" if one.mean > 0 else "worse"
-        least = len(tested) * 2.0 ** (1 - one.n)
+        decidable = next(least) < 1.0 - LEVEL
         judged.append(
-            dataclasses.replace(
-                one, adjusted=p, verdict=verdict, decidable=least < 1.0 - LEVEL
-            )
+            dataclasses.replace(one, adjusted=p, verdict=verdict, decidable=decidable)
         )
     return judged
 

@@ -14,6 +14,8 @@ import pytest
 
 from bidora.study._figures import COLOURS, mean_curve
 from bidora.study._latex import escape
+from bidora.study.plan import Study
+from bidora.study.reading import grid_from_dict
 from bidora.study.records import Record
 from bidora.study.report import compare_settings, write_report
 from bidora.study.summary import summarise
@@ -226,6 +228,21 @@ def test_signs_that_no_file_can_hold_do_not_stop_a_report(tmp_path: Path) -> Non
     page, content, _ = written(study(records), tmp_path)
     assert "a�b?c" in page.text
     assert {r["cell"]["task"] for r in content["records"]} == {odd}
+
+
+def test_a_study_as_the_command_has_it(tmp_path: Path) -> None:
+    grid = grid_from_dict(
+        {"tasks": {"docstrings": {}}, "methods": {"lora": {}, "bidora": {}}}
+        | {"reference": "lora", "seeds": [0, 1]}
+    )
+    records = [
+        record(m, 0.6, task="docstrings", size=0, seed=i)
+        for m in ("lora", "bidora")
+        for i in (0, 1)
+    ]
+    page, _, _ = written(Study(grid, tuple(records[:-1])), tmp_path)
+    assert "Comparison of 2 methods on 1 task" in page.text
+    assert "1 not done yet" in page.text
 
 
 # --- what is missing ----------------------------------------------------------------

@@ -115,6 +115,17 @@ def test_what_no_outcome_could_show_is_not_decidable() -> None:
     assert found(7, dora=0.1, full=0.1)["dora"].decidable
 
 
+def test_a_verdict_is_always_decidable() -> None:
+    # Holm goes down the steps: after the p of ten pairs, six pairs need no factor of 2.
+    records = [record("lora", 0.5, seed=i) for i in range(10)]
+    records += [record("dora", 0.6 + i / 1000, seed=i) for i in range(10)]
+    records += [record("full", 0.6 + i / 1000, seed=i) for i in range(6)]
+    table = only(summarise(records, reference="lora"))
+    gap = difference(table.average("full").over_reference)
+    assert (gap.p, gap.adjusted) == (1 / 32, 1 / 32)
+    assert (gap.verdict, gap.decidable) == ("better", True)
+
+
 def test_averages_count_each_pair_once() -> None:
     scores = {
         ("lora", "a"): (0.5, 0.5, 0.5),
