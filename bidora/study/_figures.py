@@ -115,7 +115,6 @@ def mean_curve(records: Iterable[Record]) -> list[tuple[float, float]]:
 def draw_curves(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     looks: Mapping[str, Style],
-    metric: str,
     title: str,
 ) -> str:
     """Draw validation scores over seconds of training.
@@ -123,7 +122,6 @@ def draw_curves(
     Args:
         curves: Points by method.
         looks: As `styles` returns them.
-        metric: What the scores are.
         title: What the figure shows, for those who do not see it.
 
     Returns:
@@ -135,20 +133,17 @@ def draw_curves(
             every = max(1, len(points) // 6)  # room between markers, to see the line
             ax.plot(*zip(*points, strict=True), markevery=every, **looks[method])
         ax.set_xlabel("seconds of training")
-        ax.set_ylabel(f"{_words(metric)}, validation, points")
+        ax.set_ylabel("validation score, points")
         return _svg(figure, title)
 
 
-def draw_cost(
-    table: Table, task: str, looks: Mapping[str, Style], metric: str, title: str
-) -> str:
+def draw_cost(table: Table, task: str, looks: Mapping[str, Style], title: str) -> str:
     """Draw test scores over seconds of training; the probe is a line across.
 
     Args:
         table: The numbers.
         task: Whose.
         looks: As `styles` returns them.
-        metric: What the scores are.
         title: What the figure shows, for those who do not see it.
 
     Returns:
@@ -167,20 +162,17 @@ def draw_cost(
             ax.axhline(table.probe[task].mean, color=INK, linewidth=1, linestyle="--")
         ax.margins(x=0.1)
         ax.set_xlabel("seconds of training, median")
-        ax.set_ylabel(f"{_words(metric)}, test, points")
+        ax.set_ylabel("test score, points")
         return _svg(figure, title)
 
 
-def draw_dots(
-    table: Table, task: str, looks: Mapping[str, Style], metric: str, title: str
-) -> str:
+def draw_dots(table: Table, task: str, looks: Mapping[str, Style], title: str) -> str:
     """Draw test scores with their intervals, a row a method, the probe on top.
 
     Args:
         table: The numbers.
         task: Whose.
         looks: As `styles` returns them.
-        metric: What the scores are.
         title: What the figure shows, for those who do not see it.
 
     Returns:
@@ -204,7 +196,7 @@ def draw_dots(
         ax.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows])
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
-        ax.set_xlabel(f"{_words(metric)}, test, points")
+        ax.set_xlabel("test score, points")
         ax.xaxis.set_major_locator(MaxNLocator(5))
         return _svg(figure, title)
 
@@ -247,10 +239,6 @@ def _reach(value: Estimate) -> Any:
     if value.low is None or value.high is None:
         return None
     return [[value.mean - value.low], [value.high - value.mean]]
-
-
-def _words(name: str) -> str:
-    return printable(name).replace("_", " ")
 
 
 def _short(name: str, most: int = 24) -> str:

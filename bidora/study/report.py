@@ -193,13 +193,12 @@ def _section(
     at = f"{words.size_name(table.size)}, {words.PURPOSES[table.purpose]}"
     dots, costs, curves = {}, {}, {}
     for task in table.tasks:
-        metric = summary.metrics.get(task, "score")
         if any(r.score for r in table.results if r.task == task):
             dots[task] = draw_dots(
-                table, task, looks, metric, f"{task}, {at}: test scores and intervals"
+                table, task, looks, f"{task}, {at}: test scores and intervals"
             )
             costs[task] = draw_cost(
-                table, task, looks, metric, f"{task}, {at}: test scores over seconds"
+                table, task, looks, f"{task}, {at}: test scores over seconds"
             )
         here = [
             r
@@ -211,7 +210,7 @@ def _section(
         drawn = {method: points for method, points in means.items() if points}
         if drawn:
             curves[task] = draw_curves(
-                drawn, looks, metric, f"{task}, {at}: validation scores over seconds"
+                drawn, looks, f"{task}, {at}: validation scores over seconds"
             )
     return {
         "table": table,
