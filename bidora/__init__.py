@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bidora.runs.job import train
     from bidora.runs.predict import load_run, predict
     from bidora.runs.settings import TrainSettings
+    from bidora.study.runner import compare
+    from bidora.study.settings import StudySettings
     from bidora.trainer import (
         BiDoRAArguments,
         BiDoRAMixin,
@@ -34,8 +36,10 @@ __all__ = [
     "BiDoRAOptimizer",
     "BiDoRATrainer",
     "BiDoRATrainingArguments",
+    "StudySettings",
     "TrainSettings",
     "check_norms",
+    "compare",
     "exact_dora_layers",
     "load_run",
     "magnitudes",
@@ -55,6 +59,8 @@ _HOMES = {
     "predict": "bidora.runs.predict",
     "probe": "bidora.probing",
     "train": "bidora.runs.job",
+    "StudySettings": "bidora.study.settings",
+    "compare": "bidora.study.runner",
     "BiDoRAOptimizer": "bidora.optimizer",
     **{f"BiDoRA{name}": "bidora.trainer" for name in _TRAINER},
 }

@@ -50,6 +50,10 @@ class Registry:
         others = {e.name for e in entry_points(group=self.group)} - set(self._homes)
         return (*self._homes, *sorted(others))
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether a name is known; ours are found without asking other packages."""
+        return name in self._homes or name in self.names()
+
     def register(self, name: str, home: str) -> None:
         """Add one in this process.
 

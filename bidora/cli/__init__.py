@@ -1,4 +1,4 @@
-"""The command line: `bidora train`, `bidora predict` and `bidora estimators`."""
+"""The command line: `bidora train`, `predict`, `compare` and `estimators`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bidora._threads import brief_waiting
+from bidora.cli.compare import add_compare, run_compare
 from bidora.cli.options import add_settings, literal, pairs
 from bidora.errors import UserError
 from bidora.runs.settings import TrainSettings
@@ -24,9 +26,6 @@ __all__ = ["main"]
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-
-SPIN_COUNT = "10000"
-"""Turns that a waiting thread of GNU's OpenMP spins for; decision 15 has the figures."""
 
 TRAIN = """\
 Fine-tune a pretrained model on your examples and save the result.
@@ -105,9 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[[dict[str, Any]], int]] = {
         "train": _train,
         "predict": _predict,
+        "compare": _compare,
         "estimators": _estimators,
     }
-    _wait_briefly()
+    if "torch" not in sys.modules:
+        os.environ.update(brief_waiting())
     try:
         return run[command](options)
     except UserError as error:
@@ -115,16 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say_error("\nbidora: stopped by Ctrl-C.")
         return EXIT_INTERRUPTED
-
-
-def _wait_briefly() -> None:
-    """Let threads that wait for each other give up their core after a moment.
-
-    torch's threads spin for milliseconds otherwise, and two trainings on the same cores
-    wait for threads that wait. Read when torch is loaded, which is later.
-    """
-    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _train(options: dict[str, Any]) -> int:
@@ -217,6 +208,11 @@ def _predict(options: dict[str, Any]) -> int:
         sys.stdout.write(f"left out: {line}\n")
     sys.stdout.write(f"{done.rows} row(s) scored in {done.output}\n")
     return 0
+
+
+def _compare(options: dict[str, Any]) -> int:
+    with _known_failures(), _quiet_libraries():
+        return run_compare(options)
 
 
 def _estimators(options: dict[str, Any]) -> int:
@@ -381,6 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_train(commands)
     _add_predict(commands)
+    add_compare(commands)
     _add_estimators(commands)
     return parser
 

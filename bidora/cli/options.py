@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from bidora.errors import UserError
-from bidora.runs.settings import JobSettings
 
 __all__ = ["add_settings", "literal", "pairs"]
 
@@ -22,7 +21,7 @@ NOT_OPTIONS = ("trainer",)
 
 def add_settings(
     parser: argparse.ArgumentParser,
-    cls: type[JobSettings],
+    cls: type[Any],
     leave_out: Sequence[str] = (),
 ) -> None:
     """Add an option for each setting, under the heading that it names.

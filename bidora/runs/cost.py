@@ -6,9 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["duration", "memory_in_use", "outer_step_cost", "time_a_step"]
 
@@ -22,6 +23,8 @@ def time_a_step(model: torch.nn.Module, batch: Callable[[], dict[str, Any]]) -> 
         model: A model whose output has a loss.
         batch: Makes a batch on the model's device.
     """
+    import torch
+
     clock = _clock(next(model.parameters()).device)
     started = 0.0
     with torch.random.fork_rng():
@@ -61,6 +64,8 @@ def memory_in_use(device: torch.device) -> int:
         device: Where the model is.
     """
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
@@ -75,12 +80,16 @@ def duration(seconds: float) -> str:
     """
     if seconds < 90:
         return f"{max(1, round(seconds))} seconds"
-    return f"{seconds / 60:.1f} minutes"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
     def read() -> float:
         if device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(device)
         return time.perf_counter()
 

@@ -501,7 +501,7 @@ class TrainSettings(JobSettings):
     def __post_init__(self) -> None:
         """Check every setting, naming its option."""
         super().__post_init__()
-        if self.method not in METHODS.names():
+        if self.method not in METHODS:
             METHODS.get(self.method)  # whose error names the nearest
         self._choose("budget", BUDGETS)
         self._choose("start", defaults.STARTS)

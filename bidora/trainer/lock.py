@@ -18,6 +18,12 @@ __all__ = ["LOCK_FILE", "FolderLock", "held_folder"]
 
 logger = logging.getLogger(__name__)
 
+OF_TRAINING = (
+    "two would overwrite each other's checkpoints. Wait for it, or choose another "
+    "output_dir. A launcher that starts several processes which do not know of each other "
+    "leads here too: start them by torchrun, or one alone."
+)
+
 LOCK_FILE = "_bidora.lock"
 """The underscore keeps it from the Hub: the Trainer uploads no such names."""
 
@@ -31,6 +37,8 @@ class FolderLock:
     Args:
         folder: The folder.
         wanted: Whether this process is the one that writes there; others hold nothing.
+        holder: What holds it, for messages.
+        why: Why one is enough, and what to do, as the end of a sentence.
 
     Example:
         >>> import tempfile
@@ -42,9 +50,17 @@ class FolderLock:
         False
     """
 
-    def __init__(self, folder: str | Path, *, wanted: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        wanted: bool = True,
+        holder: str = "training",
+        why: str = OF_TRAINING,
+    ) -> None:
         self.path = Path(folder) / LOCK_FILE
         self.wanted = wanted
+        self.holder, self.why = holder, why
         self.held = False
 
     def __enter__(self) -> FolderLock:
@@ -54,7 +70,7 @@ class FolderLock:
             The lock.
 
         Raises:
-            UserError: Another training writes into it.
+            UserError: Another one writes into it.
         """
         if not self.wanted:
             return self
@@ -66,7 +82,7 @@ class FolderLock:
                 continue  # it was given back in between
             patience -= 1
             if not patience or not _is_dead(holder):
-                raise UserError(_in_use(self.path, holder))
+                raise UserError(self._in_use(holder))
             if self._removed(holder):
                 logger.warning(
                     "%s was left by process %s, which is dead: the folder is taken over.",
@@ -81,6 +97,14 @@ class FolderLock:
         if self.held:
             self.path.unlink(missing_ok=True)
         self.held = False
+
+    def _in_use(self, holder: dict[str, Any]) -> str:
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        return (
+            f"{self.path.parent} is in use by another {self.holder} ({who}, since "
+            f"{holder.get('since', '?')}): {self.why} If that {self.holder} is gone, "
+            f"delete {self.path}."
+        )
 
     def _removed(self, holder: dict[str, Any]) -> bool:
         """Remove the file of a dead process; not one that replaced it in between."""
@@ -154,17 +178,6 @@ def _started(pid: int) -> str | None:
     except OSError:
         return None
     return fields[19]
-
-
-def _in_use(path: Path, holder: dict[str, Any]) -> str:
-    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-    return (
-        f"{path.parent} is in use by another training ({who}, since "
-        f"{holder.get('since', '?')}): two would overwrite each other's checkpoints. Wait "
-        "for it, or choose another output_dir. A launcher that starts several processes "
-        "which do not know of each other leads here too: start them by torchrun, or one "
-        f"alone. If that training is gone, delete {path}."
-    )
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+"""Tables of a comparison for a paper, in LaTeX with booktabs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from bidora.study import _words as words
+from bidora.study.results import Difference, Estimate, Summary, Table
+
+__all__ = ["escape", "latex_tables"]
+
+SPECIALS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{sign: f"\\{sign}" for sign in "_%&#${}"},
+    # At the start of a row, \\ would take these for its argument and its star.
+    "[": "{[}",
+    "*": "{*}",
+}
+
+
+def escape(text: str) -> str:
+    r"""Return text as LaTeX prints it.
+
+    Args:
+        text: Of one line or more, which become one.
+
+    Example:
+        >>> escape("F1_macro & 5 %")
+        'F1\\_macro \\& 5 \\%'
+    """
+    line = " ".join(words.printable(text).split())
+    return "".join(SPECIALS.get(sign, sign) for sign in line)
+
+
+def latex_tables(summary: Summary) -> str:
+    r"""Return all tables, to be read with `\input`; the preamble needs booktabs.
+
+    Args:
+        summary: The numbers.
+    """
+    parts = [r"% Tables of a comparison. The preamble needs \usepackage{booktabs}."]
+    for table in summary.tables:
+        parts.append(_scores(summary, table))
+        if any(a.over_probe for a in (*table.results, *table.averages)):
+            parts.append(_differences(summary, table, "over_probe", "the probe"))
+        if any(a.over_reference for a in (*table.results, *table.averages)):
+            parts.append(
+                _differences(summary, table, "over_reference", summary.reference)
+            )
+    if not summary.tables:
+        parts.append("% No run on test examples has been done, so there is no table.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _at(table: Table) -> str:
+    return f"{words.PURPOSES[table.purpose]}, {words.size_name(table.size)}"
+
+
+def _level(summary: Summary) -> str:
+    return rf"{summary.level * 100:g}\,\%"
+
+
+def _scores(summary: Summary, table: Table) -> str:
+    anchors = [
+        [name, *(_estimate(scores.get(task)) for task in table.tasks)]
+        for name, scores in (
+            ("Constant answer", table.constant),
+            ("Probe", table.probe),
+        )
+        if scores
+    ]
+    rows: list[list[str]] = []
+    for method in table.methods:
+        results = [table.result(task, method) for task in table.tasks]
+        rows.append(
+            [escape(method), *(_estimate(r.score if r else None) for r in results)]
+        )
+    if len(table.tasks) > 1:
+        for row in anchors:
+            row.append("")
+        for row, method in zip(rows, table.methods, strict=True):
+            row.append(_estimate(table.average(method).score))
+    caption = (
+        f"Test scores at {_at(table)}: mean over seeds and {_level(summary)} interval."
+    )
+    return _tabular(summary, table, [anchors, rows], caption, "scores")
+
+
+def _differences(summary: Summary, table: Table, attribute: str, other: str) -> str:
+    rows: list[list[str]] = []
+    for method in table.methods:
+        found = [table.result(task, method) for task in table.tasks]
+        cells = [_difference(getattr(r, attribute) if r else None) for r in found]
+        if len(table.tasks) > 1:
+            cells.append(_difference(getattr(table.average(method), attribute)))
+        if any(cells):
+            rows.append([escape(method), *cells])
+    caption = (
+        f"Difference to {escape(other)} at {_at(table)}: mean over paired seeds and "
+        f"{_level(summary)} interval. A star marks what is shown after Holm's "
+        "correction over methods."
+    )
+    return _tabular(summary, table, [rows], caption, attribute.replace("_", "-"))
+
+
+def _tabular(
+    summary: Summary,
+    table: Table,
+    groups: Sequence[Sequence[Sequence[str]]],
+    caption: str,
+    label: str,
+) -> str:
+    heads = [
+        f"{escape(task)} ({escape(summary.metrics[task])})"
+        if task in summary.metrics
+        else escape(task)
+        for task in table.tasks
+    ]
+    if len(heads) > 1:
+        heads.append("Average")
+    bodies = ["\n".join(" & ".join(row) + r" \\" for row in g) for g in groups if g]
+    body = "\n\\midrule\n".join(bodies)
+    return rf"""\begin{{table}}[tbp]
+\centering
+\small
+\caption{{{caption}}}
+\label{{tab:{label}-{table.purpose}-{table.size or "all"}}}
+\begin{{tabular}}{{l{"c" * len(heads)}}}
+\toprule
+Method & {" & ".join(heads)} \\
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table}}"""
+
+
+def _estimate(value: Estimate | None) -> str:
+    return "--" if value is None else _math(words.estimate(value))
+
+
+def _difference(value: Difference | None) -> str:
+    if value is None:
+        return ""
+    star = "" if value.verdict == "no difference shown" else r"\textsuperscript{*}"
+    interval = words.span(value.low, value.high)
+    text = f"{_math(words.signed(value.mean))}{star}"
+    return f"{text} {{\\scriptsize {_math(interval)}}}" if interval else text
+
+
+def _math(text: str) -> str:
+    inside = text.replace("−", "-").replace("±", r"\pm")
+    return f"${inside}$" if re.search(r"\d", text) else "--"

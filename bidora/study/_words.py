@@ -1,0 +1,407 @@
+"""What a comparison's numbers say, in sentences; and numbers as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from bidora.study.results import Average, Difference, Estimate, Summary, Table
+
+__all__ = [
+    "NOTHING",
+    "PURPOSES",
+    "advice",
+    "against",
+    "count",
+    "estimate",
+    "p_value",
+    "plural",
+    "printable",
+    "ratio",
+    "reservations",
+    "score",
+    "seconds",
+    "signed",
+    "size_name",
+    "span",
+    "standing",
+    "statements",
+]
+
+PURPOSES = {"steps": "equal steps", "time": "equal time", "sweep": "sweep"}
+NOTHING = "–"
+FEW_SEEDS = 5
+TOO_FEW = "too few pairs to tell"
+HIGHEST = "the highest mean is that of "
+
+
+# --- numbers ------------------------------------------------------------------------
+
+
+def score(value: float | None) -> str:
+    """Return a score in points.
+
+    Example:
+        >>> score(84.449), score(None)
+        ('84.4', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:.1f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("-")
+
+
+def signed(value: float | None) -> str:
+    """Return a difference in points with its sign.
+
+    Example:
+        >>> signed(2.14), signed(-50.0), signed(-1e-9)
+        ('+2.1', '−50.0', '0.0')
+    """
+    text = score(value)
+    return f"+{text}" if text[0].isdigit() and float(text) else text
+
+
+def span(low: float | None, high: float | None) -> str:
+    """Return an interval of differences; nothing where there is none.
+
+    Example:
+        >>> span(-0.4, 3.8)
+        '[−0.4, +3.8]'
+    """
+    return "" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
+
+
+def estimate(value: Estimate | None) -> str:
+    """Return a mean with half of its interval.
+
+    Example:
+        >>> (
+        ...     estimate(Estimate(80.0, 70.0, 90.0, 3)),
+        ...     estimate(Estimate(8.0, None, None, 1)),
+        ... )
+        ('80.0 ± 10.0', '8.0')
+    """
+    if value is None:
+        return NOTHING
+    if value.low is None or value.high is None:
+        return score(value.mean)
+    return f"{score(value.mean)} ± {score((value.high - value.low) / 2)}"
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value, never as zero.
+
+    Example:
+        >>> p_value(0.0123), p_value(1e-9), p_value(None)
+        ('0.012', '< 0.001', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    if value > 0.9995:
+        return "1"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def seconds(value: float | None) -> str:
+    """Return a duration.
+
+    Example:
+        >>> seconds(4.23), seconds(250.0), seconds(5400.0)
+        ('4.2 s', '250 s', '1.5 h')
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    if value < 10:
+        return f"{value:.1f} s"
+    return f"{value:.0f} s" if value < 3600 else f"{value / 3600:.1f} h"
+
+
+def ratio(value: float | None) -> str:
+    """Return how many times as long something takes.
+
+    Example:
+        >>> ratio(2.345)
+        '2.3×'
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:.2f}×" if value < 1 else f"{value:.1f}×"
+
+
+def count(value: float | None) -> str:
+    """Return a number of things.
+
+    Example:
+        >>> count(24576)
+        '24,576'
+    """
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def plural(number: int, one: str, many: str = "") -> str:
+    """Return a number and what it counts.
+
+    Example:
+        >>> plural(1, "seed"), plural(3, "seed")
+        ('1 seed', '3 seeds')
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def size_name(size: int) -> str:
+    """Return a size in words.
+
+    Example:
+        >>> size_name(1), size_name(1000), size_name(0)
+        ('1 example', '1,000 examples', 'all examples')
+    """
+    if not size:
+        return "all examples"
+    return f"{size:,} {'example' if size == 1 else 'examples'}"
+
+
+def printable(text: str) -> str:
+    r"""Return text without what XML or UTF-8 cannot hold.
+
+    Args:
+        text: Any.
+
+    Example:
+        >>> printable("a\x00b")
+        'a�b'
+    """
+    whole = text.encode("utf-8", "replace").decode()
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", "�", whole)
+
+
+# --- sentences ----------------------------------------------------------------------
+
+
+def against(difference: Difference | None, other: str) -> str:
+    """Return a difference with its interval, and what it is from.
+
+    Example:
+        >>> gap = Difference(10.0, None, None, 1, None, None, 1, 0, 0, "better")
+        >>> against(gap, "the probe")
+        '+10.0 against the probe (1 pair)'
+    """
+    if difference is None:
+        return ""
+    if difference.low is None:
+        return f"{signed(difference.mean)} against {other} (1 pair)"
+    interval = span(difference.low, difference.high)
+    return f"{signed(difference.mean)} {interval} against {other}"
+
+
+def standing(difference: Difference) -> str:
+    """Return the verdict, or that so few pairs allow none.
+
+    Args:
+        difference: Of one method to another.
+    """
+    return difference.verdict if difference.decidable else TOO_FEW
+
+
+def advice(summary: Summary) -> list[str]:
+    """Say which method to take, one sentence or two for each table.
+
+    Args:
+        summary: The numbers.
+
+    Returns:
+        Sentences; one that says what is missing where nothing can be advised.
+    """
+    if not summary.tables:
+        if summary.sweep:
+            return [
+                "Only runs of the sweep are here. They choose settings on validation "
+                "examples and see no test examples, so no method can be advised yet."
+            ]
+        return ["There are no runs yet, so there is nothing to compare."]
+    return [_take(summary, table) for table in summary.tables]
+
+
+def _take(summary: Summary, table: Table) -> str:
+    at = f"With {size_name(table.size)}, at {PURPOSES[table.purpose]}: "
+    ranked = sorted(
+        (a for a in table.averages if a.score is not None),
+        key=lambda a: (-_mean(a.score), a.time_ratio or 0.0, a.method),
+    )
+    if not ranked:
+        return (
+            f"{at}no method has a score on every task with the same seed, so none can "
+            "be advised."
+        )
+    if len(table.methods) == 1 and not table.probe:
+        only = ranked[0]
+        return f"{at}{only.method} alone was run and scores {score(_mean(only.score))}."
+    reference = summary.reference
+    probed = [a for a in ranked if a.over_probe is not None]
+    tested = [d for a in ranked for d in (a.over_probe, a.over_reference) if d]
+    if not any(d.decidable for d in tested):
+        reason = "there is nothing to test against"
+        if tested:
+            pairs = plural(max(d.n for d in tested), "pair")
+            reason = f"{pairs} of runs cannot show a difference"
+        return at + _taken(ranked[0], table, reference, f"{reason}; {HIGHEST}")
+    over_probe = [a for a in probed if _verdict(a.over_probe) == "better"]
+    if probed and not over_probe:
+        shown = against(probed[0].over_probe, "it")
+        return (
+            f"{at}take the probe, a linear head on the frozen model: no method is shown "
+            f"to beat it. The highest mean is {probed[0].method}'s, {shown}."
+        )
+    candidates = over_probe or ranked
+    winners = [a for a in candidates if _verdict(a.over_reference) == "better"]
+    if winners:
+        return at + _taken(winners[0], table, reference, "take ")
+    base = next((a for a in candidates if a.method == reference), None)
+    if base is not None and len(ranked) > 1:
+        return (
+            at
+            + _taken(base, table, reference, "take ")
+            + f" No other method is shown to beat it; {_runner_up(ranked, reference)}"
+        )
+    lead = "take "
+    if len(candidates) > 1:
+        lead = f"of {len(candidates)} methods shown to beat the probe, {HIGHEST}"
+    return at + _taken(candidates[0], table, reference, lead)
+
+
+def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
+    tasks = len(table.tasks)
+    on = f" on average over {tasks} tasks" if tasks > 1 else ""
+    text = f"{lead}{one.method}, which scores {score(_mean(one.score))}{on}"
+    gaps = [
+        against(one.over_reference, reference),
+        against(one.over_probe, "the probe"),
+    ]
+    if any(gaps):
+        text += f": {_joined([gap for gap in gaps if gap])}"
+    timed = table.purpose == "steps" and one.method != reference
+    if timed and one.time_ratio is not None:
+        text += f", in {ratio(one.time_ratio)} the training time of {reference}"
+    gap = one.over_reference
+    if gap is not None and gap.decidable and gap.verdict == "no difference shown":
+        text += f"; no difference to {reference} is shown"
+    return text + "."
+
+
+def _runner_up(ranked: Sequence[Average], reference: str) -> str:
+    other = next(a for a in ranked if a.method != reference)
+    gap = against(other.over_reference, "it")
+    return f"the nearest is {other.method}{', ' + gap if gap else ''}."
+
+
+def statements(summary: Summary) -> list[tuple[str, str]]:
+    """Say where the bidora family, or every method without one, wins, ties or loses.
+
+    Args:
+        summary: The numbers.
+
+    Returns:
+        For each method, opponent and purpose: what is compared, and how it stands.
+    """
+    family = [m for m in summary.outer if m != summary.reference]
+    focus = family or [m for m in summary.methods if m != summary.reference]
+    found: list[tuple[str, str]] = []
+    for method in focus:
+        for purpose in ("steps", "time"):
+            tables = [
+                t
+                for t in summary.tables
+                if t.purpose == purpose and method in t.methods
+            ]
+            for other, attribute in (
+                (summary.reference, "over_reference"),
+                ("the probe", "over_probe"),
+            ):
+                parts = [
+                    part for t in tables if (part := _standing(t, method, attribute))
+                ]
+                if parts and other:
+                    head = f"{method} against {other}, at {PURPOSES[purpose]}"
+                    found.append((head, f"{'; '.join(parts)}."))
+    return found
+
+
+def _standing(table: Table, method: str, attribute: str) -> str:
+    """Say how a method stands at one size, on average and by task."""
+    rows = [r for r in table.results if r.method == method]
+    by_task = [d for r in rows if (d := getattr(r, attribute)) is not None]
+    average: Difference | None = getattr(table.average(method), attribute)
+    if not by_task:
+        return ""
+    where = f"with {size_name(table.size)}"
+    verdicts = [standing(d) for d in by_task]
+    if average is None:
+        text = f"{where} no average, as no seed has a score on every task"
+    else:
+        gap = f"{signed(average.mean)} {span(average.low, average.high) or '(1 pair)'}"
+        tested = "" if average.adjusted is None else f", p {p_value(average.adjusted)}"
+        text = f"{standing(average)} {where} ({gap}{tested})"
+        if len(verdicts) == 1:
+            return text
+    counts = {v: verdicts.count(v) for v in dict.fromkeys(sorted(verdicts))}
+    parts = [f"{name} on {number}" for name, number in counts.items()]
+    return f"{text}, and {_joined(parts)} of {plural(len(verdicts), 'task')}"
+
+
+def reservations(summary: Summary) -> list[str]:
+    """Say what weakens the numbers: few seeds, failures, runs that learned nothing."""
+    found: list[str] = []
+    results = [r for t in summary.tables for r in t.results]
+    undecided = sum(
+        d is not None and not d.decidable
+        for r in results
+        for d in (r.over_probe, r.over_reference)
+    )
+    if undecided:
+        found.append(
+            f"{plural(undecided, 'comparison')} on a single task can show nothing: with n "
+            "pairs, the test gives no p below 2^(1−n), and Holm’s correction raises it "
+            "with the number of methods. More seeds, or fewer methods, would show more."
+        )
+    seeds = [r.score.n for r in results if r.score is not None]
+    if seeds and min(seeds) == 1:
+        found.append(
+            "Some results rest on one seed, which allows neither an interval nor a test: "
+            "“no difference shown” says nothing there."
+        )
+    elif seeds and min(seeds) < FEW_SEEDS:
+        found.append(
+            f"Some results rest on {min(seeds)} seeds, so intervals are wide: “no "
+            "difference shown” does not mean that methods are equal."
+        )
+    failed = sum(r.failed for r in results)
+    collapsed = sum(r.collapsed for r in results)
+    missing = sum(r.missing for r in results)
+    if failed:
+        found.append(
+            f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} in no "
+            "mean; means of such methods may flatter them."
+        )
+    if collapsed:
+        found.append(
+            f"{plural(collapsed, 'run')} collapsed to a constant answer and "
+            f"{'counts' if collapsed == 1 else 'count'} in the means."
+        )
+    if missing:
+        found.append(f"{plural(missing, 'planned run')} not done yet.")
+    return found
+
+
+def _mean(value: Estimate | None) -> float:
+    return -math.inf if value is None else value.mean
+
+
+def _verdict(difference: Difference | None) -> str:
+    return "" if difference is None else difference.verdict
+
+
+def _joined(parts: Sequence[str]) -> str:
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"

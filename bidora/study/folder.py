@@ -1,0 +1,191 @@
+"""The folder of a comparison: its grid, a record a run, and who writes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from bidora._files import write_whole
+from bidora.errors import UserError
+from bidora.runs.results import Listener
+from bidora.runs.settings import TrainSettings
+from bidora.study.grid import Grid
+from bidora.study.records import Cell, Record, read_records
+from bidora.study.worker import as_recorded
+from bidora.trainer.lock import LOCK_FILE, FolderLock
+
+__all__ = ["StudyFolder"]
+
+MARKER = "grid.yaml"
+"""What a folder with a comparison in it holds."""
+
+ONE_AT_A_TIME = (
+    "two would train the same runs twice. Wait for it, or choose another --output-dir."
+)
+UNIMPORTANT = ("output_dir", "overwrite")
+"""Settings that change nothing of what a run comes to."""
+
+
+class StudyFolder:
+    """The files of a comparison.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: If it is a file, or holds files of something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(
+                f"--output-dir {path} is a file; name a folder that does not exist yet."
+            )
+        held = path.is_dir() and {entry.name for entry in path.iterdir()} - {LOCK_FILE}
+        if held and MARKER not in held:
+            raise UserError(
+                f"--output-dir {path} holds files that are not from a comparison, and "
+                "they are left alone; name a folder that is empty or does not exist yet."
+            )
+
+    @property
+    def runs(self) -> Path:
+        """Where the records are."""
+        return self.path / "runs"
+
+    @property
+    def scratch(self) -> Path:
+        """Where runs train; it is deleted at the end, and before the next start."""
+        return self.path / ".running"
+
+    @property
+    def log(self) -> Path:
+        """What the workers print, and why runs failed in full."""
+        return self.path / "log.txt"
+
+    def lock(self) -> FolderLock:
+        """Return what holds the folder for one comparison.
+
+        Raises:
+            UserError: If the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {self.path} cannot be written ({error.strerror}); name a "
+                "folder in a place of your own."
+            ) from error
+        return FolderLock(self.path, holder="comparison", why=ONE_AT_A_TIME)
+
+    def clear(self) -> None:
+        """Delete the records of an earlier comparison, and its grid."""
+        shutil.rmtree(self.runs, ignore_errors=True)
+        for path in (self.path / MARKER, self.log):
+            path.unlink(missing_ok=True)
+
+    def open(self, grid: Grid) -> None:
+        """Write the grid down, and make the places of records and runs.
+
+        Args:
+            grid: What is compared.
+        """
+        import yaml
+
+        self.close()
+        for folder in (self.runs, self.scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in self.runs.rglob(".*.partial"):
+            path.unlink()
+        text = yaml.safe_dump(grid.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / MARKER, text)
+
+    def close(self) -> None:
+        """Delete what runs left that did not come to their end."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def record_path(self, cell: Cell) -> Path:
+        """Return where the record of a run is.
+
+        Args:
+            cell: What the run is of.
+
+        Example:
+            >>> cell = Cell("sst2", "lora", 100, 1, "steps")
+            >>> StudyFolder(Path("out")).record_path(cell).as_posix()
+            'out/runs/sst2/lora/steps-100-seed1.json'
+        """
+        name = f"{cell.purpose}-{cell.size or 'all'}-seed{cell.seed}"
+        if cell.trial:
+            text = json.dumps(cell.trial, sort_keys=True)
+            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        return self.runs / cell.task / cell.method / f"{name}.json"
+
+    def read(self, listener: Listener) -> list[Record]:
+        """Return the records; torn files are deleted, and their runs are due again.
+
+        Args:
+            listener: Told of torn files.
+
+        Raises:
+            UserError: If a whole file is no record that this version knows.
+        """
+        if not self.runs.is_dir():
+            return []
+        records, unread = read_records(self.runs)
+        torn = [path for path in unread if not _is_json(path)]
+        for path in unread:
+            if path not in torn:
+                raise UserError(
+                    f"{path} is whole and holds no record that this version can read; "
+                    "another version may have written it. Go on with that one, name "
+                    "another folder, or delete the file to run it again."
+                )
+        for path in torn:
+            path.unlink()
+        if torn:
+            listener.message(
+                f"Torn   {len(torn)} record(s) half written, such as {torn[0]}: deleted, "
+                "to be run again"
+            )
+        return records
+
+    def check(self, grid: Grid, records: Sequence[Record]) -> None:
+        """Refuse a grid that gives other settings to runs that are recorded.
+
+        Args:
+            grid: What is asked for now.
+            records: What is there.
+
+        Raises:
+            UserError: If a setting differs; it names the first.
+        """
+        usual = as_recorded(TrainSettings())
+        for record in records:
+            cell = record.cell
+            if not grid.has(cell.task, cell.method):
+                continue
+            wanted = as_recorded(grid.settings_of(cell))
+            ignored = {*UNIMPORTANT, *(["max_steps"] if cell.purpose == "time" else [])}
+            for name, value in wanted.items():
+                found = record.settings.get(name, usual[name])
+                if name not in ignored and found != value:
+                    raise UserError(
+                        f"{self.path} has a run of {cell.method} on {cell.task} (seed "
+                        f"{cell.seed}) with {name}: {found}, and the grid gives it "
+                        f"{value} now; they cannot stand in one comparison. Name another "
+                        "folder with --output-dir, or delete what is there with "
+                        "--overwrite."
+                    )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return False
+    return True

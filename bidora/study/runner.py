@@ -1,0 +1,261 @@
+"""The job of `bidora compare`: every run of a grid once, some at a time, and the report."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+from bidora.errors import UserError
+from bidora.methods.registry import METHODS
+from bidora.runs.results import Listener
+from bidora.study.folder import StudyFolder
+from bidora.study.plan import Plan, Study
+from bidora.study.pool import Slot, worker_environment
+from bidora.study.records import Cell, Record, write_record
+from bidora.study.settings import StudySettings
+from bidora.study.worker import Order, Train, as_recorded
+
+__all__ = ["check_tasks", "compare"]
+
+
+def compare(
+    settings: StudySettings,
+    listener: Listener | None = None,
+    *,
+    train: Train | None = None,
+) -> Study:
+    """Compare methods over the tasks, sizes and seeds of a grid, and write the report.
+
+    Each run trains in another process, in a folder that is deleted, and leaves one
+    record, `runs/TASK/METHOD/*.json` in the folder of the comparison. Started again, it
+    goes on: what is recorded is not run again. A run that fails is recorded too, and the
+    others go on. In a script, call it under `if __name__ == "__main__":`, because each
+    process imports the script.
+
+    Args:
+        settings: What to compare, and where.
+        listener: Told what happens.
+        train: What trains, in place of `bidora.train`: a function of a module, which
+            is called as that is and leaves the same files.
+
+    Returns:
+        The comparison as far as it came.
+
+    Raises:
+        UserError: If the grid, the data or the folder can't be used.
+    """
+    began = time.monotonic()
+    listener = listener or Listener()
+    grid = settings.read()
+    if settings.processes is not None:
+        grid = replace(grid, processes=settings.processes)
+    folder = StudyFolder(settings.folder)
+    with folder.lock():
+        if settings.overwrite:
+            folder.clear()
+        records = folder.read(listener)
+        failed = sum(record.failed for record in records)
+        if settings.retry_failed:
+            records = [record for record in records if not record.failed]
+        elif failed:
+            listener.message(
+                f"Failed {failed} run(s) of an earlier start; --retry-failed would run "
+                "them again"
+            )
+        folder.check(grid, records)
+        plan = Plan(grid, tuple(records), settings.only_tasks, settings.only_methods)
+        stopped = check_tasks(plan, listener)
+        if stopped:
+            names = plan.tasks or [task.name for task in grid.tasks]
+            plan = replace(plan, tasks=[name for name in names if name not in stopped])
+            if not plan.tasks:
+                raise UserError(" ".join(stopped.values()))
+        folder.open(grid)
+        limit = settings.time_limit
+        deadline = None if limit is None else began + 60 * limit
+        runner = _Runner(plan, folder, listener, train, deadline)
+        try:
+            with worker_environment(grid.processes):
+                runner.run()
+        finally:
+            # Also after Ctrl-C: what there is can be read at once.
+            folder.close()
+            study = runner.plan.study(stopped.values())
+            _report(study, folder, listener)
+    return study
+
+
+def check_tasks(plan: Plan, listener: Listener) -> dict[str, str]:
+    """Read the examples of each task that has runs to do, before hours are spent.
+
+    Args:
+        plan: What is to be done.
+        listener: Told what the data is, and of tasks that cannot be swept.
+
+    Returns:
+        The tasks that have no validation examples to choose settings by, each with a
+        sentence.
+
+    Raises:
+        UserError: If the examples of a task can't be used.
+    """
+    from bidora.runs.examples import read_examples
+
+    grid = plan.grid
+    firsts: dict[tuple[str, int], Cell] = {}
+    for cell in plan.due:
+        firsts.setdefault((cell.task, cell.size), cell)
+    stopped: dict[str, str] = {}
+    told: set[str] = set()
+    for (task, size), cell in firsts.items():
+        methods = [m for t, m, s in plan.groups if (t, s) == (task, size)]
+        kinds = [grid.method(name).settings.get("method", name) for name in methods]
+        searches = any(METHODS.get(kind).holds_back for kind in kinds)
+        hears = Listener() if task in told else listener
+        told.add(task)
+        try:
+            found = read_examples(grid.settings_of(cell), hears, searches=searches)
+        except UserError as error:
+            raise UserError(f"tasks.{task}: {error}") from error
+        swept = [name for name in methods if grid.sweeps(name)]
+        if swept and "validation" not in found.rows and task not in stopped:
+            stopped[task] = (
+                f"Nothing is run on {task}: the sweep of {', '.join(swept)} chooses on "
+                "validation examples, and there are none. Name a `validation_file`, leave "
+                "some of the training examples to it by `sizes`, or leave out the sweep."
+            )
+            listener.message(stopped[task])
+    return stopped
+
+
+def _report(study: Study, folder: StudyFolder, listener: Listener) -> None:
+    """Write the report, and say where it is."""
+    from bidora.study.report import write_report
+
+    names = [Path(name).name for name in write_report(study, folder.path)]
+    listener.message(f"Report {folder.path}: {', '.join(names)}")
+
+
+@dataclass
+class _Runner:
+    """Run what is due until nothing is, some at a time.
+
+    Args:
+        plan: What is due; it is replaced after each run.
+        folder: Where records go.
+        listener: Told how far it is.
+        train: What trains; None for `bidora.train`.
+        deadline: No run is started after it, on the monotonic clock.
+    """
+
+    plan: Plan
+    folder: StudyFolder
+    listener: Listener
+    train: Train | None
+    deadline: float | None
+    running: dict[Future[Record], tuple[Slot, Cell]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run everything; when this ends, in whatever way, no process is left."""
+        slots = [Slot(self.folder.log) for _ in range(self.plan.grid.processes)]
+        idle = list(slots)
+        if self.plan.due:
+            self.listener.phase("compare", self.plan.total)
+        try:
+            while True:
+                self.start_some(idle)
+                if not self.running:
+                    return
+                over, _ = wait(self.running, return_when=FIRST_COMPLETED)
+                for future in over:
+                    slot, cell = self.running.pop(future)
+                    self.add(self.record_of(future, slot, cell))
+                    idle.append(slot)
+        finally:
+            for slot in slots:
+                slot.end()
+
+    def start_some(self, idle: list[Slot]) -> None:
+        """Begin the runs that are due, as far as there are processes and time."""
+        begun = {cell for _, cell in self.running.values()}
+        due = [cell for cell in self.plan.due if cell not in begun]
+        while due and idle:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                if not self.running:
+                    self.listener.message(
+                        f"Time   the limit is reached with {self.plan.remaining} run(s) "
+                        "to do; the same command goes on"
+                    )
+                return
+            cell, slot = due.pop(0), idle.pop()
+            group = (cell.task, cell.method, cell.size)
+            steps = self.plan.steps_in_time[group] if cell.purpose == "time" else None
+            order = Order(
+                cell,
+                self.plan.grid.settings_of(cell, steps),
+                self.folder.record_path(cell),
+                self.folder.scratch,
+                self.train,
+            )
+            self.running[slot.submit(order)] = slot, cell
+            self.tell(cell)
+
+    def record_of(self, future: Future[Record], slot: Slot, cell: Cell) -> Record:
+        """Return what a run came to; one that ended its process has failed."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            steps = self.plan.steps_in_time.get((cell.task, cell.method, cell.size))
+            settings = self.plan.grid.settings_of(
+                cell, steps if cell.purpose == "time" else None
+            )
+            record = Record(cell, as_recorded(settings), error=slot.why_it_ended())
+            write_record(self.folder.record_path(cell), record)
+            return record
+
+    def add(self, record: Record) -> None:
+        """Take a record in, and say if it is of a failed run."""
+        self.plan = replace(self.plan, records=(*self.plan.records, record))
+        if record.failed:
+            cell = record.cell
+            self.listener.message(
+                f"Failed {cell.method} on {cell.task}, seed {cell.seed} "
+                f"({cell.purpose}): {record.error}"
+            )
+        self.tell(record.cell)
+
+    def tell(self, cell: Cell) -> None:
+        """Say how far it is, and how long it will take."""
+        text = f"{cell.task} {cell.method} seed {cell.seed}"
+        left = expected_seconds(self.plan)
+        if left:
+            from bidora.runs.cost import duration
+
+            text += f", about {duration(left)} left"
+        self.listener.working_on(self.plan.total - self.plan.remaining, text)
+
+
+def expected_seconds(plan: Plan) -> float | None:
+    """Return about how long the runs that remain will take, from those that are over.
+
+    Args:
+        plan: With the records so far.
+
+    Returns:
+        The seconds, with as many runs at a time as the grid says; None before any run.
+    """
+    spent: dict[str, list[float]] = {}
+    for record in plan.records:
+        if not record.failed:
+            spent.setdefault(record.cell.method, []).append(record.total_seconds)
+    if not spent:
+        return None
+    usual = fmean(second for seconds in spent.values() for second in seconds)
+    left = sum(
+        plan.left(group) * fmean(spent.get(group[1], [usual])) for group in plan.groups
+    )
+    return left / plan.grid.processes

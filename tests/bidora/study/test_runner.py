@@ -1,0 +1,527 @@
+"""A comparison as it runs: what it leaves, what it survives, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bidora.errors import UserError
+from bidora.runs.results import Listener
+from bidora.study.folder import StudyFolder
+from bidora.study.plan import Study
+from bidora.study.records import Cell, Point, Record, read_records, write_record
+from bidora.study.runner import compare
+from bidora.study.settings import StudySettings
+from bidora.trainer.lock import FolderLock
+from tests.bidora.conftest import Heard
+from tests.bidora.study import stand_ins
+
+pytestmark = pytest.mark.usefixtures("reported")
+
+Grid = Callable[..., dict[str, Any]]
+SWEPT: dict[str, Any] = {"sweep": {"learning_rate": [0.02, 0.01]}}
+
+
+class Counting(Listener):
+    """Keeps how far a comparison said it was."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.done: list[int] = []
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+    def phase(self, name: str, steps: int) -> None:
+        self.total = steps
+
+    def working_on(self, step: int, what: str) -> None:
+        self.done.append(step)
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Return the records by path, with the time that each was written."""
+    found = (folder / "runs").rglob("*.json")
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in found}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Study]:
+    """Return a function that runs a grid with a stand-in for the training."""
+
+    def run(
+        grid: Any,
+        train: Any = stand_ins.quick,
+        listener: Listener | None = None,
+        **options: Any,
+    ) -> Study:
+        options = {"output_dir": str(tmp_path / "out"), **options}
+        return compare(StudySettings(grid, **options), listener, train=train)
+
+    return run
+
+
+# -- a whole one --------------------------------------------------------------------
+
+
+def test_a_comparison_leaves_a_record_of_every_run_and_a_report(
+    run: Callable[..., Study],
+    small_grid: Grid,
+    tmp_path: Path,
+    reported: list[Study],
+) -> None:
+    methods = {"lora": SWEPT, "dora": {}, "rslora": {}}
+    heard = Counting()
+    study = run(
+        small_grid(methods=methods, equal=["steps", "time"], processes=2),
+        listener=heard,
+    )
+    out = tmp_path / "out"
+    # Two trials; two seeds of three methods; two of dora, which takes twice the time.
+    assert len(files(out)) == 2 + 6 + 2
+    assert {p.name for p in out.iterdir()} == {
+        "grid.yaml",
+        "log.txt",
+        "report.html",
+        "runs",
+    }
+    assert reported == [study]
+    assert heard.lines[-1] == f"Report {out}: report.html"
+    assert heard.done[-1] == heard.total == 12
+    assert heard.done == sorted(heard.done)
+    group = ("words", "lora", 0)
+    assert study.chosen[group] == (("learning_rate", 0.01),)
+    assert study.served == {group, ("words", "rslora", 0)}
+    by_cell = {record.cell: record for record in study.records}
+    of_dora = by_cell[Cell("words", "dora", 0, 1, "time")]
+    assert (of_dora.steps, of_dora.seconds) == (5, 4.0)
+    one = by_cell[Cell("words", "lora", 0, 1, "steps", (("learning_rate", 0.01),))]
+    assert one == Record(
+        one.cell,
+        one.settings,
+        metric="accuracy",
+        test={"accuracy": 0.501, "loss": 1.0},
+        validation={"accuracy": 0.9, "loss": 1.0},
+        probe={"accuracy": 0.4},
+        baseline={"accuracy": 0.25},
+        steps=10,
+        seconds=4.0,
+        total_seconds=0.5,
+        trained_parameters=7,
+        curve=(Point("train", 0, 0.0, 0.25), Point("train", 2, 4.0, 0.9)),
+        environment=one.environment,
+    )
+    assert one.settings["learning_rate"] == 0.01
+    assert one.settings["output_dir"] is None
+    # What the environment asks for goes before: it may be set where tests run.
+    share = os.environ.get("OMP_NUM_THREADS")
+    available = len(os.sched_getaffinity(0))
+    assert one.environment == {"threads": share or str(max(1, available // 2))}
+    assert multiprocessing.active_children() == []
+
+
+def test_a_sweep_sees_no_test_examples(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    study = run(small_grid(methods={"lora": SWEPT}))
+    swept = [r for r in study.records if r.cell.purpose == "sweep"]
+    assert len(swept) == 2
+    assert all((r.test, r.probe, r.baseline) == ({}, {}, {}) for r in swept)
+    assert all(r.validation for r in swept)
+
+
+def test_a_run_that_is_not_finite_is_not_chosen(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    methods = {"lora": {"sweep": {"learning_rate": [0.02, 0.05]}}}
+    study = run(small_grid(methods=methods), stand_ins.diverging)
+    assert study.chosen["words", "lora", 0] == (("learning_rate", 0.05),)
+
+
+# -- what fails ---------------------------------------------------------------------
+
+
+def test_a_run_that_fails_is_counted_and_the_others_go_on(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    heard = Heard()
+    study = run(small_grid(seeds=[0, 1, 2]), stand_ins.failing, heard)
+    errors = {(r.cell.method, r.cell.seed): r.error for r in study.records if r.failed}
+    assert errors == {
+        ("lora", 1): "UserError: the loss is nan",
+        ("dora", 1): "UserError: the loss is nan",
+    }
+    assert len(study.records) == 6
+    assert any(n.startswith("2 of 6 runs failed, such as") for n in study.notes)
+    assert sum(line.startswith("Failed ") for line in heard.lines) == 2
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "The learning rate is probably too high" in log
+    assert "Traceback" in log
+
+
+def test_failed_runs_are_run_again_when_asked_for(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid(), stand_ins.failing)
+    before = files(tmp_path / "out")
+    heard = Heard()
+    assert any(r.failed for r in run(small_grid(), listener=heard).records)
+    assert files(tmp_path / "out") == before
+    assert any("2 run(s) of an earlier start; --retry-failed" in x for x in heard.lines)
+    study = run(small_grid(), retry_failed=True)
+    assert not any(r.failed for r in study.records)
+    after = files(tmp_path / "out")
+    assert {p for p in after if after[p] != before[p]} == {
+        "runs/words/lora/steps-all-seed1.json",
+        "runs/words/dora/steps-all-seed1.json",
+    }
+
+
+def test_a_method_whose_every_trial_fails_is_shown(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    methods = {"lora": {}, "dora": {"sweep": {"learning_rate": [0.5]}}}
+    methods["rslora"] = {
+        "sweep": {"learning_rate": [0.5, 0.5001], "weight_decay": [0.5]}
+    }
+    study = run(small_grid(methods=methods, sweep={"seeds": [1]}, seeds=[0]),
+                stand_ins.failing)  # fmt: skip
+    assert ("words", "rslora", 0) not in study.chosen
+    last = [r for r in study.records if r.cell.method == "rslora"]
+    assert [r.cell.purpose for r in last] == ["steps", "sweep", "sweep"]
+    assert all(r.failed for r in last)
+
+
+def test_a_process_that_dies_is_a_failed_run(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    study = run(small_grid(seeds=[0, 1, 2], processes=2), stand_ins.dying)
+    errors = {(r.cell.method, r.cell.seed): r.error for r in study.records if r.failed}
+    assert set(errors) == {("lora", 1), ("dora", 1)}
+    assert all("ended by SIGKILL, as systems do" in error for error in errors.values())
+    assert len(study.records) == 6
+    found, torn = read_records(tmp_path / "out" / "runs")
+    assert (len(found), torn) == (6, [])
+    assert not (tmp_path / "out" / ".running").exists()
+
+
+# -- going on -----------------------------------------------------------------------
+
+
+def test_started_again_it_runs_only_what_is_missing_or_torn(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid(methods={"lora": SWEPT, "dora": {}}))
+    out = tmp_path / "out"
+    before = files(out)
+    lost, torn, *_ = sorted(before)
+    (out / lost).unlink()
+    (out / torn).write_text((out / torn).read_text()[:-30])
+    (out / ".running" / "tmp1").mkdir(parents=True)  # a killed run's
+    heard = Heard()
+    study = run(small_grid(methods={"lora": SWEPT, "dora": {}}), listener=heard)
+    after = files(out)
+    assert {p for p in after if after[p] != before[p]} == {lost, torn}
+    (line,) = [line for line in heard.lines if line.startswith("Torn")]
+    assert torn in line
+    assert len(study.records) == 6
+    assert not (out / ".running").exists()
+    # With nothing to do, the data is not even read.
+    silent = Heard()
+    run(small_grid(methods={"lora": SWEPT, "dora": {}}), listener=silent)
+    assert silent.lines == [f"Report {out}: report.html"]
+
+
+def test_a_grid_may_grow(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, parts: Path
+) -> None:
+    run(small_grid())
+    before = files(tmp_path / "out")
+    grown = small_grid(
+        seeds=[0, 1, 2],
+        methods={"lora": {}, "dora": {"tasks": ["words"]}, "rslora": {}},
+        tasks={"words": {"task": str(parts)}, "more": {"task": str(parts)}},
+        sizes=[20, "all"],
+    )
+    study = run(grown)
+    assert len(study.records) == (3 + 2) * 3 * 2
+    sizes = {r.cell.size: r.settings["max_train_samples"] for r in study.records}
+    assert sizes == {0: None, 20: 20}
+    after = files(tmp_path / "out")
+    assert {p: after[p] for p in before} == before
+
+
+def test_a_record_of_another_version_is_neither_deleted_nor_taken(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    path = tmp_path / "out" / "runs" / "words" / "lora" / "steps-all-seed0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    with pytest.raises(UserError, match=r"seed0\.json is whole and holds no record"):
+        run(small_grid())
+    assert "colour" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"settings": {"max_steps": 20}},
+            r"with max_steps: 10, and the grid gives it 20",
+        ),
+        (
+            {"methods": {"lora": {"lora_r": 2}, "dora": {}}},
+            "run of lora on words .*lora_r",
+        ),
+    ],
+)
+def test_a_grid_that_changes_what_was_run_is_refused(
+    run: Callable[..., Study],
+    small_grid: Grid,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    said: str,
+) -> None:
+    run(small_grid())
+    before = files(tmp_path / "out")
+    kept = (tmp_path / "out" / "grid.yaml").read_bytes()
+    with pytest.raises(UserError, match=said):
+        run(small_grid(**changed))
+    assert files(tmp_path / "out") == before
+    assert (tmp_path / "out" / "grid.yaml").read_bytes() == kept
+    study = run(small_grid(**changed), overwrite=True)
+    assert not any(r.failed for r in study.records)
+    assert set(files(tmp_path / "out").values()).isdisjoint(before.values())
+
+
+def test_steps_of_equal_time_are_no_change_of_the_grid(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    first = run(small_grid(equal=["steps", "time"]))
+    again = run(small_grid(equal=["steps", "time"]))
+    assert again.records == first.records
+
+
+def test_time_tasks_and_methods_can_be_limited(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    heard = Heard()
+    study = run(small_grid(), listener=heard, time_limit=0)
+    assert study.records == ()
+    assert study.notes[-1] == "4 of 4 runs are still to do."
+    assert any("limit is reached with 4 run(s) to do" in line for line in heard.lines)
+    study = run(small_grid(), only_methods=("dora",), only_tasks=("words",))
+    assert {r.cell.method for r in study.records} == {"dora"}
+    with pytest.raises(UserError, match="--only-methods dorra: the grid has no such"):
+        run(small_grid(), only_methods=("dorra",))
+    with pytest.raises(UserError, match="--time-limit is -1"):
+        run(small_grid(), time_limit=-1)
+    with pytest.raises(UserError, match="--processes is 0"):
+        run(small_grid(), processes=0)
+
+
+# -- what cannot be -----------------------------------------------------------------
+
+
+def test_a_task_without_validation_examples_is_not_swept(
+    run: Callable[..., Study], small_grid: Grid, labelled_csv: Path, parts: Path
+) -> None:
+    grid = small_grid(
+        methods={"lora": SWEPT},
+        tasks={"words": {"task": str(parts)}, "bare": {"task": str(labelled_csv)}},
+    )
+    heard = Heard()
+    study = run(grid, listener=heard)
+    assert {r.cell.task for r in study.records} == {"words"}
+    assert study.notes[0].startswith(
+        "Nothing is run on bare: the sweep of lora chooses"
+    )
+    assert study.notes[0] in heard.lines
+    with pytest.raises(UserError, match="Nothing is run on bare"):
+        run(grid, only_tasks=("bare",))
+    # Without a sweep there is nothing to choose.
+    bare = small_grid(tasks={"bare": {"task": str(labelled_csv)}})
+    study = run(bare, output_dir=str(labelled_csv.parent / "study"))
+    assert {r.cell.task for r in study.records} == {"bare"}
+
+
+def test_data_that_cannot_be_read_stops_before_anything_is_run(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"^tasks\.gone: "):
+        run(small_grid(tasks={"gone": {"task": str(tmp_path / "gone.csv")}}))
+    assert files(tmp_path / "out") == {}
+    run(small_grid())  # the folder is as good as new
+
+
+def test_two_comparisons_never_write_into_one_folder(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with (
+        FolderLock(out),
+        pytest.raises(
+            UserError, match=rf"in use by another comparison \(process {os.getpid()} on"
+        ) as caught,
+    ):
+        run(small_grid())
+    assert "two would train the same runs twice" in str(caught.value)
+    assert "checkpoints" not in str(caught.value)
+    assert len(run(small_grid()).records) == 4
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are not from a comparison"):
+        run(small_grid(), overwrite=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match=r"thesis\.tex is a file"):
+        run(small_grid(), output_dir=str(tmp_path / "out" / "thesis.tex"))
+
+
+def test_two_trials_of_a_cell_have_files_of_their_own() -> None:
+    folder = StudyFolder(Path("somewhere") / "new")
+    cell = Cell("a", "lora", 100, 3, "sweep", (("lora_r", 2),))
+    others = [
+        replace(cell, trial=(("lora_r", 4),)),
+        replace(cell, seed=4),
+        replace(cell, size=0),
+        replace(cell, purpose="steps"),
+        replace(cell, trial=(("target_modules", ("query", "value")),)),
+    ]
+    paths = {folder.record_path(one) for one in (cell, *others)}
+    assert len(paths) == 6
+    assert {path.parent for path in paths} == {folder.runs / "a" / "lora"}
+
+
+def test_a_record_comes_back_with_lists_in_its_trial(tmp_path: Path) -> None:
+    cell = Cell("a", "lora", 0, 3, "sweep", (("target_modules", ("query", "value")),))
+    write_record(tmp_path / "one.json", Record(cell, {}))
+    assert read_records(tmp_path)[0][0].cell == cell
+
+
+# -- being stopped ------------------------------------------------------------------
+
+SCRIPT = """\
+import sys
+import types
+
+module = types.ModuleType("bidora.study.report")
+module.write_report = lambda study, folder: (folder / "report.html").touch() or []
+sys.modules["bidora.study.report"] = module
+
+import bidora
+from tests.bidora.study import stand_ins
+
+if __name__ == "__main__":
+    settings = bidora.StudySettings({grid!r}, output_dir={out!r})
+    bidora.compare(settings, train=stand_ins.slow)
+"""
+
+
+def begin(script: Path, grid: dict[str, Any], out: Path) -> subprocess.Popen[str]:
+    """Start a comparison in a process of its own, and wait until it hangs at seed 1."""
+    script.write_text(SCRIPT.format(grid=grid, out=str(out)))
+    root = str(Path(__file__).parents[3])
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a terminal's foreground job
+    )
+    until = time.monotonic() + 120
+    while len(files(out)) < 2 or not any((out / ".running").iterdir()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+def others_of(session: int) -> list[int]:
+    """Return the living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for_none(session: int) -> None:
+    until = time.monotonic() + 30
+    while others_of(session):
+        assert time.monotonic() < until, others_of(session)
+        time.sleep(0.05)
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks for processes in /proc"
+)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_ctrl_c_ends_the_runs_keeps_the_records_and_reports(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = begin(tmp_path / "script.py", small_grid(processes=2), out)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert "seed0" in " ".join(files(out))
+    wait_for_none(process.pid)
+    assert {p.name for p in out.iterdir()} == {
+        "grid.yaml",
+        "log.txt",
+        "report.html",
+        "runs",
+    }
+    before = files(out)
+    assert len(before) == 2
+    assert len(run(small_grid()).records) == 4
+    assert {p: t for p, t in files(out).items() if p in before} == before
+
+
+@needs_proc
+@pytest.mark.slow
+def test_killed_it_loses_nothing_that_was_finished_and_leaves_no_process(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = begin(tmp_path / "script.py", small_grid(processes=2), out)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    wait_for_none(process.pid)
+    before = files(out)
+    assert len(before) == 2
+    torn = out / "runs" / "words" / "lora" / "steps-all-seed1.json"
+    torn.write_text('{"cell": {"task": "wo')
+    partial = torn.with_name(f".{torn.name}.partial")
+    partial.write_text("{")
+    heard = Heard()
+    assert len(run(small_grid(), listener=heard).records) == 4
+    assert any(line.startswith("Torn   1 record") for line in heard.lines)
+    assert not partial.exists()
+    assert {p: t for p, t in files(out).items() if p in before} == before
+    assert not (out / ".running").exists()
