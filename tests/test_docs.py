@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -38,6 +39,8 @@ from bidora.methods import METHODS
 from bidora.methods.base import Method
 from bidora.models import ModelSource
 from bidora.runs.settings import TrainSettings
+from bidora.study import reading
+from bidora.study.reading import read_grid
 from bidora.tasks import TASKS, Task, make_task
 from bidora.tasks.metrics import (
     CLASSIFICATION_METRICS,
@@ -332,6 +335,23 @@ def test_options_that_a_page_names_exist(page: str) -> None:
 def test_the_page_of_predict_lists_its_options() -> None:
     listed = set(re.findall(r"(--[a-z][\w-]+)", text_of("predict.md")))
     assert options("predict") - {"-h"} == listed
+
+
+def test_the_page_on_comparing_lists_its_options_and_keys(tmp_path: Path) -> None:
+    text = text_of("comparing-methods.md")
+    listed = set(re.findall(r"(--[a-z][\w-]+)", text))
+    assert {n for n in options("compare") if not n.startswith("--no-")} - {
+        "-h"
+    } == listed
+    keys = re.findall(r"^\| `(\w+)` \|", text.split("## What is run")[0], re.M)
+    assert set(keys) == set(reading.KEYS)
+    whole, part = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "grid.yaml").write_text(whole)
+    assert set(yaml.safe_load(whole)) == set(reading.KEYS)
+    first = read_grid(tmp_path / "grid.yaml")
+    assert [method.name for method in first.methods] == ["probe", "lora", "dora"]
+    (tmp_path / "part.yaml").write_text(f"tasks: {{a: {{}}}}\nreference: lora\n{part}")
+    assert len(read_grid(tmp_path / "part.yaml").methods) == 2
 
 
 def test_the_table_of_methods_is_the_registry() -> None:
