@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes
 from bidora.trainer.data import without_rest
-from bidora.trainer.upstream import use_one_device
+from bidora.trainer.seams import end_again
+from bidora.trainer.upstream import (
+    TRAINER_STATE,
+    load_checkpoint_values,
+    use_one_device,
+    was_stopped,
+)
 
 __all__ = ["OneGrouping", "parameter_groups", "use_one_device"]
 
@@ -88,6 +97,40 @@ class OneGrouping(Trainer):
         self.magnitude_rate = magnitude_rate
         self.magnitude_decay = magnitude_decay
         self.whole_batches = whole_batches
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train; where the checkpoint is that of the last step, end once more.
+
+        The Trainer's own way takes one step more then.
+
+        Args:
+            resume_from_checkpoint: As for the Trainer.
+            args: As for the Trainer.
+            kwargs: As for the Trainer.
+
+        Returns:
+            As from the Trainer.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            state = json.loads((folder / TRAINER_STATE).read_text("utf-8"))
+            if state["global_step"] >= state["max_steps"] or was_stopped(state):
+                self.load_values_of(resume_from_checkpoint)
+                return end_again(self, folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def load_values_of(self, folder: str) -> None:
+        """Put the values of a checkpoint into the model.
+
+        Args:
+            folder: The checkpoint.
+        """
+        load_checkpoint_values(self, folder)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's loader."""

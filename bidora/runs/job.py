@@ -414,6 +414,11 @@ class _Job(Prepared):
             raise UserError(str(error)) from error
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
+        if settings.average_last:
+            from bidora.methods.averaging import AverageLast
+
+            last = "search" if settings.retrain == "none" else self.method.phases[-1]
+            trainer.add_callback(AverageLast(trainer, settings.average_last, last))
         return trainer
 
     def save(self, folder: RunFolder, result: RunResult) -> None:

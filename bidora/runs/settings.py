@@ -391,6 +391,12 @@ class TrainSettings(JobSettings):
     lr_scheduler_type: str = option(
         "linear", "how the rates fall after that, as transformers calls it", TRAINING
     )
+    average_last: float = option(
+        0.0,
+        "end the last phase with the average of the weights after its last steps: their "
+        "share of its steps, such as 0.5 (0: with the last weights)",
+        TRAINING,
+    )
     bf16: bool = option(False, "compute in bfloat16 (autocast)", TRAINING)
     gradient_checkpointing: bool = option(
         False, "save memory: compute activations again for the gradient", TRAINING
@@ -487,7 +493,17 @@ class TrainSettings(JobSettings):
         self._check(
             "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
         )
-        self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        for name in ("warmup_ratio", "average_last"):
+            self._check(name, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        keeps_best = self.trainer.get("load_best_model_at_end") or (
+            self.trainer.get("save_strategy") == "best"
+        )
+        if self.average_last and keeps_best:
+            raise UserError(
+                f"--average-last {self.average_last:g} ends with the average of the last "
+                "weights, and trainer.load_best_model_at_end and trainer.save_strategy="
+                "best keep the best ones; choose one of the two."
+            )
         if self.hub_model_id and not self.push_to_hub:
             raise UserError(
                 "--hub-model-id says where to upload, and --push-to-hub, which uploads, "
