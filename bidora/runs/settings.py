@@ -378,6 +378,9 @@ class TrainSettings(JobSettings):
         "search and retraining",
         TRAINING,
     )
+    loraplus_lr_ratio: float = option(
+        16.0, "rate of B over that of A (method lora-plus)", ADAPTER
+    )
     gradient_accumulation_steps: int = option(1, "batches that make one step", TRAINING)
     outer_learning_rate: float | None = option(
         None, "rate of the magnitudes", TRAINING, shown="as --learning-rate"
@@ -493,6 +496,7 @@ class TrainSettings(JobSettings):
         self._check(
             "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
         )
+        self._check("loraplus_lr_ratio", lambda x: x >= 1, "a number of 1 or more")
         for name in ("warmup_ratio", "average_last"):
             self._check(name, lambda x: 0 <= x <= 1, "a number from 0 to 1")
         keeps_best = self.trainer.get("load_best_model_at_end") or (
