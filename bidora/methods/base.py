@@ -96,6 +96,8 @@ class Method(ABC):
         """
         changed = settings.differs()
         useless = [name for name in self.ignores if name in changed]
+        if settings.early_stopping_patience is not None and not self.searches:
+            useless = [name for name in useless if name != "validation_fraction"]
         if useless:
             raise UserError(
                 f"{_options(useless)} has no meaning with --method {self.name}, which is "

@@ -52,9 +52,17 @@ class BiDoRA(PeftDora):
             settings: Of the run.
 
         Raises:
-            UserError: If the estimator or one of its settings is refused.
+            UserError: If the estimator or one of its settings is refused, or the search
+                is to stop early.
         """
         super().check(settings)
+        if settings.early_stopping_patience is not None:
+            raise UserError(
+                "--early-stopping-patience is for methods of one phase. In --method "
+                f"{self.name} the examples that are held back teach the magnitudes, so "
+                "they cannot judge as well. Leave it out, and say how long with "
+                "--max-steps; or choose --method dora."
+            )
         name = self.preset.get("estimator", settings.estimator)
         if name is None and not settings.estimator_settings:
             return

@@ -289,11 +289,15 @@ def test_a_checkpoint_without_the_mean_is_refused(
         ({"average_last": float("nan")}, "--average-last is nan"),
         (
             {"average_last": 0.5, "trainer": {"load_best_model_at_end": True}},
-            "--average-last 0.5 ends with the average .* choose one",
+            "trainer.load_best_model_at_end and --average-last both decide",
         ),
         (
             {"average_last": 0.5, "trainer": {"save_strategy": "best"}},
-            "--average-last 0.5 ends with the average .* choose one",
+            "trainer.save_strategy and --average-last both decide",
+        ),
+        (
+            {"average_last": 0.5, "early_stopping_patience": 2},
+            "--average-last 0.5 ends with .* --early-stopping-patience 2 .* choose one",
         ),
     ],
 )
