@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BITFIT_LEARNING_RATE",
     "BUDGET",
     "BUNDLED_MODEL",
     "ESTIMATOR",
@@ -46,6 +47,9 @@ OTHER_LEARNING_RATE = 5e-4
 
 FULL_LEARNING_RATE = 5e-5
 """Of full fine-tuning: transformers' own."""
+
+BITFIT_LEARNING_RATE = 1e-3
+"""Of BitFit, whose biases want a higher rate than whole models."""
 
 WEIGHT_DECAY = 0.1
 """AdamW's decoupled weight decay, on both levels."""

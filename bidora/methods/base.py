@@ -37,6 +37,7 @@ SEARCH_ONLY = (
 
 OF_MAGNITUDES = ("outer_learning_rate", "outer_weight_decay")
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+OF_LORA_PLUS = ("loraplus_lr_ratio",)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Method(ABC):
     saves_whole: ClassVar[bool] = False
     preset: ClassVar[Mapping[str, Any]] = {}
     usual_rate: ClassVar[float | None] = None
-    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES)
+    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS)
 
     def check(self, settings: TrainSettings) -> None:
         """Refuse settings that would do nothing, or that the method fixes.
@@ -95,10 +96,12 @@ class Method(ABC):
         """
         changed = settings.differs()
         useless = [name for name in self.ignores if name in changed]
+        if settings.early_stopping_patience is not None and not self.searches:
+            useless = [name for name in useless if name != "validation_fraction"]
         if useless:
             raise UserError(
                 f"{_options(useless)} has no meaning with --method {self.name}, which is "
-                f"{self.summary}. Leave it out, or choose --method bidora."
+                f"{self.summary}. Leave it out{_or_a_method_with(useless)}."
             )
         fixed = [n for n, value in self.preset.items() if n in changed
                  and getattr(settings, n) != value]  # fmt: skip
@@ -137,9 +140,20 @@ class Method(ABC):
             args=args,
             magnitude_rate=settings.outer_learning_rate,
             magnitude_decay=settings.outer_weight_decay,
+            rates=self.rates(parts.given["model"], settings),
             whole_batches=parts.whole_batches,
             **parts.given,
         )
+
+    def rates(self, model: nn.Module, settings: TrainSettings) -> Mapping[str, float]:
+        """Return the rates of parameters that have one of their own, by name.
+
+        Args:
+            model: What `adapt` returned.
+            settings: Of the run.
+        """
+        del model, settings
+        return {}
 
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:
@@ -166,6 +180,16 @@ class Method(ABC):
         Args:
             names: `folder`, `base`, `auto_model` and `pooling`, to be put in.
         """
+
+
+def _or_a_method_with(names: list[str]) -> str:
+    """Return which method these settings mean something to, as the end of a remedy."""
+    from bidora.methods.registry import METHODS
+
+    for name in METHODS.names():
+        if not set(names) & set(METHODS.get(name).ignores):
+            return f", or choose --method {name}"
+    return ""
 
 
 def _options(names: list[str]) -> str:

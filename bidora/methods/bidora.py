@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.errors import UserError
-from bidora.methods.base import TrainerParts
+from bidora.methods.base import OF_LORA_PLUS, TrainerParts
 from bidora.methods.lora import PeftDora
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class BiDoRA(PeftDora):
     phases: ClassVar[tuple[str, ...]] = ("search", "retrain")
     searches: ClassVar[bool] = True
     holds_back: ClassVar[bool] = True
-    ignores: ClassVar[tuple[str, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = OF_LORA_PLUS
 
     def check(self, settings: TrainSettings) -> None:
         """Refuse what the search could not do, before anything is loaded.
@@ -52,9 +52,17 @@ class BiDoRA(PeftDora):
             settings: Of the run.
 
         Raises:
-            UserError: If the estimator or one of its settings is refused.
+            UserError: If the estimator or one of its settings is refused, or the search
+                is to stop early.
         """
         super().check(settings)
+        if settings.early_stopping_patience is not None:
+            raise UserError(
+                "--early-stopping-patience is for methods of one phase. In --method "
+                f"{self.name} the examples that are held back teach the magnitudes, so "
+                "they cannot judge as well. Leave it out, and say how long with "
+                "--max-steps; or choose --method dora."
+            )
         name = self.preset.get("estimator", settings.estimator)
         if name is None and not settings.estimator_settings:
             return
@@ -126,7 +134,11 @@ class NoRetraining(BiDoRA):
     summary: ClassVar[str] = "BiDoRA's search alone, without the retraining"
     phases: ClassVar[tuple[str, ...]] = ("search",)
     preset: ClassVar[Mapping[str, Any]] = {"retrain": "none"}
-    ignores: ClassVar[tuple[str, ...]] = ("retrain_max_steps", "retrain_learning_rate")
+    ignores: ClassVar[tuple[str, ...]] = (
+        *OF_LORA_PLUS,
+        "retrain_max_steps",
+        "retrain_learning_rate",
+    )
 
 
 class OneSplit(BiDoRA):
@@ -135,7 +147,7 @@ class OneSplit(BiDoRA):
     name: ClassVar[str] = "bidora-one-split"
     summary: ClassVar[str] = "BiDoRA with both levels on all training examples"
     holds_back: ClassVar[bool] = False
-    ignores: ClassVar[tuple[str, ...]] = ("validation_fraction",)
+    ignores: ClassVar[tuple[str, ...]] = (*OF_LORA_PLUS, "validation_fraction")
 
     def levels(self, parts: TrainerParts) -> dict[str, Any]:
         """Return all training examples for both levels.

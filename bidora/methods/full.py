@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora import defaults
-from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY, Method
+from bidora.methods.base import (
+    OF_ADAPTERS,
+    OF_LORA_PLUS,
+    OF_MAGNITUDES,
+    SEARCH_ONLY,
+    Method,
+)
 from bidora.methods.loading import whole_lines
 
 if TYPE_CHECKING:
@@ -26,7 +32,12 @@ class Full(Method):
     summary: ClassVar[str] = "full fine-tuning: every weight of the model"
     saves_whole: ClassVar[bool] = True
     usual_rate: ClassVar[float | None] = defaults.FULL_LEARNING_RATE
-    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS)
+    ignores: ClassVar[tuple[str, ...]] = (
+        *SEARCH_ONLY,
+        *OF_MAGNITUDES,
+        *OF_LORA_PLUS,
+        *OF_ADAPTERS,
+    )
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
         """Return the model as it is.

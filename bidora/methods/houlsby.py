@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from bidora.errors import UserError
-from bidora.methods.base import OF_MAGNITUDES, SEARCH_ONLY, Method
+from bidora.methods._tensors import load_trained, save_trained
+from bidora.methods.base import OF_LORA_PLUS, OF_MAGNITUDES, SEARCH_ONLY, Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,6 +81,7 @@ class Houlsby(Method):
     ignores: ClassVar[tuple[str, ...]] = (
         *SEARCH_ONLY,
         *OF_MAGNITUDES,
+        *OF_LORA_PLUS,
         "lora_alpha",
         "lora_dropout",
         "target_modules",
@@ -116,18 +118,11 @@ class Houlsby(Method):
             model: The model.
             folder: Where to.
         """
-        from safetensors.torch import save_file
-
-        trained = {
-            name: p.detach().cpu().contiguous()
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
         inserted: list[Any] = [
             m for m in model.modules() if isinstance(m, _bottleneck_class())
         ]
         size = str(inserted[0].down.out_features)
-        save_file(trained, str(folder / FILE), metadata={"size": size})
+        save_trained(model, folder / FILE, size=size)
 
     def load(self, base: Base, folder: Path) -> nn.Module:
         """Return the base with the saved adapters and head.
@@ -135,22 +130,13 @@ class Houlsby(Method):
         Args:
             base: The loaded model.
             folder: Where they are.
-
-        Raises:
-            UserError: If they belong to another model.
         """
         from safetensors import safe_open
 
         with safe_open(str(folder / FILE), framework="pt") as file:
             size = int(file.metadata()["size"])
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         insert(base.model, size)
-        unexpected = base.model.load_state_dict(values, strict=False).unexpected_keys
-        if unexpected:
-            raise UserError(
-                f"{folder / FILE} does not fit its base model: it has no "
-                f"{', '.join(unexpected[:4])}. Was the model changed since the training?"
-            )
+        load_trained(base.model, folder / FILE)
         return base.model
 
     def loading_code(self, names: Mapping[str, str]) -> str:

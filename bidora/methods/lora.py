@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.errors import UserError
-from bidora.methods.base import SEARCH_ONLY, Method
+from bidora.methods.base import OF_LORA_PLUS, SEARCH_ONLY, Method
 from bidora.methods.loading import base_lines
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class ExactDora(PeftDora):
     summary: ClassVar[str] = (
         "exact DoRA: magnitudes and directions together, each at a rate of its own"
     )
-    ignores: ClassVar[tuple[str, ...]] = SEARCH_ONLY
+    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_LORA_PLUS)
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
         """Return the PEFT model with exact DoRA layers.

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bidora.errors import UserError
-from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY, Method
+from bidora.methods._tensors import load_trained, save_trained
+from bidora.methods.base import (
+    OF_ADAPTERS,
+    OF_LORA_PLUS,
+    OF_MAGNITUDES,
+    SEARCH_ONLY,
+    Method,
+)
 from bidora.methods.loading import base_lines
 
 if TYPE_CHECKING:
@@ -24,7 +30,12 @@ FILE = "trained.safetensors"
 class Partial(Method):
     """What is trained is frozen or not by tensor; the saved file holds no others."""
 
-    ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS)
+    ignores: ClassVar[tuple[str, ...]] = (
+        *SEARCH_ONLY,
+        *OF_MAGNITUDES,
+        *OF_LORA_PLUS,
+        *OF_ADAPTERS,
+    )
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the trained tensors, as one safetensors file.
@@ -33,14 +44,7 @@ class Partial(Method):
             model: The model.
             folder: Where to.
         """
-        from safetensors.torch import save_file
-
-        trained = {
-            name: p.detach().cpu().contiguous()
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
-        save_file(trained, str(folder / FILE))
+        save_trained(model, folder / FILE)
 
     def load(self, base: Base, folder: Path) -> nn.Module:
         """Return the base with the saved tensors.
@@ -48,19 +52,8 @@ class Partial(Method):
         Args:
             base: The loaded model.
             folder: Where they are.
-
-        Raises:
-            UserError: If they belong to another model.
         """
-        from safetensors.torch import load_file
-
-        values = load_file(str(folder / FILE))
-        unexpected = base.model.load_state_dict(values, strict=False).unexpected_keys
-        if unexpected:
-            raise UserError(
-                f"{folder / FILE} does not fit its base model: it has no "
-                f"{', '.join(unexpected[:4])}. Was the model changed since the training?"
-            )
+        load_trained(base.model, folder / FILE)
         return base.model
 
     def loading_code(self, names: Mapping[str, str]) -> str:
@@ -96,6 +89,8 @@ class Probe(Partial):
         "lr_scheduler_type",
         "gradient_checkpointing",
         "start",
+        "average_last",
+        "early_stopping_patience",
     )
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes
 from bidora.trainer.data import without_rest
-from bidora.trainer.upstream import use_one_device
+from bidora.trainer.seams import end_again
+from bidora.trainer.upstream import (
+    TRAINER_STATE,
+    load_checkpoint_values,
+    use_one_device,
+    was_stopped,
+)
 
 __all__ = ["OneGrouping", "parameter_groups", "use_one_device"]
 
@@ -24,11 +34,12 @@ def parameter_groups(
     weight_decay: float,
     magnitude_rate: float | None = None,
     magnitude_decay: float | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trained parameters of a model by rate and decay.
 
     Biases and the parameters of norms do not decay, in any method; magnitudes may have a
-    rate and a decay of their own.
+    rate and a decay of their own, and what a method names a rate.
 
     Args:
         model: The model.
@@ -37,6 +48,7 @@ def parameter_groups(
         weight_decay: Their decay.
         magnitude_rate: Rate of DoRA's magnitudes; None for `lr`.
         magnitude_decay: Their decay; None for `weight_decay`.
+        rates: Other rates, by the names of the parameters.
 
     Returns:
         Groups for a torch optimizer; none is empty.
@@ -50,18 +62,21 @@ def parameter_groups(
     outer = set(magnitudes(model))
     own = lr if magnitude_rate is None else magnitude_rate
     decay = weight_decay if magnitude_decay is None else magnitude_decay
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for is_outer, rate, most in ((False, lr, weight_decay), (True, own, decay)):
-        for decays in (True, False):
-            groups[is_outer, decays] = {
-                "params": [],
-                "lr": rate,
-                "weight_decay": most if decays else 0.0,
-            }
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name in outer, name in decaying]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        is_outer, decays = name in outer, name in decaying
+        rate = (rates or {}).get(name, own if is_outer else lr)
+        most = decay if is_outer else weight_decay
+        group = groups.setdefault(
+            (is_outer, rate, not decays),
+            {"params": [], "lr": rate, "weight_decay": most if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    # The first group's rate is the one that a Trainer logs.
+    order = sorted(groups, key=lambda key: (key[0], key[1] != lr, key[1], key[2]))
+    return [groups[key] for key in order]
 
 
 class OneGrouping(Trainer):
@@ -71,6 +86,7 @@ class OneGrouping(Trainer):
         args: As for the Trainer.
         magnitude_rate: See `parameter_groups`.
         magnitude_decay: Likewise.
+        rates: Likewise.
         whole_batches: Whether the last, smaller batch of an epoch is left out, in
             training alone.
         kwargs: As for the Trainer.
@@ -81,13 +97,49 @@ class OneGrouping(Trainer):
         *args: Any,
         magnitude_rate: float | None = None,
         magnitude_decay: float | None = None,
+        rates: Mapping[str, float] | None = None,
         whole_batches: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.magnitude_rate = magnitude_rate
         self.magnitude_decay = magnitude_decay
+        self.rates = rates
         self.whole_batches = whole_batches
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train; where the checkpoint is that of the last step, end once more.
+
+        The Trainer's own way takes one step more then.
+
+        Args:
+            resume_from_checkpoint: As for the Trainer.
+            args: As for the Trainer.
+            kwargs: As for the Trainer.
+
+        Returns:
+            As from the Trainer.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            state = json.loads((folder / TRAINER_STATE).read_text("utf-8"))
+            if state["global_step"] >= state["max_steps"] or was_stopped(state):
+                self.load_values_of(resume_from_checkpoint)
+                return end_again(self, folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def load_values_of(self, folder: str) -> None:
+        """Put the values of a checkpoint into the model.
+
+        Args:
+            folder: The checkpoint.
+        """
+        load_checkpoint_values(self, folder)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's loader."""
@@ -114,6 +166,7 @@ class OneGrouping(Trainer):
                 weight_decay=self.args.weight_decay,
                 magnitude_rate=self.magnitude_rate,
                 magnitude_decay=self.magnitude_decay,
+                rates=self.rates,
             )
             self.optimizer = cls(groups, **options)
         return self.optimizer

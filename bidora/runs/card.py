@@ -76,7 +76,10 @@ def _text(
     schema: Any,
 ) -> str:
     last = result.phases[-1]
-    parts = [p for p in last.scores if p != "held_back"]
+    chosen_by = {"held_back"}
+    if settings.early_stopping_patience is not None:
+        chosen_by.add("validation")
+    parts = [p for p in last.scores if p not in chosen_by]
     names = [n for n in last.test if n != "loss"]
     table = ["| examples | " + " | ".join([*names, "loss"]) + " |"]
     table.append("|---" * (len(names) + 2) + "|")
@@ -97,7 +100,9 @@ def _text(
         for name in sorted(settings.differs() - {"output_dir", "overwrite", "trainer"})
     ]
     phases = "; ".join(
-        f"{p.name} {p.steps} steps, {p.seconds:.0f} s" for p in result.phases
+        f"{p.name} {p.steps} steps, {p.seconds:.0f} s"
+        + (f", weights of step {p.best_global_step}" if p.best_global_step else "")
+        for p in result.phases
     )
     return f"""\
 # {_plain(source.name)}, fine-tuned on {_plain(examples.source.name)}

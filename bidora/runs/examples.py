@@ -33,8 +33,10 @@ class Examples:
         schema: What the task found out about them.
         rows: Clean examples by part; `train` and `test` are always there.
         skipped: Bad rows that were left out.
-        inner: Indices of the training examples that directions learn on in a search.
-        outer: Indices of those held back for an outer level; empty without a search.
+        inner: Indices of the training examples that directions learn on in a search, or
+            that a run which may stop early learns on.
+        outer: Indices of those held back, for an outer level or for early stopping; empty
+            without either.
     """
 
     source: Source
@@ -58,14 +60,19 @@ class Examples:
 
 
 def read_examples(
-    settings: JobSettings, listener: Listener, *, searches: bool
+    settings: JobSettings,
+    listener: Listener,
+    *,
+    searches: bool,
+    stops_early: bool = False,
 ) -> Examples:
     """Read, check and split the examples of a job, and say what was understood.
 
     Args:
         settings: Of the job.
         listener: Told what the data is.
-        searches: Whether part of the training examples is held back.
+        searches: Whether part of the training examples is held back for the magnitudes.
+        stops_early: Whether it is for early stopping, where there is no validation part.
 
     Returns:
         The examples.
@@ -100,7 +107,9 @@ def read_examples(
     source = replace(source, note=note)
     found = Examples(source, task, schema, rows, skipped)
     found.inner = list(range(len(rows["train"])))
-    if searches:
+    if stops_early and rows.get("validation"):
+        _refuse_a_fraction_of_nothing(settings, rows)
+    elif searches or stops_early:
         try:
             found.inner, found.outer = task.split(
                 rows["train"], schema, settings.validation_fraction, settings.seed
@@ -109,12 +118,17 @@ def read_examples(
             left = len(rows["train"])
             raise UserError(
                 f"of the {left} examples that are left for training, some are to be held "
-                f"back for the magnitudes: {error}"
+                f"back for {'early stopping' if stops_early else 'the magnitudes'}: "
+                f"{error}"
             ) from error
     sizes = ", ".join(f"{len(r)} {_words(part)}" for part, r in rows.items())
     listener.message(f"Task   {source.name}: {task.name}, {sizes} examples")
     for line in task.describe(rows, schema):
         listener.message(f"       {line}")
+    if stops_early:
+        count = len(found.outer) or len(rows["validation"])
+        what = "training examples, held back" if found.outer else "validation examples"
+        listener.message(f"       {count} {what}, decide when to stop")
     if skipped:
         listener.message(
             f"       {len(skipped)} bad row(s) left out, such as: {skipped[0]}"
@@ -228,6 +242,16 @@ def _bad_rows(
             f"{bad[0] if bad else 'none'}"
         )
     return bad
+
+
+def _refuse_a_fraction_of_nothing(settings: JobSettings, rows: dict[str, Rows]) -> None:
+    usual = type(settings)().validation_fraction
+    if settings.validation_fraction != usual:
+        raise UserError(
+            f"--validation-fraction {settings.validation_fraction:g} would hold nothing "
+            f"back: the data has a validation part of {len(rows['validation'])} examples, "
+            "which decides when to stop. Leave it out."
+        )
 
 
 def _words(part: str) -> str:

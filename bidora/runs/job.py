@@ -78,7 +78,12 @@ def train(
     folder = RunFolder(
         settings.folder, settings.overwrite or dry_run, resume=resume, look=dry_run
     )
-    examples = read_examples(settings, listener, searches=method.holds_back)
+    examples = read_examples(
+        settings,
+        listener,
+        searches=method.holds_back,
+        stops_early=settings.early_stopping_patience is not None,
+    )
     if not score_test:
         kept = {n: r for n, r in examples.rows.items() if not n.startswith("test")}
         examples.rows = kept
@@ -251,6 +256,13 @@ class _Job(Prepared):
         schema, task = self.examples.schema, self.examples.task
         return schema.metric or task.main_metric
 
+    @property
+    def judge(self) -> str | None:
+        """The set that decides when to stop; None where all steps are taken."""
+        if self.settings.early_stopping_patience is None:
+            return None
+        return "held_back" if self.examples.outer else "validation"
+
     def loading_code(self, folder: Path) -> str:
         """Return lines that load what is saved there, on this machine."""
         return self.method.loading_code(
@@ -311,7 +323,7 @@ class _Job(Prepared):
                 steps += arguments_of_phase(args, "retrain").max_steps
         points = settings.max_steps / max(1, args.eval_steps) + 1
         evaluated = len(self.sets.get("test", ())) * (len(self.method.phases) + 1)
-        evaluated += 3 * CURVE_EXAMPLES * points
+        evaluated += sum(map(len, self._curve_sets().values())) * points
         # A forward is about half of a step, and less with examples sorted by length.
         steps += 0.3 * evaluated / size
         steps *= settings.gradient_accumulation_steps
@@ -372,6 +384,12 @@ class _Job(Prepared):
         )
         self.probe, self.baseline = found.result, found.baseline
 
+    def _train_set(self) -> Any:
+        """Return what the Trainer trains on; that of a search divides it itself."""
+        if self.judge == "held_back":
+            return self.sets["train"].select(self.examples.inner)
+        return self.sets["train"]
+
     def _final_sets(self) -> dict[str, Any]:
         """Return what the end of a phase is scored on, whole."""
         sets = {n: d for n, d in self.sets.items() if n != "train"}
@@ -380,7 +398,10 @@ class _Job(Prepared):
         return {name: by_length(data) for name, data in sets.items()}
 
     def _curve_sets(self) -> dict[str, Any]:
-        """Return what the curves are measured on; the test part is not among it."""
+        """Return what the curves are measured on; the test part is not among it.
+
+        What decides when to stop is whole, the others are samples.
+        """
         sets = {"train": self.sets["train"].select(self.examples.inner)}
         if self.examples.outer:
             sets["held_back"] = self.sets["train"].select(self.examples.outer)
@@ -389,7 +410,11 @@ class _Job(Prepared):
         return {
             name: by_length(
                 data.shuffle(seed=self.settings.seed).select(
-                    range(min(CURVE_EXAMPLES, len(data)))
+                    range(
+                        len(data)
+                        if name == self.judge
+                        else min(CURVE_EXAMPLES, len(data))
+                    )
                 )
             )
             for name, data in sets.items()
@@ -436,10 +461,16 @@ class _Job(Prepared):
         }
         if settings.gradient_checkpointing:  # its older name warns, whatever it is
             arguments["gradient_checkpointing"] = True
+        if self.judge:
+            arguments |= {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": f"{self.judge}_{self.metric}",
+                "greater_is_better": task.greater_is_better,
+            }
         arguments |= settings.trainer
         given: dict[str, Any] = {
             "model": self.model,
-            "train_dataset": self.sets["train"],
+            "train_dataset": self._train_set(),
             "eval_dataset": self._curve_sets(),
             "data_collator": self.collate,
             "compute_metrics": lambda p: task.metrics(
@@ -462,6 +493,15 @@ class _Job(Prepared):
             raise UserError(str(error)) from error
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
+        if self.judge:
+            from bidora.methods.early_stopping import EarlyStopping
+
+            trainer.add_callback(EarlyStopping(settings.early_stopping_patience))
+        if settings.average_last:
+            from bidora.methods.averaging import AverageLast
+
+            last = "search" if settings.retrain == "none" else self.method.phases[-1]
+            trainer.add_callback(AverageLast(trainer, settings.average_last, last))
         return trainer
 
     def save(self, folder: RunFolder, result: RunResult) -> None:

@@ -145,7 +145,7 @@ class Recorder(TrainerCallback):
         started = time.perf_counter()
         scores = {}
         for name, data in self.sets.items():
-            if name == "held_back" and self.phase != "search":
+            if name == "held_back" and self.phase == "retrain":
                 continue  # it is trained on
             found = self.trainer.predict(data, metric_key_prefix=name).metrics
             scores[name] = scores_of(found, f"{name}_")
@@ -159,6 +159,7 @@ class Recorder(TrainerCallback):
             self._outer_steps,
             tuple(self._skipped),
             self._notes[-1] if self._notes else "",
+            state.best_global_step if args.load_best_model_at_end else None,
         )
         self.results[self.phase] = result
         self.record({"phase": self.phase, "result": dataclasses.asdict(result)})

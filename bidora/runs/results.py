@@ -69,6 +69,8 @@ class PhaseResult:
         outer_steps: Steps of the magnitudes.
         skipped: Why an outer step was skipped, once for each that was.
         note: What the estimator last said about the trustworthiness of its result.
+        best_global_step: The step whose weights the phase ends with, where these are the
+            best ones and not the last.
     """
 
     name: str
@@ -79,6 +81,7 @@ class PhaseResult:
     outer_steps: int = 0
     skipped: tuple[str, ...] = ()
     note: str = ""
+    best_global_step: int | None = None
 
     @property
     def test(self) -> dict[str, float]:

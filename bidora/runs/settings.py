@@ -21,6 +21,15 @@ from bidora.methods.registry import METHODS
 
 __all__ = ["JobSettings", "TrainSettings", "default_folder", "option"]
 
+OF_BEST_WEIGHTS = (
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "save_strategy",
+    "eval_strategy",
+)
+"""Fields of `TrainingArguments` that decide which weights a Trainer ends with."""
+
 OTHER_LENGTH = 128
 """Tokens kept of an example where its data does not suggest another number."""
 
@@ -226,7 +235,7 @@ class JobSettings:
     )
     validation_fraction: float = option(
         defaults.VALIDATION_FRACTION,
-        "part of the training examples held back for the magnitudes",
+        "part of the training examples held back for the magnitudes, or for early stopping",
         SEARCH,
     )
     orthogonality: float = option(
@@ -404,6 +413,9 @@ class TrainSettings(JobSettings):
         "search and retraining",
         TRAINING,
     )
+    loraplus_lr_ratio: float = option(
+        16.0, "rate of B over that of A (method lora-plus)", ADAPTER
+    )
     gradient_accumulation_steps: int = option(1, "batches that make one step", TRAINING)
     outer_learning_rate: float | None = option(
         None, "rate of the magnitudes", TRAINING, shown="as --learning-rate"
@@ -416,6 +428,21 @@ class TrainSettings(JobSettings):
     )
     lr_scheduler_type: str = option(
         "linear", "how the rates fall after that, as transformers calls it", TRAINING
+    )
+    average_last: float = option(
+        0.0,
+        "end the last phase with the average of the weights after its last steps: their "
+        "share of its steps, such as 0.5 (0: with the last weights)",
+        TRAINING,
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "stop after so many evaluations (--eval-steps) without a better main metric, and "
+        "keep the best weights; judged on the validation part, or on "
+        "--validation-fraction of the training examples, which are not trained on then "
+        "(methods of one phase)",
+        TRAINING,
+        shown="all steps, and the last weights",
     )
     bf16: bool = option(False, "compute in bfloat16 (autocast)", TRAINING)
     gradient_checkpointing: bool = option(
@@ -514,7 +541,7 @@ class TrainSettings(JobSettings):
                 "outer_every",
                 "eval_steps",
             ),
-            (1, "retrain_max_steps"),
+            (1, "retrain_max_steps", "early_stopping_patience"),
             (0, "outer_warmup_steps", "audit_every"),
         )
         for name in ("outer_learning_rate", "retrain_learning_rate"):
@@ -522,11 +549,30 @@ class TrainSettings(JobSettings):
         self._check(
             "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
         )
-        self._check("warmup_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        self._check("loraplus_lr_ratio", lambda x: x >= 1, "a number of 1 or more")
+        for name in ("warmup_ratio", "average_last"):
+            self._check(name, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        self._check_which_weights()
         if self.hub_model_id and not self.push_to_hub:
             raise UserError(
                 "--hub-model-id says where to upload, and --push-to-hub, which uploads, "
                 "is not given; add it."
+            )
+
+    def _check_which_weights(self) -> None:
+        """Refuse two answers to which weights a run ends with."""
+        average, patience = self.average_last, self.early_stopping_patience
+        if average and patience:
+            raise UserError(
+                f"--average-last {average:g} ends with the average of the last weights, "
+                f"and --early-stopping-patience {patience} with the best ones; choose one."
+            )
+        given = [n for n in OF_BEST_WEIGHTS if n in self.trainer]
+        if given and (average or patience):
+            option = "--average-last" if average else "--early-stopping-patience"
+            raise UserError(
+                f"trainer.{given[0]} and {option} both decide which weights a run ends "
+                "with; leave one out."
             )
 
     @property

@@ -277,7 +277,8 @@ class BiDoRAMixin(PrivateTrainer):
         part_tensorboard(self)
         name_phases(self)
         if found is not None and found.finished:
-            output = end_again(self, found)
+            self._restore(found)
+            output = end_again(self, found.path)
         else:
             path = None if found is None else str(found.path)
             output = super().train(resume_from_checkpoint=path, **kwargs)

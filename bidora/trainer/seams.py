@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from bidora.trainer.checkpoint import SPLIT_FILE, Checkpoint, write_json
+from bidora.trainer.checkpoint import SPLIT_FILE, write_json
 from bidora.trainer.upstream import TRAINER_STATE
 
 __all__ = [
@@ -78,18 +78,18 @@ def read_state(folder: Path) -> TrainerState | None:
     return TrainerState.load_from_json(str(path)) if path.is_file() else None
 
 
-def end_again(trainer: Any, found: Checkpoint) -> TrainOutput:
+def end_again(trainer: Any, folder: Path) -> TrainOutput:
     """Begin and end a phase that was over when the run was stopped.
 
     Args:
-        trainer: the trainer.
-        found: the last checkpoint of the phase.
+        trainer: the trainer, with the values of that checkpoint in its model, and with
+            `load_values_of`.
+        folder: the last checkpoint of the phase.
 
     Returns:
         That of a phase without a step.
     """
-    trainer._restore(found)
-    state = TrainerState.load_from_json(str(found.path / TRAINER_STATE))
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
     args, ends, trainer.state = trainer.args, trainer.callback_handler, state
     # Callbacks see the phase end: when it did, they may not have.
     trainer.control = ends.on_train_begin(args, state, trainer.control)

@@ -29,6 +29,7 @@ __all__ = [
     "frozen_new_head",
     "has_the_models_loss",
     "items_in",
+    "load_checkpoint_values",
     "loss_is_scaled",
     "name_phases",
     "part_tensorboard",
@@ -206,6 +207,16 @@ def choose_order(loader: Any, generator: torch.Generator) -> None:
         if getattr(sampler, "generator", generator) is None:
             sampler.generator = generator
         batches = getattr(batches, "batch_sampler", None)
+
+
+def load_checkpoint_values(trainer: Any, folder: str) -> None:
+    """Put the values of a checkpoint into the model, as the Trainer itself does.
+
+    Args:
+        trainer: The trainer.
+        folder: The checkpoint.
+    """
+    trainer._load_from_checkpoint(folder)
 
 
 def was_stopped(state: Mapping[str, Any]) -> bool:

@@ -15,7 +15,12 @@ from bidora import load_run
 from bidora.dora import exact_dora_layers
 from bidora.errors import UserError
 from bidora.methods import METHODS, make_method
-from bidora.methods.base import OF_ADAPTERS, OF_MAGNITUDES, SEARCH_ONLY
+from bidora.methods.base import (
+    OF_ADAPTERS,
+    OF_LORA_PLUS,
+    OF_MAGNITUDES,
+    SEARCH_ONLY,
+)
 from bidora.runs.settings import TrainSettings
 from tests.tolerances import error, tol
 
@@ -65,6 +70,7 @@ def test_phases_are_those_of_the_method(finished: Run, name: str) -> None:
     [
         ("lora", LORA + HEAD),
         ("rslora", LORA + HEAD),
+        ("lora-plus", LORA + HEAD),
         ("dora-peft", LORA + MAGNITUDES + HEAD),
         ("dora", LORA + MAGNITUDES + HEAD),
         ("houlsby", HOULSBY + HEAD),
@@ -149,6 +155,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lora_alpha": 3.0,
     "lora_dropout": 0.5,
     "target_modules": ("query",),
+    "loraplus_lr_ratio": 2.0,
 }
 
 
@@ -165,18 +172,45 @@ def test_settings_without_a_meaning_are_refused(method: str, name: str) -> None:
 
 
 def test_what_each_method_ignores() -> None:
-    assert set(OTHER_VALUES) == {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS}
-    assert set(useless("full")) == set(OTHER_VALUES)
-    assert set(useless("lora")) == {*SEARCH_ONLY, *OF_MAGNITUDES}
-    assert set(useless("dora")) == set(SEARCH_ONLY)  # magnitudes have a rate
+    assert set(OTHER_VALUES) == {
+        *SEARCH_ONLY,
+        *OF_MAGNITUDES,
+        *OF_ADAPTERS,
+        *OF_LORA_PLUS,
+    }
+    for name in ("full", "bitfit"):
+        assert set(useless(name)) == set(OTHER_VALUES)
+    for name in ("lora", "rslora", "dora-peft"):
+        assert set(useless(name)) == {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS}
+    assert set(useless("lora-plus")) == {*SEARCH_ONLY, *OF_MAGNITUDES}
+    assert set(useless("dora")) == {*SEARCH_ONLY, *OF_LORA_PLUS}  # a rate of magnitudes
     assert set(useless("houlsby")) == set(OTHER_VALUES) - {"lora_r"}
-    assert not useless("bidora")
+    assert set(useless("bidora")) == set(OF_LORA_PLUS)
     # Nothing is held back, and nothing is retrained.
-    assert useless("bidora-one-split") == ["validation_fraction"]
-    assert useless("bidora-no-retraining") == [
+    assert set(useless("bidora-one-split")) == {*OF_LORA_PLUS, "validation_fraction"}
+    assert set(useless("bidora-no-retraining")) == {
+        *OF_LORA_PLUS,
         "retrain_learning_rate",
         "retrain_max_steps",
-    ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "remedy"),
+    [
+        ("lora", ("estimator",), "or choose --method bidora."),
+        ("full", ("lora_r",), "or choose --method bidora."),
+        ("full", ("loraplus_lr_ratio", "lora_r"), "or choose --method lora-plus."),
+        ("full", ("loraplus_lr_ratio", "estimator"), "Leave it out."),
+    ],
+)
+def test_the_remedy_is_a_method_that_takes_the_settings(
+    method: str, given: tuple[str, ...], remedy: str
+) -> None:
+    values = {name: OTHER_VALUES[name] for name in given}
+    with pytest.raises(UserError) as refused:
+        make_method(method).check(TrainSettings(method=method, **values))
+    assert str(refused.value).endswith(remedy)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def test_biases_and_norms_never_decay(
         assert set(found) <= {n for n, _ in run.job.model.named_parameters()}
         assert any(is_bias_or_norm(n) for n in found)
         for parameter, (rate, decay) in found.items():
-            assert rate == 1e-2, (phase, parameter)
+            fast = name == "lora-plus" and ("lora_B" in parameter or decay == 0.0)
+            assert rate == pytest.approx(0.16 if fast else 1e-2), (phase, parameter)
             assert decay == (0.0 if is_bias_or_norm(parameter) else 0.1), parameter
         with_magnitudes = phase == "search" or name in ("dora", "dora-peft")
         assert any(map(is_magnitude, found)) == with_magnitudes
@@ -65,6 +66,23 @@ def test_magnitudes_have_a_rate_and_a_decay_of_their_own(
     for name, values in found.items():
         inner = (0.1, 0.0 if is_bias_or_norm(name) else 0.2)
         assert values == ((0.3, 0.4) if is_magnitude(name) else inner), name
+
+
+def test_a_rate_of_its_own_splits_a_group_and_comes_after_the_usual_one() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    decaying, rates = {"0.weight", "1.weight"}, {"0.weight": 0.01, "1.bias": 0.3}
+    groups = parameter_groups(model, decaying, lr=0.1, weight_decay=0.2, rates=rates)
+    names = {id(p): n for n, p in model.named_parameters()}
+    told = [
+        ([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"])
+        for g in groups
+    ]
+    assert told == [
+        (["1.weight"], 0.1, 0.2),
+        (["0.bias"], 0.1, 0.0),
+        (["0.weight"], 0.01, 0.2),
+        (["1.bias"], 0.3, 0.0),
+    ]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
