@@ -113,6 +113,7 @@ def train(
                     {
                         **settings.as_dict(),
                         "max_length": job.length,
+                        "pooling": job.pooling,
                         "started_in": str(Path.cwd()),
                     },
                 )
