@@ -201,8 +201,10 @@ def _fit_labels(x: np.ndarray, features: Features) -> _Fitted:
     if len(x) < 2 * FOLDS:
         return (*fit(every, USUAL_STRENGTH), USUAL_STRENGTH)
     losses = np.zeros(len(FEW_STRENGTHS))
-    parts = KFold(3, shuffle=True, random_state=0).split(every[:ENOUGH])
-    for first, second in parts:
+    # The first of a file may be all of one kind.
+    some = np.random.default_rng(0).permutation(every)[:ENOUGH]
+    for first, second in KFold(3).split(some):
+        first, second = some[first], some[second]
         for i, strength in enumerate(FEW_STRENGTHS):
             weight, bias = fit(first, strength)
             logits = x[second] @ weight.T + bias
