@@ -183,13 +183,13 @@ def load_base(
 
     from bidora.pooling import PooledModel
 
-    how = _resolve_pooling(source, task, pooling)
+    how, was_pooled = _resolve_pooling(source, task, pooling)
     torch.manual_seed(seed)
     pooled = how != "head"
     auto: Any = getattr(transformers, "AutoModel" if pooled else task.auto_model)
     loaded: Any = _load(
         source,
-        auto.from_pretrained,
+        (PooledModel if was_pooled else auto).from_pretrained,
         "model",
         **task.model_kwargs(schema),
         ignore_mismatched_sizes=True,
@@ -200,11 +200,12 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     if not pooled:
         return Base(source, model, _head_modules(model, info), task.peft_type)
+    new = {key.rsplit(".", 1)[0].removeprefix("body.") for key in info["missing_keys"]}
+    new = {n for n in new if n != "head" and not n.startswith("pooler.")}
+    model = model.body if was_pooled else model
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # nothing reads it
     model.config.pooling = how
-    new = {key.rsplit(".", 1)[0] for key in info["missing_keys"]}
-    new = {name for name in new if not name.startswith("pooler.")}
     torch.manual_seed(seed)  # the head's values do not depend on the body's loading
     whole = PooledModel(model.config, model)
     return Base(
@@ -216,38 +217,47 @@ def load_base(
     )
 
 
-def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> str:
+def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> tuple[str, bool]:
     """Return how tokens are pooled: the model's own way where nothing is asked for.
+
+    Returns:
+        The pooling, and whether the model was saved whole as a `PooledModel`, from which
+        its body has to be taken.
 
     Raises:
         UserError: If the task or the model has no such pooling.
     """
     from bidora.pooling import own_pooling
 
-    if task.peft_type != "SEQ_CLS":
-        if pooling not in ("auto", "head"):
-            raise UserError(
-                f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
-                "one for each word; leave it out."
-            )
-        return "head"
-    if pooling == "head":
-        return pooling
+    if task.peft_type != "SEQ_CLS" and pooling not in ("auto", "head"):
+        raise UserError(
+            f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
+            "one for each word; leave it out."
+        )
     from transformers import AutoConfig
 
     config: Any = _load(source, AutoConfig.from_pretrained, "model")
+    was_pooled = "PooledModel" in (config.architectures or ())
+    if was_pooled and (pooling == "head" or task.peft_type != "SEQ_CLS"):
+        raise UserError(
+            f"{source.name!r} was saved by a run of bidora with a linear head on pooled "
+            f"tokens, which the stock class that --pooling head or {task.name} needs "
+            "does not read. Pass the model that the run started from."
+        )
+    if pooling == "head" or task.peft_type != "SEQ_CLS":
+        return "head", False
+    two_parts = getattr(config, "is_encoder_decoder", False)
     if pooling == "auto":
-        saved = getattr(config, "pooling", None)  # a model that was saved whole
-        if isinstance(saved, str):
-            return saved
-        found = own_pooling(source.location, is_local=source.is_local)
-        return found or "head"
-    if getattr(config, "is_encoder_decoder", False):
+        if was_pooled:
+            return config.pooling, True
+        own = own_pooling(source.location, is_local=source.is_local)
+        return "head" if two_parts or own is None else own, False
+    if two_parts:
         raise UserError(
             f"--pooling {pooling}: {source.name!r} is an encoder and a decoder, whose "
             "stock head reads the decoder; leave --pooling out."
         )
-    return pooling
+    return pooling, was_pooled
 
 
 def longest_input(model: Any) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bidora.defaults import POOLINGS
@@ -33,7 +33,8 @@ def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
     r"""Return one vector a sequence of token states.
 
     `mean` is $\sum_t m_t h_t / \sum_t m_t$; `max` is taken by coordinate; `first` and
-    `last` are the states of the first and the last token that the mask keeps.
+    `last` are the states of the first and the last token that the mask keeps. A sequence
+    of padding alone has no tokens: their mean and maximum are 0 by definition.
 
     Args:
         states: `(batch, tokens, width)`.
@@ -52,20 +53,22 @@ def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
         >>> pool(states, torch.tensor([[1, 1, 0]]), "mean").item()
         2.0
     """
-    kept = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+    if how not in POOLINGS[2:]:
+        raise ValueError(f"unknown pooling {how!r}; choose {', '.join(POOLINGS[2:])}.")
+    # Places and counts are whole numbers: those above 256 are not all in bfloat16.
+    kept = states.new_ones(states.shape[:2]) if mask is None else mask
+    kept = (kept != 0).long()
     if how == "mean":
-        # A sequence of padding alone has no tokens, and the mean of none is 0.
         count = kept.sum(1, keepdim=True).clamp(min=1)
-        return (states * kept.unsqueeze(-1)).sum(1) / count
+        total = (states * kept.unsqueeze(-1).to(states.dtype)).sum(1)
+        return total / count.to(states.dtype)
     if how == "max":
-        lowest = torch.finfo(states.dtype).min
-        return states.masked_fill(kept.unsqueeze(-1) == 0, lowest).amax(1)
-    if how not in ("first", "last"):
-        raise ValueError(f"unknown pooling {how!r}; choose mean, first, last or max.")
-    places = torch.arange(states.shape[1], device=states.device)
-    first, last = kept.argmax(1), (kept * places).argmax(1)
-    rows = torch.arange(len(states), device=states.device)
-    return states[rows, first if how == "first" else last]
+        hidden = kept.unsqueeze(-1) == 0
+        largest = states.masked_fill(hidden, torch.finfo(states.dtype).min).amax(1)
+        return largest.masked_fill(hidden.all(1), 0.0)
+    rows, places = (torch.arange(n, device=states.device) for n in states.shape[:2])
+    found = kept if how == "first" else kept * places
+    return states[rows, found.argmax(1)]
 
 
 class PooledModel(PreTrainedModel):
@@ -95,10 +98,14 @@ class PooledModel(PreTrainedModel):
     """
 
     base_model_prefix = "body"
+    config_class: Any = AutoConfig  # that of whatever body it is
     supports_gradient_checkpointing = True
     # The body has decided that already.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
+    # Its loss is the mean of the batch: a Trainer must not hand it (and so the body) the
+    # count of examples in all batches of a step, nor take the loss to be divided by it.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: Any, body: PreTrainedModel | None = None) -> None:
         """Put the body under a new head."""
@@ -170,7 +177,8 @@ def own_pooling(location: str, *, is_local: bool) -> str | None:
         )
         if folder is None:
             return None
-        config = _read(location, f"{folder}/config.json", is_local=is_local) or {}
+        file = f"{folder}/config.json".removeprefix("/")
+        config = _read(location, file, is_local=is_local) or {}
         chosen = [FLAGS.get(name, "") for name, is_on in config.items()
                   if name.startswith("pooling_mode_") and is_on]  # fmt: skip
         named = config.get("pooling_mode")  # newer files have one word

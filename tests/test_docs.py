@@ -75,6 +75,7 @@ PAGES = (
     "bidora.md",
     "tasks/your-own.md",
     "methods.md",
+    "probe.md",
     "predict.md",
     "trainer.md",
     "examples/ridge.md",
@@ -146,7 +147,7 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert blocks(page, "python"), "a page without an example"
     monkeypatch.chdir(tmp_path)
-    if page in ("trainer.md", "predict.md", "tasks/your-own.md"):
+    if page in ("trainer.md", "probe.md", "predict.md", "tasks/your-own.md"):
         # The bundled encoder takes minutes of a core.
         folder = str(tiny_encoder(tmp_path / "encoder"))
         found = ModelSource("tiny", folder, is_local=True)
@@ -324,7 +325,12 @@ def test_the_bidora_page_lists_every_option() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["methods.md", "predict.md", *(f"tasks/{n}.md" for n in ("index", *TASK_PAGES))],
+    [
+        "methods.md",
+        "predict.md",
+        "probe.md",
+        *(f"tasks/{n}.md" for n in ("index", *TASK_PAGES)),
+    ],
 )
 def test_options_that_a_page_names_exist(page: str) -> None:
     known = options("train") | options("predict")

@@ -19,7 +19,7 @@ POOLED = {
         pooled = states[torch.arange(len(states)), attention_mask.argmax(1)]
 """,
     "last": """\
-        places = attention_mask * torch.arange(attention_mask.shape[1])
+        places = attention_mask * torch.arange(states.shape[1], device=states.device)
         pooled = states[torch.arange(len(states)), places.argmax(1)]
 """,
 }

@@ -119,8 +119,9 @@ def _read(
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [m.register_forward_hook(note) for m in ([layer] if layer else linears)]
     device = next(model.parameters()).device
+    inputs = {name: t.to(device) for name, t in batch.items()}
     try:
-        logits = model(**{name: t.to(device) for name, t in batch.items()}).logits
+        logits = model(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -131,12 +132,34 @@ def _read(
             same = (output == logits.unsqueeze(1)).all(-1)
             if bool(same.any(1).all()):
                 place = same.to(torch.int8).argmax(1)
+                if bool((same.sum(1) > 1).any()):  # logits do not tell the tokens apart
+                    place = _chosen(model, inputs, module)
                 return module, read[torch.arange(len(read)), place]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     raise UserError(
         f"no probe can be fitted: the outputs of {type(inner).__name__} are not those of "
         "its last linear layer. Start from random values instead: --start random."
     )
+
+
+def _chosen(model: Any, inputs: Mapping[str, Tensor], layer: nn.Linear) -> Tensor:
+    """Return the place of the token whose logits a decoder returns, by row.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: A batch.
+        layer: Its last layer, which gives the places in place of logits.
+    """
+
+    def place(module: Any, args: Any, output: Tensor) -> Tensor:
+        tokens = torch.arange(output.shape[1], device=output.device)
+        return tokens.view(1, -1, 1).expand(output.shape).double()
+
+    hook = layer.register_forward_hook(place)
+    try:
+        return model(**inputs).logits[:, 0].long()
+    finally:
+        hook.remove()
 
 
 @contextmanager

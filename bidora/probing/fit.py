@@ -105,6 +105,7 @@ def fit_linear(features: Features) -> LinearFit:
         (2.0, 1.1)
     """
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     if not np.isfinite(features.values).all():
         raise UserError(
@@ -112,13 +113,15 @@ def fit_linear(features: Features) -> LinearFit:
             "model or its precision is at fault."
         )
     scaler = StandardScaler(with_mean=features.has_bias).fit(features.values)
-    x = scaler.transform(features.values)
+    x = np.asarray(scaler.transform(features.values))
     fit = {"classes": _fit_classes, "labels": _fit_labels, "numbers": _fit_numbers}
-    with warnings.catch_warnings():
+    # One thread sums in one order on every machine; and where cores are shared, threads
+    # that wait for each other take many times as long.
+    with threadpool_limits(1), warnings.catch_warnings():
         # A fit that has not quite converged is a fine start; and what scikit-learn will
         # change in later versions is no concern of those who call this.
         warnings.filterwarnings("ignore", module="sklearn")
-        weight, bias, penalty = fit[features.kind](np.asarray(x), features)
+        weight, bias, penalty = fit[features.kind](x, features)
     weight = weight / scaler.scale_
     if features.has_bias:
         bias = bias - weight @ scaler.mean_
@@ -201,8 +204,10 @@ def _fit_labels(x: np.ndarray, features: Features) -> _Fitted:
     if len(x) < 2 * FOLDS:
         return (*fit(every, USUAL_STRENGTH), USUAL_STRENGTH)
     losses = np.zeros(len(FEW_STRENGTHS))
-    parts = KFold(3, shuffle=True, random_state=0).split(every[:ENOUGH])
-    for first, second in parts:
+    # The first of a file may be all of one kind.
+    some = np.random.default_rng(0).permutation(every)[:ENOUGH]
+    for first, second in KFold(3).split(some):
+        first, second = some[first], some[second]
         for i, strength in enumerate(FEW_STRENGTHS):
             weight, bias = fit(first, strength)
             logits = x[second] @ weight.T + bias

@@ -71,7 +71,8 @@ def probe(
     dataset = trainer.train_dataset if dataset is None else dataset
     found = _fit_into(trainer.model, dataset, collator or trainer.data_collator)
     if hasattr(trainer, "outer_level"):
-        trainer.add_callback(StartFromProbe(trainer))
+        trainer.remove_callback(StartFromProbe)  # that of an earlier call
+        trainer.add_callback(StartFromProbe(trainer, collator))
     return found
 
 
@@ -82,10 +83,12 @@ class StartFromProbe(TrainerCallback):
 
     Args:
         trainer: A `BiDoRATrainer`.
+        collator: As for `probe`.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, collator: Any = None) -> None:
         self.trainer = trainer
+        self.collator = collator or trainer.data_collator
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, **kwargs: Any
@@ -96,7 +99,7 @@ class StartFromProbe(TrainerCallback):
             return
         if trainer.phase == "retrain" and args.bidora_settings()["retrain"] != "fresh":
             return
-        _fit_into(trainer.model, trainer.train_dataset, trainer.data_collator)
+        _fit_into(trainer.model, trainer.train_dataset, self.collator)
 
 
 def _fit_into(model: Any, dataset: Any, collator: Any) -> Probe:

@@ -156,37 +156,40 @@ def _draw(
     Raises:
         UserError: If there are too few.
     """
-    told = []
-    asked = {
-        "test": settings.max_test_samples,
-        "validation": settings.max_validation_samples,
-    }
-    pool = rows["train"]
-    few = settings.max_train_samples is not None and settings.max_train_samples < len(
-        pool
-    )
-    wanted = asked["validation"]
-    if "validation" not in rows and wanted is not None and few:
-        left = len(pool) - (settings.max_train_samples or 0)
+    told: list[str] = []
+
+    def drawn(part: str, most: int, seed: int, of: str) -> list[int]:
+        try:
+            return task.draw(rows[of], schema, most, seed)
+        except UserError as error:
+            raise UserError(f"--max-{part}-samples {most}: {error}") from error
+
+    most = settings.max_train_samples
+    wanted = settings.max_validation_samples
+    if wanted is not None and "validation" not in rows:
+        left = 0 if most is None else max(0, len(rows["train"]) - most)
         if left < wanted:
             raise UserError(
-                f"--max-validation-samples {wanted}: of the {len(pool)} training "
-                f"examples, --max-train-samples leaves out {left}. Ask for fewer of "
-                "either."
+                f"--max-validation-samples {wanted}: the data has no validation examples, "
+                f"and of its {len(rows['train'])} training examples --max-train-samples "
+                f"leaves out {left}. Ask for fewer of either, or give "
+                "--validation-file."
             )
-        drawn = set(task.draw(pool, schema, wanted, 0))
-        rows["validation"] = pool.select(sorted(drawn))
-        rows["train"] = pool.select([i for i in range(len(pool)) if i not in drawn])
+        found = set(drawn("validation", wanted, 0, "train"))
+        others = [i for i in range(len(rows["train"])) if i not in found]
+        rows["validation"] = rows["train"].select(sorted(found))
+        rows["train"] = rows["train"].select(others)
         told.append(f"{wanted} training examples are for validation.")
-    for part, most in asked.items():
-        if part in rows and most is not None and most < len(rows[part]):
-            told.append(f"{most} of {len(rows[part])} {part} examples are used.")
-            rows[part] = rows[part].select(task.draw(rows[part], schema, most, 0))
-    if few:
-        most = settings.max_train_samples or 0
-        told.append(f"{most} of {len(rows['train'])} training examples are used.")
-        chosen = task.draw(rows["train"], schema, most, settings.seed)
-        rows["train"] = rows["train"].select(chosen)
+    for part, count, seed in (
+        ("test", settings.max_test_samples, 0),
+        ("validation", wanted, 0),
+        ("train", most, settings.seed),
+    ):
+        if count is not None and count < len(rows[part]):
+            told.append(
+                f"{count} of {len(rows[part])} {_words(part)} examples are used."
+            )
+            rows[part] = rows[part].select(drawn(part, count, seed, part))
     return "".join(f" {sentence}" for sentence in told)
 
 

@@ -118,6 +118,7 @@ def train(
                     {
                         **settings.as_dict(),
                         "max_length": job.length,
+                        "pooling": job.pooling,
                         "started_in": str(Path.cwd()),
                     },
                 )

@@ -48,7 +48,7 @@ def draw_curves(
         title: What stands above.
         metric: The score that is drawn below the loss.
     """
-    probe = next((r["result"] for r in history if r["phase"] == "probe"), None)
+    probe = next((r.get("result") for r in history if r["phase"] == "probe"), None)
     history = [r for r in history if r["phase"] != "probe"]
     phases = list(dict.fromkeys(record["phase"] for record in history))
     if not phases:

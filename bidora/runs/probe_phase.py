@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from bidora.errors import UserError
 from bidora.probing import Probe, StartFromProbe, constant_answer, probe
@@ -61,15 +62,18 @@ def run_probe(
     Raises:
         UserError: If the probe is the method, and the model has no linear head.
     """
-    earlier = recorder.earlier(PHASE)
     if resume:
-        if hasattr(trainer, "outer_level") and job.settings.start == "probe":
+        earlier = recorder.earlier(PHASE)
+        possible = earlier is None or "impossible" not in earlier
+        searches = hasattr(trainer, "outer_level")
+        if searches and possible and job.settings.start == "probe":
             trainer.add_callback(StartFromProbe(trainer))
         return _as_recorded(earlier)
     is_method = job.settings.method == PHASE
     if not (is_method or scored or job.settings.start == "probe"):
         return ProbePhase()
-    first = {n: p.detach().clone() for n, p in _head_parameters(job)}
+    is_random = job.settings.start == "random" and not is_method
+    first = {n: p.detach().clone() for n, p in _trained(job)} if is_random else {}
     started = time.perf_counter()
     try:
         found = probe(trainer)
@@ -77,28 +81,33 @@ def run_probe(
         if is_method:
             raise
         listener.message(f"Probe  none: {error}")
+        recorder.record({"phase": PHASE, "impossible": str(error)})
         return ProbePhase()
     seconds = time.perf_counter() - started
     phase = ProbePhase()
     if is_method or scored:
-        phase = _score(trainer, recorder.sets, job, found, seconds)
+        # A loader draws a number, and the training shall not depend on who looked.
+        with torch.random.fork_rng():
+            result, baseline = _score(trainer, recorder.sets, job, found, seconds)
+        phase = ProbePhase(result, baseline)
         recorder.record(
             {
                 "phase": PHASE,
-                "result": dataclasses.asdict(phase.result) if phase.result else None,
-                "baseline": phase.baseline,
+                "result": dataclasses.asdict(result),
+                "baseline": baseline,
             }
         )
-        _tell(phase, job, listener)
-    if job.settings.start == "random" and not is_method:
-        for name, parameter in _head_parameters(job):
+        _tell(result, baseline, job, listener)
+    if is_random:
+        trainer.remove_callback(StartFromProbe)
+        for name, parameter in _trained(job):
             parameter.data.copy_(first[name])
     return phase
 
 
 def _score(
     trainer: Any, sets: dict[str, Any], job: Prepared, found: Probe, seconds: float
-) -> ProbePhase:
+) -> tuple[PhaseResult, dict[str, dict[str, float]]]:
     """Score the model as it is now, and a constant answer beside it."""
     task, schema = job.examples.task, job.examples.schema
     constant = constant_answer(found.features)
@@ -115,33 +124,35 @@ def _score(
             np.broadcast_to(constant, shape), output.label_ids, schema
         )
     evaluating = time.perf_counter() - started
-    result = PhaseResult(PHASE, 0, seconds, evaluating, scores)
-    return ProbePhase(result, baseline)
+    return PhaseResult(PHASE, 0, seconds, evaluating, scores), baseline
 
 
-def _tell(phase: ProbePhase, job: Prepared, listener: Listener) -> None:
+def _tell(
+    result: PhaseResult,
+    baseline: dict[str, dict[str, float]],
+    job: Prepared,
+    listener: Listener,
+) -> None:
     metric = job.examples.schema.metric or job.examples.task.main_metric
-    if phase.result is None:
-        return
     shown = [
         f"{scores[metric]:.3f} on {name.replace('_', ' ')}"
-        for name, scores in phase.result.scores.items()
-        if metric in scores
+        for name, scores in result.scores.items()
     ]
-    constant = phase.baseline.get("test", {}).get(metric)
-    beside = "" if constant is None else f" (a constant answer: {constant:.3f})"
+    told = f"{metric.replace('_', ' ')} {', '.join(shown)}" if shown else "not scored"
+    if "test" in baseline:
+        told += f" (a constant answer: {baseline['test'][metric]:.3f})"
     listener.message(
-        f"Probe  {metric.replace('_', ' ')} {', '.join(shown)}{beside}: a linear head "
-        f"on the frozen model, fitted in {phase.result.seconds:.1f} s"
+        f"Probe  {told}: a linear head on the frozen model, fitted in "
+        f"{result.seconds:.1f} s"
     )
 
 
 def _as_recorded(entry: dict[str, Any] | None) -> ProbePhase:
-    if entry is None or entry.get("result") is None:
+    if entry is None or "result" not in entry:
         return ProbePhase()
     result = {**entry["result"], "skipped": tuple(entry["result"]["skipped"])}
     return ProbePhase(PhaseResult(**result), entry["baseline"])
 
 
-def _head_parameters(job: Prepared) -> list[tuple[str, Any]]:
+def _trained(job: Prepared) -> list[tuple[str, Any]]:
     return [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]

@@ -68,13 +68,12 @@ class Recorder(TrainerCallback):
         self._notes: list[str] = []
 
     def earlier(self, phase: str) -> Record | None:
-        """Return the record of a phase's result that the run goes on from, if any.
+        """Return the first record of a phase that the run goes on from, if any.
 
         Args:
             phase: Its name.
         """
-        kept = (r for r in self.history if r["phase"] == phase and "result" in r)
-        return next(kept, None)
+        return next((r for r in self.history if r["phase"] == phase), None)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, **kwargs: Any

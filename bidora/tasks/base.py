@@ -22,7 +22,7 @@ from bidora.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Rows", "Schema", "Task", "stratified_split"]
+__all__ = ["Rows", "Schema", "Task", "draw_in_proportion", "stratified_split"]
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,8 @@ class Task(ABC):
         if count >= len(rows):
             return list(range(len(rows)))
         strata = self.strata(rows, schema)
-        if strata is not None and len(set(strata)) > count:
-            raise UserError(
-                f"{count} of {len(rows)} examples are too few for one of each of the "
-                f"{len(set(strata))} classes. Ask for more."
-            )
+        if strata is not None:
+            return draw_in_proportion(strata, count, seed)
         # Splits round up: half an example less gives this very number.
         rest, found = self.split(rows, schema, (count - 0.5) / len(rows), seed)
         dealer = random.Random(seed)
@@ -363,6 +360,47 @@ def stratified_split(
         random_state=seed,
     )
     return sorted(first), sorted(second)
+
+
+def draw_in_proportion(strata: Sequence[Hashable], count: int, seed: int) -> list[int]:
+    """Draw indices, each stratum by its share and at least once.
+
+    Shares are rounded down, and what is left goes to those that lost most by it.
+
+    Args:
+        strata: The stratum of each example.
+        count: How many to draw, fewer than there are.
+        seed: Equal seeds give equal draws.
+
+    Returns:
+        Sorted indices.
+
+    Raises:
+        UserError: If that is fewer than one of each stratum.
+
+    Example:
+        >>> drawn = draw_in_proportion(["a"] * 6 + ["b"] * 3 + ["c"], 5, seed=0)
+        >>> [sum(i in part for i in drawn) for part in (range(6), range(6, 9), [9])]
+        [3, 1, 1]
+    """
+    places: dict[Hashable, list[int]] = {}
+    for place, stratum in enumerate(strata):
+        places.setdefault(stratum, []).append(place)
+    if len(places) > count:
+        raise UserError(
+            f"{count} of {len(strata)} examples are too few for one of each of the "
+            f"{len(places)} classes. Ask for more."
+        )
+    shares = {s: len(found) * count / len(strata) for s, found in places.items()}
+    taken = {s: max(1, int(share)) for s, share in shares.items()}
+    while (left := count - sum(taken.values())) != 0:
+        lost = {s: shares[s] - taken[s] for s in shares}
+        if left > 0:
+            taken[max(lost, key=lost.__getitem__)] += 1
+        else:  # to have one of each, the strata with most above their share give
+            taken[min((s for s in lost if taken[s] > 1), key=lost.__getitem__)] -= 1
+    dealer = random.Random(seed)
+    return sorted(i for s, n in taken.items() for i in dealer.sample(places[s], n))
 
 
 def _are_indices(strata: Sequence[Hashable], schema: Schema) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bidora.data.source import Source
 from bidora.data.table import Table, name_column
 from bidora.errors import UserError
-from bidora.tasks.base import Rows, Schema, stratified_split
+from bidora.tasks.base import Rows, Schema, draw_in_proportion, stratified_split
 from bidora.tasks.labels import BadValueError, has_decimal_commas, read_number
 from bidora.tasks.metrics import (
     REGRESSION_METRICS,
@@ -162,6 +162,14 @@ class Regression(TextTask):
         fewest = min(fraction, 1 - fraction) * len(rows)
         bins = max(1, min(BINS, int(fewest)))
         return stratified_split(_bins(rows.columns["labels"], bins), fraction, seed)
+
+    def draw(self, rows: Rows, schema: Schema, count: int, seed: int) -> list[int]:
+        """Draw examples, small and large labels among them."""
+        del schema
+        if count >= len(rows):
+            return list(range(len(rows)))
+        bins = _bins(rows.columns["labels"], min(BINS, count))
+        return draw_in_proportion(bins, count, seed)
 
     def model_kwargs(self, schema: Schema) -> dict[str, Any]:
         """Return one output, and the squared error."""

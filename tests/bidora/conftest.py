@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from bidora.methods import METHODS
 from bidora.runs.results import Listener, RunResult
 from bidora.runs.settings import TrainSettings
 
@@ -118,6 +119,24 @@ class Finished:
         with torch.no_grad():
             return model.eval()(**batch).logits
 
+    def condition_of_the_head(self) -> float:
+        """Return how much the head enlarges the rounding of what it reads.
+
+        A relative error of each entry of h is one of ‖|W||h| + |b|‖ over ‖Wh + b‖ in the
+        logits: much more than 1 where large weights cancel, as those of a probe do.
+        """
+        named = self.job.model.named_modules()
+        head: Any = next(m for n, m in named if n.endswith("classifier"))
+        read: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(
+            lambda module, given: read.append(given[0])
+        )
+        logits = self.logits().double()
+        hook.remove()
+        weight, bias = head.weight.double().abs(), head.bias.double().abs()
+        sizes = read[0].double().abs() @ weight.T + bias
+        return (sizes.norm() / logits.norm()).item()
+
 
 def trained_values(model: Any) -> dict[str, torch.Tensor]:
     """Return copies of what a method may train, by name."""
@@ -176,7 +195,7 @@ def finish(*, draws: bool = False, **given: Any) -> Finished:
         result,
         kept["job"],
         heard.lines,
-        kept["trainer"],
+        kept.get("trainer"),  # none of the probe's, which takes no step
         values,
         groups,
     )
@@ -211,7 +230,9 @@ def finished(
                 own |= {"budget": "full", "outer_every": 2, "outer_warmup_steps": 2}
             if method.startswith("bidora-"):
                 own |= {"max_steps": 4, "eval_steps": 4}
-            runs[method] = finish(**{**small_job, **own}, draws=method == "bidora")
+            refused = METHODS.get(method).ignores
+            given = {n: v for n, v in small_job.items() if n not in refused}
+            runs[method] = finish(**{**given, **own}, draws=method == "bidora")
         return runs[method]
 
     return run

@@ -19,7 +19,7 @@ from transformers import (
 
 from bidora.errors import UserError
 from bidora.methods import make_method
-from bidora.methods.bitfit import FILE
+from bidora.methods.partial import FILE
 from bidora.models import Base, ModelSource
 from bidora.runs.settings import TrainSettings
 

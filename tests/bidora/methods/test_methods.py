@@ -46,11 +46,12 @@ def test_what_was_trained_is_what_is_loaded(finished: Run, name: str) -> None:
     truth = run.logits()
     loaded, tokenizer = load_run(run.folder)
     assert not loaded.training
-    assert error(run.logits(loaded), truth) <= tol(torch.float32)
+    allowed = tol(torch.float32, cond=run.condition_of_the_head())
+    assert error(run.logits(loaded), truth) <= allowed
     lines: dict[str, Any] = {}
     exec(run.result.loading_code, lines)
     assert not lines["model"].training
-    assert error(run.logits(lines["model"]), truth) <= tol(torch.float32)
+    assert error(run.logits(lines["model"]), truth) <= allowed
     for found in (tokenizer, lines["tokenizer"]):
         assert found("apple")["input_ids"] == run.job.tokenizer("apple")["input_ids"]
 
@@ -74,6 +75,7 @@ def test_phases_are_those_of_the_method(finished: Run, name: str) -> None:
         ("dora-peft", LORA + MAGNITUDES + HEAD),
         ("dora", LORA + MAGNITUDES + HEAD),
         ("houlsby", HOULSBY + HEAD),
+        ("probe", HEAD),
     ],
 )
 def test_trained_parameters_are_counted(finished: Run, name: str, count: int) -> None:
@@ -156,6 +158,16 @@ OTHER_VALUES: dict[str, Any] = {
     "lora_dropout": 0.5,
     "target_modules": ("query",),
     "loraplus_lr_ratio": 2.0,
+    "average_last": 0.5,
+    "early_stopping_patience": 2,
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0.5),
+    "max_steps": 7,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "warmup_ratio": 0.5,
+    "lr_scheduler_type": "cosine",
+    "gradient_checkpointing": True,
+    "start": "random",
 }
 
 
@@ -172,19 +184,15 @@ def test_settings_without_a_meaning_are_refused(method: str, name: str) -> None:
 
 
 def test_what_each_method_ignores() -> None:
-    assert set(OTHER_VALUES) == {
-        *SEARCH_ONLY,
-        *OF_MAGNITUDES,
-        *OF_ADAPTERS,
-        *OF_LORA_PLUS,
-    }
+    others = {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS, *OF_LORA_PLUS}
     for name in ("full", "bitfit"):
-        assert set(useless(name)) == set(OTHER_VALUES)
+        assert set(useless(name)) == others
+    assert set(useless("probe")) == set(OTHER_VALUES) > others  # takes no step
     for name in ("lora", "rslora", "dora-peft"):
         assert set(useless(name)) == {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS}
     assert set(useless("lora-plus")) == {*SEARCH_ONLY, *OF_MAGNITUDES}
     assert set(useless("dora")) == {*SEARCH_ONLY, *OF_LORA_PLUS}  # a rate of magnitudes
-    assert set(useless("houlsby")) == set(OTHER_VALUES) - {"lora_r"}
+    assert set(useless("houlsby")) == others - {"lora_r"}
     assert set(useless("bidora")) == set(OF_LORA_PLUS)
     # Nothing is held back, and nothing is retrained.
     assert set(useless("bidora-one-split")) == {*OF_LORA_PLUS, "validation_fraction"}
