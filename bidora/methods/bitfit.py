@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from bidora import defaults
 from bidora.errors import UserError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bidora.runs.settings import JobSettings
 
 __all__ = ["BitFit", "biases"]
+
 
 def biases(model: nn.Module) -> list[str]:
     """Return the names of a model's biases, those of its norms among them.
