@@ -6,7 +6,7 @@ from typing import Any
 
 from bidora.tasks.base import Rows, Schema, Task
 
-__all__ = ["encode"]
+__all__ = ["by_length", "encode"]
 
 
 def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) -> Any:
@@ -40,3 +40,17 @@ def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) 
     finally:
         if shown:
             enable_progress_bars()
+
+
+def by_length(features: Any) -> Any:
+    """Return the features in the order of their lengths, for passes without gradients.
+
+    Batches of texts alike in length are padded least, and scores depend on no order.
+
+    Args:
+        features: What `encode` returned, or a part of it.
+    """
+    if "input_ids" not in features.column_names:
+        return features
+    lengths = [len(ids) for ids in features["input_ids"]]
+    return features.select(sorted(range(len(lengths)), key=lengths.__getitem__))

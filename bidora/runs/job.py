@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
-from bidora.runs.encoding import encode
+from bidora.runs.encoding import by_length, encode
 from bidora.runs.examples import Examples, read_examples
 from bidora.runs.folder import RunFolder
 from bidora.runs.results import Listener, PhaseResult, RunResult, environment
@@ -377,7 +377,7 @@ class _Job(Prepared):
         sets = {n: d for n, d in self.sets.items() if n != "train"}
         if self.examples.outer:
             sets["held_back"] = self.sets["train"].select(self.examples.outer)
-        return sets
+        return {name: by_length(data) for name, data in sets.items()}
 
     def _curve_sets(self) -> dict[str, Any]:
         """Return what the curves are measured on; the test part is not among it."""
@@ -387,8 +387,10 @@ class _Job(Prepared):
         if "validation" in self.sets:
             sets["validation"] = self.sets["validation"]
         return {
-            name: data.shuffle(seed=self.settings.seed).select(
-                range(min(CURVE_EXAMPLES, len(data)))
+            name: by_length(
+                data.shuffle(seed=self.settings.seed).select(
+                    range(min(CURVE_EXAMPLES, len(data)))
+                )
             )
             for name, data in sets.items()
         }
