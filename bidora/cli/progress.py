@@ -10,6 +10,9 @@ from bidora.runs.results import Listener
 
 __all__ = ["ProgressListener"]
 
+UNITS = {"compare": "run"}
+"""What is counted in a phase, where it is not steps."""
+
 
 class ProgressListener(Listener):
     """Write messages to one stream and a progress bar to another.
@@ -49,7 +52,7 @@ class ProgressListener(Listener):
         self._bar = tqdm(
             total=steps,
             desc=f"{name:<8}",
-            unit="step",
+            unit=UNITS.get(name, "step"),
             file=self._bar_stream,
             dynamic_ncols=True,
         )

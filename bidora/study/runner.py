@@ -121,6 +121,12 @@ def check_tasks(plan: Plan, listener: Listener) -> dict[str, str]:
             found = read_examples(grid.settings_of(cell), hears, searches=searches)
         except UserError as error:
             raise UserError(f"tasks.{task}: {error}") from error
+        there = len(found.rows["train"])
+        if there < size:
+            raise UserError(
+                f"tasks.{task}: `sizes` asks for {size} training examples, and there are "
+                f"{there}; give this task `sizes` of its own, `all` among them if you like."
+            )
         swept = [name for name in methods if grid.sweeps(name)]
         if swept and "validation" not in found.rows and task not in stopped:
             stopped[task] = (

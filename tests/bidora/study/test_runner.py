@@ -20,6 +20,7 @@ from bidora.errors import UserError
 from bidora.runs.results import Listener
 from bidora.study.folder import StudyFolder
 from bidora.study.plan import Study
+from bidora.study.pool import cores
 from bidora.study.records import Cell, Point, Record, read_records, write_record
 from bidora.study.runner import compare
 from bidora.study.settings import StudySettings
@@ -127,8 +128,7 @@ def test_a_comparison_leaves_a_record_of_every_run_and_a_report(
     assert one.settings["output_dir"] is None
     # What the environment asks for goes before: it may be set where tests run.
     share = os.environ.get("OMP_NUM_THREADS")
-    available = len(os.sched_getaffinity(0))
-    assert one.environment == {"threads": share or str(max(1, available // 2))}
+    assert one.environment == {"threads": share or str(max(1, cores() // 2))}
     assert multiprocessing.active_children() == []
 
 
@@ -362,6 +362,8 @@ def test_data_that_cannot_be_read_stops_before_anything_is_run(
 ) -> None:
     with pytest.raises(UserError, match=r"^tasks\.gone: "):
         run(small_grid(tasks={"gone": {"task": str(tmp_path / "gone.csv")}}))
+    with pytest.raises(UserError, match=r"words: `sizes` asks for 41 .* there are 40"):
+        run(small_grid(sizes=[20, 41]))
     assert files(tmp_path / "out") == {}
     run(small_grid())  # the folder is as good as new
 
