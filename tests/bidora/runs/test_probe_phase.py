@@ -72,8 +72,8 @@ def test_the_baseline_is_the_most_common_class(
     for part, lines in rows.items():
         (folder / f"{part}.csv").write_text("text,label\n" + "".join(lines))
     options.update(task=str(folder), method="probe", output_dir=str(tmp_path / "run"))
-    options.pop("max_steps"), options.pop("per_device_train_batch_size")
-    options.pop("learning_rate")
+    for name in ("max_steps", "learning_rate", "per_device_train_batch_size"):
+        del options[name]
     run = finish(**options)
     kept = run.read("metrics.json")["baseline"]
     assert kept == run.result.baseline
