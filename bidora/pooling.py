@@ -148,7 +148,7 @@ class PooledModel(PreTrainedModel):
                 labels=labels, logits=logits, pooled_logits=logits, config=self.config
             )
         return SequenceClassifierOutput(
-            loss=loss,  # pyright: ignore[reportArgumentType]
+            loss=loss,
             logits=logits,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
@@ -194,7 +194,7 @@ def own_pooling(location: str, *, is_local: bool) -> str | None:
 
 
 def _read(location: str, name: str, *, is_local: bool) -> Any:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(
         location,

@@ -124,7 +124,7 @@ def fit_linear(features: Features) -> LinearFit:
         weight, bias, penalty = fit[features.kind](x, features)
     weight = weight / scaler.scale_
     if features.has_bias:
-        bias = bias - weight @ scaler.mean_
+        bias = bias - weight @ np.asarray(scaler.mean_)
     return LinearFit(weight, bias, penalty)
 
 
@@ -157,11 +157,11 @@ def _fit_classes(x: np.ndarray, features: Features) -> _Fitted:
             if by_sentence
             else StratifiedKFold(folds, shuffle=True, random_state=0)
         )
-        strengths = FEW_STRENGTHS if by_sentence else STRENGTHS
+        strengths: Any = list(FEW_STRENGTHS if by_sentence else STRENGTHS)
         # A fold of sentences may lack a tag, whose loss would be infinite.
         scoring = "accuracy" if by_sentence else "neg_log_loss"
         model = LogisticRegressionCV(
-            Cs=list(strengths), cv=cv, scoring=scoring, **settings
+            Cs=strengths, cv=cv, scoring=scoring, **settings
         ).fit(x, y)
         penalty = float(np.ravel(model.C_)[0])
     coef, intercept = model.coef_, np.atleast_1d(model.intercept_)

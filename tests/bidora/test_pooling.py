@@ -420,7 +420,13 @@ def test_the_head_depends_on_the_seed_alone(tiny_encoder: Path, tmp_path: Path) 
 
 
 def test_what_cannot_be_pooled_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    sizes: dict[str, Any] = {
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     T5Model(T5Config(vocab_size=17, **sizes)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"--pooling mean: .* an encoder and a decoder"):
@@ -462,8 +468,8 @@ def saved_and_loaded(
     method_name: str, folder: Path, base_folder: Path, how: str
 ) -> Any:
     """Return a changed model, and that which the card's lines load from its files."""
-    given = {"model": str(base_folder), "method": method_name, "pooling": how}
-    settings = TrainSettings(**given, output_dir=str(folder))
+    given: dict[str, Any] = {"model": str(base_folder), "method": method_name}
+    settings = TrainSettings(**given, pooling=how, output_dir=str(folder))
     base, method = base_of(base_folder, pooling=how), make_method(method_name)
     model: Any = method.adapt(base, settings)
     with torch.no_grad():

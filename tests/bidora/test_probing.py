@@ -95,10 +95,10 @@ def enlarged(fit: LinearFit, x: np.ndarray) -> float:
 def test_classes_are_those_of_scikit_learn(classes: int) -> None:
     given = of_classes(np.arange(60) % classes, classes)
     fit = fit_linear(given)
-    direct = make_pipeline(
+    direct: Any = make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(
-            Cs=list(STRENGTHS),
+            Cs=list(STRENGTHS),  # pyright: ignore[reportArgumentType]
             cv=StratifiedKFold(5, shuffle=True, random_state=0),
             scoring="neg_log_loss",
             max_iter=300,
@@ -285,10 +285,9 @@ def test_constant_answers_by_hand(
 # -- what the last layer reads -------------------------------------------------------
 
 
-def bert(
-    cls: Any = BertForSequenceClassification, labels: int = 2, **given: Any
-) -> Any:
+def bert(cls: Any = BertForSequenceClassification, labels: int = 2) -> Any:
     torch.manual_seed(7)
+    head: dict[str, Any] = {"num_labels": labels}
     config = BertConfig(
         vocab_size=20,
         hidden_size=8,
@@ -297,8 +296,7 @@ def bert(
         intermediate_size=8,
         max_position_embeddings=8,
         initializer_range=0.5,
-        num_labels=labels,
-        **given,
+        **head,
     )
     return cls(config).eval()
 
@@ -457,7 +455,7 @@ class Scaled(BertForSequenceClassification):
     """A model whose outputs are not those of its last layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().forward(*args, **kwargs)
+        found: Any = super().forward(*args, **kwargs)
         found.logits = found.logits / 3
         return found
 
