@@ -78,7 +78,7 @@ def test_every_row_of_a_table_has_its_cells(finished: Run, tmp_path: Path) -> No
     job = run.job
     schema = dataclasses.replace(job.examples.schema, label_names=("x|y", "`", "z\nw"))
     examples = dataclasses.replace(job.examples, schema=schema)
-    write_card(tmp_path, settings, examples, job.source, run.result)
+    write_card(tmp_path, settings, examples, job.source, run.result, job.pooling)
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "`a/b'c d`" in text
     table = text[text.index("| setting | value |") :].strip().splitlines()
@@ -96,7 +96,8 @@ def test_the_base_is_named_where_the_hub_has_it(
 ) -> None:
     run = finished("lora")
     source = ModelSource(name, name, is_local=name.startswith("."))
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result)
+    job = run.job
+    write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data.get("base_model") == base
 
@@ -109,7 +110,8 @@ def test_the_bundled_model_is_named_as_on_the_hub(
     except UserError as missing:
         pytest.skip(str(missing))
     run = finished("lora")
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result)
+    job = run.job
+    write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
     text = (tmp_path / "README.md").read_text("utf-8")
     hub = "sentence-transformers/all-MiniLM-L6-v2"
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()["base_model"] == hub
