@@ -25,13 +25,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("method", ["bidora", "lora", "full", "houlsby"])
+@pytest.mark.parametrize("method", ["bidora", "lora", "full", "houlsby", "probe"])
 def test_card_has_what_the_hub_reads(finished: Run, method: str) -> None:
     run = finished(method)
     card = ModelCard.load(run.folder / "README.md")
     data = card.data.to_dict()
     assert data["pipeline_tag"] == "text-classification"
-    libraries = {"full": "transformers"}
+    libraries = {"full": "transformers", "probe": "transformers"}
     assert data["library_name"] == libraries.get(method, "peft")
     assert {method, "bidora"} <= set(data["tags"])
     assert "base_model" not in data  # a folder of this machine
@@ -54,7 +54,7 @@ def test_scores_on_the_card_are_those_of_the_run(finished: Run) -> None:
     assert "retrain 8 steps" in text
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "houlsby"])
+@pytest.mark.parametrize("method", ["lora", "full", "houlsby", "probe"])
 def test_the_code_on_the_card_loads_the_model(
     finished: Run, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +78,7 @@ def test_every_row_of_a_table_has_its_cells(finished: Run, tmp_path: Path) -> No
     job = run.job
     schema = dataclasses.replace(job.examples.schema, label_names=("x|y", "`", "z\nw"))
     examples = dataclasses.replace(job.examples, schema=schema)
-    write_card(tmp_path, settings, examples, job.source, run.result)
+    write_card(tmp_path, settings, examples, job.source, run.result, job.pooling)
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "`a/b'c d`" in text
     table = text[text.index("| setting | value |") :].strip().splitlines()
@@ -96,7 +96,7 @@ def test_the_base_is_named_where_the_hub_has_it(
 ) -> None:
     run = finished("lora")
     source = ModelSource(name, name, is_local=name.startswith("."))
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result)
+    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data.get("base_model") == base
 
@@ -109,9 +109,9 @@ def test_the_bundled_model_is_named_as_on_the_hub(
     except UserError as missing:
         pytest.skip(str(missing))
     run = finished("lora")
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result)
+    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
     text = (tmp_path / "README.md").read_text("utf-8")
     hub = "sentence-transformers/all-MiniLM-L6-v2"
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()["base_model"] == hub
-    assert f"    '{hub}', config=config" in text
+    assert f"from_pretrained('{hub}', config=config" in text
     assert source.location not in text
