@@ -96,8 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         itself is an exception, whose exit code is 1.
     """
     parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    found, unknown = parser.parse_known_args(arguments)
+    options = vars(found)
     command = options.pop("command")
+    if unknown:
+        # argparse would point to the help of all commands, which has none of their options.
+        asked = _Parser(prog=f"bidora {command}" if command else "bidora")
+        asked.error(f"unrecognized arguments: {' '.join(unknown)}")
     if command is None:
         parser.print_help(sys.stderr)
         return EXIT_USAGE

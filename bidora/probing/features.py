@@ -41,8 +41,14 @@ def extract(
         Features in float64, in the order of the examples; and the layer.
 
     Raises:
-        UserError: If there are no labels, or no linear layer gives the logits.
+        UserError: If there are no labels, no linear layer gives the logits, or the
+            examples are a stream.
     """
+    if not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"a probe needs examples that can be counted and looked up, and this is "
+            f"{type(dataset).__name__}. Pass dataset= with some of them."
+        )
     parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     layer, rows = None, 0
     # Tags may be too many, and the first sentences are no fair part of them.
@@ -119,7 +125,10 @@ def _read(
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [m.register_forward_hook(note) for m in ([layer] if layer else linears)]
     device = next(model.parameters()).device
-    inputs = {name: t.to(device) for name, t in batch.items()}
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
     try:
         logits = model(**inputs).logits
     finally:

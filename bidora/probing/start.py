@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from bidora.errors import UserError
 from bidora.probing.features import extract
 from bidora.probing.fit import Features, LinearFit, fit_linear
+from bidora.trainer.upstream import collator_of
 
 __all__ = ["Probe", "StartFromProbe", "probe", "set_head"]
 
@@ -69,7 +70,7 @@ def probe(
             )
         return _fit_into(trainer, dataset, collator)
     dataset = trainer.train_dataset if dataset is None else dataset
-    found = _fit_into(trainer.model, dataset, collator or trainer.data_collator)
+    found = _fit_into(trainer.model, dataset, collator or collator_of(trainer))
     if hasattr(trainer, "outer_level"):
         trainer.remove_callback(StartFromProbe)  # that of an earlier call
         trainer.add_callback(StartFromProbe(trainer, collator))
@@ -83,12 +84,12 @@ class StartFromProbe(TrainerCallback):
 
     Args:
         trainer: A `BiDoRATrainer`.
-        collator: As for `probe`.
+        collator: Makes a batch of a list of examples; the Trainer's by default.
     """
 
     def __init__(self, trainer: Any, collator: Any = None) -> None:
         self.trainer = trainer
-        self.collator = collator or trainer.data_collator
+        self.collator = collator or collator_of(trainer)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, **kwargs: Any

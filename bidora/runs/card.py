@@ -44,7 +44,9 @@ def write_card(
     method = make_method(settings.method)
     task, schema = examples.task, examples.schema
     data: dict[str, Any] = {
-        "library_name": "transformers" if settings.method == "full" else "peft",
+        "library_name": "transformers"
+        if settings.method in ("full", "probe")
+        else "peft",
         "tags": sorted({settings.method, "hypergrad-bidora", "bidora"}),
     }
     if task.peft_type in PIPELINES:

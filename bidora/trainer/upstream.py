@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "PrivateTrainer",
     "check_transformers",
     "choose_order",
+    "collator_of",
     "frozen_new_head",
     "has_the_models_loss",
     "items_in",
@@ -49,6 +50,7 @@ PRIVATE = (
     "get_batch_samples",
     "call_model_init",
     "evaluation_loop",
+    "_get_collator_with_removed_columns",
 )
 """Methods of the Trainer that are called or overridden and are not documented."""
 
@@ -245,6 +247,15 @@ def has_the_models_loss(trainer: Any) -> bool:
         and trainer.label_smoother is None
         and trainer.compute_loss_func is None
     )
+
+
+def collator_of(trainer: Any) -> Callable[[list[Any]], Any]:
+    """Return the Trainer's collator, without columns that its model does not take.
+
+    Args:
+        trainer: The trainer; `remove_unused_columns` of its arguments decides.
+    """
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
 def loss_is_scaled(trainer: Any, num_items: Any) -> bool | None:

@@ -126,7 +126,7 @@ class Finished:
         logits: much more than 1 where large weights cancel, as those of a probe do.
         """
         named = self.job.model.named_modules()
-        head: Any = next(m for n, m in named if n.endswith("classifier"))
+        head: Any = next(m for n, m in named if n.endswith(("classifier", "head")))
         read: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(
             lambda module, given: read.append(given[0])

@@ -550,3 +550,18 @@ def test_new_rows_are_scored_as_by_the_model(
     assert error(found, truth) <= tol(torch.float32, cond=10)
     loaded, _ = load_run(run.folder)
     assert torch.equal(run.logits(loaded), run.logits())
+
+
+def test_estimators_see_through_a_pooled_model(
+    tiny_encoder: Path, tmp_path: Path, small_job: dict[str, Any]
+) -> None:
+    """Second derivatives pass the pooling; a fresh retraining is probed again."""
+    folder = encoder(tiny_encoder, tmp_path / "base")
+    given = {**small_job, "model": str(folder), "max_steps": 4, "outer_every": 2}
+    given |= {"estimator": "neumann", "budget": "full", "outer_warmup_steps": 0}
+    run = finish(**given, output_dir=str(tmp_path / "run"))
+    assert run.result.phases[0].outer_steps == 2
+    assert not run.result.phases[0].skipped
+    loaded, _ = load_run(run.folder)
+    allowed = tol(torch.float32, cond=run.condition_of_the_head())
+    assert error(run.logits(loaded), run.logits()) <= allowed

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -607,6 +608,35 @@ def test_a_plain_trainer_starts_from_the_probe(tmp_path: Path) -> None:
     trainer.train()
     assert torch.equal(head_of(seen.first["train"]), fitted(bert(), data))
     assert not torch.equal(seen.last["train"], head_of(seen.first["train"]))
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
+    """As the Trainer leaves them out; a script keeps its texts beside their tokens."""
+
+    class Wide(Sentences):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {**super().__getitem__(index), "text": "some words", "idx": index}
+
+    def pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        assert all(set(row) == {"input_ids", "labels"} for row in rows)
+        return collate(rows)
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(bert(), args, train_dataset=Wide(9), data_collator=pad)
+    truth = fitted(bert(), Sentences(9))
+    bidora.probe(trainer)
+    assert torch.equal(head_of(trainer.model), truth)
+
+
+def test_a_stream_is_refused(tmp_path: Path) -> None:
+    stream = Dataset.from_dict(
+        {"input_ids": [[3]], "labels": [0]}
+    ).to_iterable_dataset()
+    for data in (stream, None):
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+        trainer = Trainer(bert(), args, train_dataset=data, data_collator=collate)
+        with pytest.raises(UserError, match=r"counted and looked up, .* dataset="):
+            bidora.probe(trainer)
 
 
 INNER, OUTER = list(range(24)), list(range(24, 30))

@@ -133,7 +133,7 @@ def test_module_runs_and_tells_its_version(
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--no-such-option"], ["unrecognized arguments", "--help"]),
+        (["--no-such-option"], ["unrecognized arguments", "bidora train --help"]),
         (["--max-steps", "many"], ["--max-steps", "invalid int value: 'many'"]),
     ],
 )

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("method", ["bidora", "lora", "full", "houlsby"])
+@pytest.mark.parametrize("method", ["bidora", "lora", "full", "houlsby", "probe"])
 def test_card_has_what_the_hub_reads(finished: Run, method: str) -> None:
     run = finished(method)
     card = ModelCard.load(run.folder / "README.md")
     data = card.data.to_dict()
     assert data["pipeline_tag"] == "text-classification"
-    libraries = {"full": "transformers"}
+    libraries = {"full": "transformers", "probe": "transformers"}
     assert data["library_name"] == libraries.get(method, "peft")
     assert {method, "bidora"} <= set(data["tags"])
     assert "base_model" not in data  # a folder of this machine
@@ -54,7 +54,7 @@ def test_scores_on_the_card_are_those_of_the_run(finished: Run) -> None:
     assert "retrain 8 steps" in text
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "houlsby"])
+@pytest.mark.parametrize("method", ["lora", "full", "houlsby", "probe"])
 def test_the_code_on_the_card_loads_the_model(
     finished: Run, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,8 +96,12 @@ def test_the_base_is_named_where_the_hub_has_it(
 ) -> None:
     run = finished("lora")
     source = ModelSource(name, name, is_local=name.startswith("."))
+<<<<<<< HEAD
     job = run.job
     write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
+=======
+    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
+>>>>>>> core
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data.get("base_model") == base
 
@@ -110,10 +114,14 @@ def test_the_bundled_model_is_named_as_on_the_hub(
     except UserError as missing:
         pytest.skip(str(missing))
     run = finished("lora")
+<<<<<<< HEAD
     job = run.job
     write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
+=======
+    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
+>>>>>>> core
     text = (tmp_path / "README.md").read_text("utf-8")
     hub = "sentence-transformers/all-MiniLM-L6-v2"
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()["base_model"] == hub
-    assert f"    '{hub}', config=config" in text
+    assert f"from_pretrained('{hub}', config=config" in text
     assert source.location not in text

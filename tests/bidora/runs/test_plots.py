@@ -77,6 +77,41 @@ def test_without_a_search_there_is_no_such_panel(
     assert labels == ["loss", "f1"]
 
 
+def probed(**scores: float) -> dict[str, Any]:
+    result = {"name": "probe", "steps": 0, "scores": {"test": scores}}
+    return {"phase": "probe", "result": result}
+
+
+def test_what_is_to_be_beaten_is_a_line(drawn: list[Any], tmp_path: Path) -> None:
+    end = {"phase": "train", "result": {"steps": 4, "scores": {"test": {"f1": 0.5}}}}
+    records = [probed(f1=0.25), *history(("train",), False), end]
+    draw_curves(records, tmp_path / "c.png", "t", "f1")
+    assert len(drawn[0].axes) == 2  # it is no phase of its own
+    found = {line.get_label(): line for line in drawn[0].axes[1].get_lines()}
+    assert set(found["probe, test: 0.250"].get_ydata()) == {0.25}
+    assert found["this phase, test: 0.500"].get_xydata().tolist() == [[4.0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"phase": "probe", "result": {"scores": {}}},  # test examples were not scored
+        {"phase": "probe", "impossible": "no linear head"},
+    ],
+)
+def test_where_no_probe_was_scored_there_is_no_line(
+    drawn: list[Any], tmp_path: Path, first: dict[str, Any]
+) -> None:
+    draw_curves([first, *history(("train",), False)], tmp_path / "c.png", "t", "f1")
+    labels = [line.get_label() for line in drawn[0].axes[1].get_lines()]
+    assert not any("probe" in str(label) for label in labels)
+
+
+def test_a_probe_alone_has_a_picture_too(drawn: list[Any], tmp_path: Path) -> None:
+    draw_curves([probed(f1=0.25)], tmp_path / "c.png", "t", "f1")
+    assert len(drawn[0].axes) == 2
+
+
 def test_a_run_has_its_picture(finished: Callable[[str], Any]) -> None:
     picture = (finished("bidora").folder / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG")

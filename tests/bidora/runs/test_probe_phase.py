@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from bidora.cli import _summary
 from bidora.errors import UserError
 from bidora.models import find_model, load_base, load_tokenizer
 from bidora.runs.job import train
@@ -56,6 +57,12 @@ def test_its_score_is_told_and_kept(finished: Run) -> None:
     assert [phase["name"] for phase in metrics["phases"]] == ["train"]
     assert metrics["trained_parameters"] == run.result.trained_parameters > 0
     records = [r for r in run.read("history.jsonl") if r["phase"] == "probe"]
+    table = _summary(run.result).strip().splitlines()
+    assert [row.split()[:2] for row in table[1:3]] == [["probe", "0"], ["train", "8"]]
+    assert table[1].split()[3] == f"{score:.3f}"
+    alone = _summary(finished("probe").result).strip().splitlines()
+    assert [row.split()[0] for row in alone[:2]] == ["phase", "probe"]
+    assert "probe" not in alone[2].split()[:1]
     assert [r["result"]["scores"] for r in records] == [result.scores]
 
 
