@@ -96,12 +96,8 @@ def test_the_base_is_named_where_the_hub_has_it(
 ) -> None:
     run = finished("lora")
     source = ModelSource(name, name, is_local=name.startswith("."))
-<<<<<<< HEAD
     job = run.job
     write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
-=======
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
->>>>>>> core
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert data.get("base_model") == base
 
@@ -114,12 +110,8 @@ def test_the_bundled_model_is_named_as_on_the_hub(
     except UserError as missing:
         pytest.skip(str(missing))
     run = finished("lora")
-<<<<<<< HEAD
     job = run.job
     write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)
-=======
-    write_card(tmp_path, run.settings, run.job.examples, source, run.result, "head")
->>>>>>> core
     text = (tmp_path / "README.md").read_text("utf-8")
     hub = "sentence-transformers/all-MiniLM-L6-v2"
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()["base_model"] == hub
