@@ -467,7 +467,7 @@ def test_a_model_that_was_saved_whole_is_a_base_again(
 def saved_and_loaded(
     method_name: str, folder: Path, base_folder: Path, how: str
 ) -> Any:
-    """Return a changed model, and that which the card's lines load from its files."""
+    """Return a changed model, and what the card's lines and `load_run` load of it."""
     given: dict[str, Any] = {"model": str(base_folder), "method": method_name}
     settings = TrainSettings(**given, pooling=how, output_dir=str(folder))
     base, method = base_of(base_folder, pooling=how), make_method(method_name)
@@ -484,24 +484,24 @@ def saved_and_loaded(
     names = {"folder": str(folder), "base": str(base_folder), "pooling": how}
     code = method.loading_code({**names, "auto_model": "AutoModel"})
     lines: dict[str, Any] = {}
-    if method_name == "houlsby":  # whose card loads it by `load_run`
-        (folder / "settings.json").write_text(json.dumps(settings.as_dict()))
-        (folder / "task.json").write_text(json.dumps(CLASSES.to_dict()))
-        (folder / "metrics.json").write_text("{}")
+    (folder / "settings.json").write_text(json.dumps(settings.as_dict()))
+    (folder / "task.json").write_text(json.dumps(CLASSES.to_dict()))
+    (folder / "metrics.json").write_text("{}")
     exec(code, lines)
     assert not lines["model"].training
-    return model.eval(), lines["model"]
+    return model.eval(), lines["model"], load_run(folder)[0]
 
 
-def compare_outputs(model: Any, loaded: Any) -> None:
+def compare_outputs(model: Any, by_the_card: Any, by_us: Any) -> None:
     for side in ("right", "left"):
         ids = torch.randint(3, 17, (4, 8))
         mask = masked([8, 5, 3, 1], 8, side)
         batch = {"input_ids": ids * mask, "attention_mask": mask}
-        with torch.no_grad():
-            truth, found = model(**batch).logits, loaded(**batch).logits
-        # Heads are drawn small here, so that what they read does not cancel by much.
-        assert error(found, truth) <= tol(torch.float32, cond=10)
+        for loaded in (by_the_card, by_us):
+            with torch.no_grad():
+                truth, found = model(**batch).logits, loaded(**batch).logits
+            # Heads are drawn small here: what they read does not cancel by much.
+            assert error(found, truth) <= tol(torch.float32, cond=10)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full", "probe", "houlsby"])
