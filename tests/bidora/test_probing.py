@@ -387,7 +387,8 @@ def test_a_stream_is_refused(tmp_path: Path) -> None:
     stream = Dataset.from_dict(
         {"input_ids": [[3]], "labels": [0]}
     ).to_iterable_dataset()
-    for data in (stream, None):
+    given: tuple[Any, ...] = (stream, None)
+    for data in given:
         args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
         trainer = Trainer(bert(), args, train_dataset=data, data_collator=collate)
         with pytest.raises(UserError, match=r"counted and looked up, .* dataset="):
