@@ -162,7 +162,7 @@ def _chosen(model: Any, inputs: Mapping[str, Tensor], layer: nn.Linear) -> Tenso
 
     def place(module: Any, args: Any, output: Tensor) -> Tensor:
         tokens = torch.arange(output.shape[1], device=output.device)
-        return tokens.view(1, -1, 1).expand(output.shape).double()
+        return tokens.view(1, -1, 1).expand(output.shape).float()  # exact below 2²⁴
 
     hook = layer.register_forward_hook(place)
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bidora.runs.settings import TrainSettings
+from bidora.study.reading import PATHS, PERHAPS_PATHS
 from bidora.study.records import Cell, Point, Record, write_record
 
 if TYPE_CHECKING:
@@ -100,16 +101,25 @@ def work(order: Order) -> Record:
 
 
 def as_recorded(settings: TrainSettings) -> dict[str, Any]:
-    """Return settings as a record has them that was read again: without tuples.
+    """Return settings as a record has them, which another machine can read and compare.
+
+    Tuples are lists, as in a file that was read; of a path, the last name is kept.
 
     Args:
         settings: Of a run.
 
     Example:
-        >>> as_recorded(TrainSettings(target_modules=("query",)))["target_modules"]
-        ['query']
+        >>> given = TrainSettings(target_modules=("query",), data_dir="/data/SST-2")
+        >>> found = as_recorded(given)
+        >>> found["target_modules"], found["data_dir"]
+        (['query'], 'SST-2')
     """
-    return json.loads(json.dumps(settings.as_dict()))
+    found = json.loads(json.dumps(settings.as_dict()))
+    for name in (*PATHS, *PERHAPS_PATHS):
+        value = found[name]
+        if value and (name in PATHS or Path(value).is_absolute()):
+            found[name] = Path(value).name
+    return found
 
 
 def first_line(error: BaseException) -> str:
