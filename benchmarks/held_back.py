@@ -42,7 +42,7 @@ from bidora.methods import make_method
 from bidora.models import find_model
 from bidora.probing import extract, fit_linear, set_head
 from bidora.runs.examples import read_examples
-from bidora.runs.job import prepare
+from bidora.runs.prepared import prepare
 from bidora.runs.results import Listener, environment
 from bidora.runs.settings import TrainSettings
 from hypergrad.estimators import Unrolled

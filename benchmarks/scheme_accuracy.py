@@ -59,7 +59,7 @@ from bidora.dora.orthogonality import orthogonality
 from bidora.methods import make_method
 from bidora.models import find_model
 from bidora.runs.examples import read_examples
-from bidora.runs.job import prepare
+from bidora.runs.prepared import prepare
 from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.trainer.data import OuterStream

@@ -40,7 +40,7 @@ from bidora.methods.base import (
 from bidora.models import Base, find_model
 from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
-from bidora.runs.job import find_device
+from bidora.runs.prepared import find_device
 from bidora.runs.results import Listener, PhaseResult, RunResult, environment
 from bidora.runs.settings import JobSettings, TrainSettings
 

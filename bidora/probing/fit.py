@@ -27,6 +27,9 @@ FEW_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 PENALTIES = tuple(float(a) for a in np.logspace(-1, 5, 13))
 """Penalties of a ridge regression on standardised features."""
 
+LEAST_SCALE = 1e-3
+"""Of a coordinate's standard deviation, over the root mean square of all."""
+
 USUAL_STRENGTH = 0.01
 """C where there are too few examples to choose it by."""
 
@@ -114,6 +117,10 @@ def fit_linear(features: Features) -> LinearFit:
             "model or its precision is at fault."
         )
     scaler = StandardScaler(with_mean=features.has_bias).fit(features.values)
+    sizes: Any = scaler.scale_
+    # What hardly varies would get weights without bound, and with them the gradients of
+    # whatever lies below: a sentence encoder has coordinates of 1e-33.
+    scaler.scale_ = np.maximum(sizes, LEAST_SCALE * np.sqrt(np.mean(sizes**2)))
     x = np.asarray(scaler.transform(features.values))
     fit = {"classes": _fit_classes, "labels": _fit_labels, "numbers": _fit_numbers}
     # One thread sums in one order on every machine; and where cores are shared, threads
@@ -166,7 +173,7 @@ def _fit_classes(x: np.ndarray, features: Features) -> _Fitted:
             {"C": strengths},
             scoring=scoring,
             cv=cv,
-            refit=_strongest_penalty,
+            refit=_strongest_penalty,  # pyright: ignore[reportArgumentType]
         ).fit(x, y)
         model, penalty = search.best_estimator_, search.best_params_["C"]
     coef, intercept = model.coef_, np.atleast_1d(model.intercept_)

@@ -17,7 +17,7 @@ from bidora.optimizer import BiDoRAOptimizer
 from bidora.runs.comparison_settings import CompareSettings
 from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
-from bidora.runs.job import Prepared, find_device, prepare
+from bidora.runs.prepared import Prepared, find_device, prepare
 from bidora.runs.results import Listener, environment
 from bidora.trainer.data import OuterStream
 from hypergrad import HypergradEstimator, NonFiniteError

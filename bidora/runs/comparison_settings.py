@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
-from bidora.runs.settings import SEARCH, JobSettings, option
+from bidora.runs.declared import option
+from bidora.runs.settings import SEARCH, JobSettings
 
 if TYPE_CHECKING:
     from hypergrad import HypergradEstimator
@@ -95,14 +96,14 @@ class CompareSettings(JobSettings):
     def __post_init__(self) -> None:
         """Check the counts and the reference, naming their options."""
         super().__post_init__()
-        self._checks((1, "lookback", "repeats", "steps"))
+        self.check_counts((1, "lookback", "repeats", "steps"))
         if self.steps < self.lookback + 2:
             raise UserError(
                 f"--steps {self.steps} with --lookback {self.lookback} would look back "
                 "at the first steps, where B is 0 and Adam's derivative degenerate; "
                 f"take {self.lookback + 2} steps or more."
             )
-        self._choose("reference", REFERENCES)
+        self.check_choice("reference", REFERENCES)
 
     @property
     def what(self) -> str:

@@ -7,7 +7,6 @@ what a `Listener` is told.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import warnings
@@ -17,19 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
-from bidora.runs.encoding import by_length, encode
-from bidora.runs.examples import Examples, read_examples
+from bidora.runs.encoding import by_length
+from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
-from bidora.runs.results import Listener, PhaseResult, RunResult, environment
-from bidora.runs.settings import JobSettings, TrainSettings
+from bidora.runs.prepared import Prepared, find_device, prepare
+from bidora.runs.results import Listener, PhaseResult, RunResult
+from bidora.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from bidora.methods.base import Method
-    from bidora.models import ModelSource
 
-__all__ = ["Prepared", "find_device", "prepare", "train"]
+__all__ = ["train"]
 
 CURVE_EXAMPLES = 120
 """Examples of each set that the curves are measured on; the end takes all of them."""
@@ -142,101 +139,6 @@ def train(
 
 
 @dataclass
-class Prepared:
-    """What a job works on.
-
-    Attributes:
-        settings: What the user asked for.
-        examples: Rows and their split.
-        source: Where the base model came from.
-        tokenizer: The model's tokenizer.
-        model: The model with what the method put in, on its device.
-        sets: Tokenised examples by part, as `datasets.Dataset`.
-        length: Tokens kept of an example.
-        pooling: How tokens are pooled; `head` for the stock class.
-    """
-
-    settings: Any
-    examples: Examples
-    source: ModelSource
-    tokenizer: Any
-    model: Any
-    sets: dict[str, Any]
-    length: int
-    pooling: str
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    @property
-    def collate(self) -> Any:
-        """What makes a batch of a list of features."""
-        return self.examples.task.collator(self.tokenizer)
-
-
-def prepare(
-    settings: JobSettings,
-    method: Method,
-    source: ModelSource,
-    examples: Examples,
-    device: torch.device,
-    listener: Listener,
-) -> Prepared:
-    """Load the model, put in what the method needs, and tokenise; nothing is written.
-
-    Args:
-        settings: What to load, and how.
-        method: What is put in.
-        source: Where the base model is.
-        examples: The data.
-        device: Where the model goes.
-        listener: Told what was loaded.
-
-    Returns:
-        Everything that a Trainer takes.
-
-    Raises:
-        UserError: If the model can't be loaded, or does not fit.
-    """
-    from bidora.models import load_base, load_tokenizer, longest_input
-
-    task, schema = examples.task, examples.schema
-    tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
-    base = load_base(
-        source,
-        tokenizer,
-        task,
-        schema,
-        seed=settings.seed,
-        pooling=settings.pooling,
-    )
-    model: Any = method.adapt(base, settings).to(device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    listener.message(
-        f"Model  {settings.model}: {method.name} trains {trained:,} of its "
-        f"{total:,} parameters, on {device}"
-    )
-    usual = examples.source.hints.get("max_length")
-    length = settings.tokens_kept(longest_input(base.model), usual)
-    sets = {
-        part: encode(rows, task, schema, tokenizer, length)
-        for part, rows in examples.rows.items()
-    }
-    cut = task.count_over_long(examples.rows["train"], tokenizer, length)
-    if cut:
-        listener.message(
-            f"       {cut} of {len(sets['train'])} training examples are longer than the "
-            f"{length} tokens that are kept (--max-length)."
-        )
-    return Prepared(
-        settings, examples, source, tokenizer, model, sets, length, base.pooling
-    )
-
-
-@dataclass
 class _Job(Prepared):
     """One run, from the tokenised examples to what is saved."""
 
@@ -250,12 +152,6 @@ class _Job(Prepared):
     def trained_parameters(self) -> int:
         """How many numbers the method trains."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    @property
-    def metric(self) -> str:
-        """The main metric."""
-        schema, task = self.examples.schema, self.examples.task
-        return schema.metric or task.main_metric
 
     @property
     def judge(self) -> str | None:
@@ -506,69 +402,14 @@ class _Job(Prepared):
         return trainer
 
     def save(self, folder: RunFolder, result: RunResult) -> None:
-        """Save what was trained, the tokenizer, the picture, the card, the metrics."""
-        from bidora.runs.card import write_card
-        from bidora.runs.plots import draw_curves
+        """Save what was trained and what is told of it; the metrics come last."""
+        from bidora.runs.saving import save_run
 
-        staging = folder.staging()
-        self.method.save(self.model, staging)
-        _name_the_base(staging, self.source)
-        # Labels by name, the size of the head, the padding token: what loading needs.
-        _transformer(self.model).config.save_pretrained(str(staging))
-        self.tokenizer.save_pretrained(str(staging))
         title = (
             f"{self.settings.method} on {self.examples.source.name}, "
             f"seed {self.settings.seed}\ncurves of up to {CURVE_EXAMPLES} examples"
         )
-        draw_curves(self.history, staging / "curves.png", title, self.metric)
-        write_card(
-            staging, self.settings, self.examples, self.source, result, self.pooling
-        )
-        files = folder.publish()
-        parameters = list(self.model.parameters())
-        folder.write_json(
-            "metrics.json",
-            {
-                "phases": [dataclasses.asdict(phase) for phase in result.phases],
-                "probe": dataclasses.asdict(result.probe) if result.probe else None,
-                "baseline": result.baseline,
-                "metric": self.metric,
-                "seconds": result.seconds,
-                "label_names": list(self.examples.schema.label_names),
-                "parameters": sum(p.numel() for p in parameters),
-                "trained_parameters": result.trained_parameters,
-                "environment": environment(self.device),
-                "files": files,
-            },
-        )
-        folder.remove_checkpoints()
-        if self.settings.push_to_hub:
-            _push(folder.path, self.settings, files)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is a GPU where there is one.
-
-    Args:
-        name: What the user called it.
-
-    Returns:
-        The device, with its index.
-
-    Raises:
-        UserError: If it can't be used.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0][:160]}); "
-            "choose cpu, or leave it out."
-        ) from error
+        save_run(self, self.method, folder, result, self.history, title)
 
 
 def _check_trainer_fields(given: dict[str, Any]) -> None:
@@ -595,41 +436,6 @@ def _check_trainer_fields(given: dict[str, Any]) -> None:
     double = sorted(n for n in given if n in settings)
     if double:
         raise UserError(f"trainer.{double[0]} is {settings[double[0]]} here; use that.")
-
-
-def _name_the_base(folder: Path, source: ModelSource) -> None:
-    """Let an adapter name the Hub's model, where there is one, and no path of ours."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-    config = json.loads(file.read_text("utf-8"))
-    config["base_model_name_or_path"] = source.hub_name
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _transformer(model: Any) -> Any:
-    """Return the transformers model inside a PEFT model, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _push(folder: Path, settings: TrainSettings, files: list[str]) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    name = settings.hub_model_id or folder.name
-    try:
-        url = api.create_repo(name, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=str(folder),
-            allow_patterns=[*files, "metrics.json", "settings.json", "task.json"],
-        )
-    except Exception as error:  # network, rights, names
-        raise UserError(
-            f"the result is saved in {folder}, and the upload to {name!r} failed "
-            f"({str(error).splitlines()[0][:200]}). Log in with `hf auth login`, then: "
-            f"hf upload {name} {folder}"
-        ) from error
 
 
 def _last_checkpoint(place: Path, *, searches: bool) -> tuple[Path, str, int] | None:

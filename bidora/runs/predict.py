@@ -177,7 +177,7 @@ def _load(
     folder: Path, settings: TrainSettings, task: Task, schema: Schema, device: str
 ) -> tuple[Any, Any]:
     from bidora.models import ModelSource, find_model, load_base, load_tokenizer
-    from bidora.runs.job import find_device
+    from bidora.runs.prepared import find_device
 
     method = make_method(settings.method)
     own = ModelSource(settings.model, str(folder), is_local=True)

@@ -16,7 +16,7 @@ from bidora.runs.recorder import Recorder, scores_of
 from bidora.runs.results import Listener, PhaseResult
 
 if TYPE_CHECKING:
-    from bidora.runs.job import Prepared
+    from bidora.runs.prepared import Prepared
 
 __all__ = ["ProbePhase", "run_probe"]
 

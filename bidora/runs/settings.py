@@ -8,8 +8,6 @@ what is derived from model, data, method or budget.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +16,9 @@ from bidora.budget import BUDGETS, RETRAININGS
 from bidora.defaults import BUNDLED_MODEL
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
+from bidora.runs.declared import Declared, described, option
 
-__all__ = ["JobSettings", "TrainSettings", "default_folder", "option"]
+__all__ = ["JobSettings", "TrainSettings", "default_folder"]
 
 OF_BEST_WEIGHTS = (
     "load_best_model_at_end",
@@ -34,42 +33,6 @@ OTHER_LENGTH = 128
 """Tokens kept of an example where its data does not suggest another number."""
 
 
-KINDS: tuple[tuple[str, Any, str], ...] = (
-    ("str", str, "a word"),
-    ("bool", bool, "true or false"),
-    ("tuple", tuple, "names"),
-    ("dict", dict, "settings by name"),
-    ("int", int | float, "a number"),
-    ("float", int | float, "a number"),
-)
-"""How the type of a setting begins, what it may hold, and what a message calls it."""
-
-
-def option(
-    default: Any, help_text: str, group: str, *, shown: str = "", metavar: str = ""
-) -> Any:
-    """Declare a setting.
-
-    Args:
-        default: Its default; None for one that is derived.
-        help_text: What it does, for `--help`.
-        group: The heading that it stands under.
-        shown: The default in words, where it is derived.
-        metavar: What stands for its value.
-
-    Returns:
-        The field of a dataclass.
-    """
-    metadata = _described(help_text, group, shown=shown, metavar=metavar)
-    return field(default=default, metadata=metadata)
-
-
-def _described(
-    help_text: str, group: str, *, shown: str = "", metavar: str = ""
-) -> dict[str, str]:
-    return {"help": help_text, "group": group, "shown": shown, "metavar": metavar}
-
-
 WHAT = "what to train, and on what"
 DATA = "your own data"
 ADAPTER = "head and adapter"
@@ -79,7 +42,7 @@ OUTPUT = "output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobSettings:
+class JobSettings(Declared):
     """What every job on a model and data is told.
 
     Raises:
@@ -250,29 +213,31 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         """Check every setting, naming its option."""
-        self._check_kinds()
-        self._checks(
+        self.check_kinds()
+        self.check_counts(
             (1, "per_device_train_batch_size", "per_device_outer_batch_size", "lora_r"),
             (1, "min_examples_per_class"),
             (1, "max_train_samples", "max_validation_samples", "max_test_samples"),
             (4, "max_length"),
         )
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
-            self._check(name, lambda x: x > 0, "a finite number above 0")
+            self.check_number(name, lambda x: x > 0, "a finite number above 0")
         for name in ("weight_decay", "orthogonality"):
-            self._check(name, lambda x: x >= 0, "a finite number of 0 or more")
-        self._check("lora_dropout", lambda x: 0 <= x < 1, "a number from 0 to below 1")
-        self._check(
+            self.check_number(name, lambda x: x >= 0, "a finite number of 0 or more")
+        self.check_number(
+            "lora_dropout", lambda x: 0 <= x < 1, "a number from 0 to below 1"
+        )
+        self.check_number(
             "seed",
             lambda x: isinstance(x, int) and 0 <= x < 2**32,
             "a whole number from 0 to 2**32",
         )
-        self._check(
+        self.check_number(
             "validation_fraction", lambda x: 0 < x < 1, "a number between 0 and 1"
         )
-        self._choose("quoting", ("auto", "csv", "none"))
-        self._choose("on_bad_row", ("error", "skip"))
-        self._choose("pooling", defaults.POOLINGS)
+        self.check_choice("quoting", ("auto", "csv", "none"))
+        self.check_choice("on_bad_row", ("error", "skip"))
+        self.check_choice("pooling", defaults.POOLINGS)
 
     @property
     def what(self) -> str:
@@ -318,77 +283,6 @@ class JobSettings:
                 f"that {self.model!r} takes; choose {longest} or fewer."
             )
         return self.max_length
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON can hold them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Any:
-        """Return the settings of a mapping, such as a YAML or JSON file holds.
-
-        Args:
-            values: Settings by name.
-
-        Raises:
-            UserError: If there is no such setting, or one is out of range.
-
-        Example:
-            >>> TrainSettings.from_dict(
-            ...     {"max_steps": 20, "target_modules": ["query"]}
-            ... ).max_steps
-            20
-        """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            from difflib import get_close_matches
-
-            near = get_close_matches(unknown[0], fields, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"there is no setting named {', '.join(unknown)}.{hint}")
-        return cls(
-            **{
-                name: _names(value)
-                if str(fields[name].type).startswith("tuple")
-                else value
-                for name, value in values.items()
-            }
-        )
-
-    def _check_kinds(self) -> None:
-        """Refuse words where numbers belong and the like; numbers have their own checks."""
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type)
-            if value is None and "None" in kind:
-                continue
-            for name, accepted, wanted in KINDS:
-                if kind.startswith(name) and not isinstance(value, accepted):
-                    raise UserError(f"{_option(f.name)} is {value!r}; give {wanted}.")
-
-    def _checks(self, *counts: tuple[Any, ...]) -> None:
-        for least, *names in counts:
-            for name in names:
-                self._check(
-                    name,
-                    lambda x, least=least: isinstance(x, int) and x >= least,
-                    f"a whole number of {least} or more",
-                )
-
-    def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and holds(value)):
-            raise UserError(f"{_option(name)} is {value}; give {wanted}.")
-
-    def _choose(self, name: str, known: tuple[str | None, ...]) -> None:
-        if getattr(self, name) not in known:
-            raise UserError(
-                f"unknown {_option(name)} {getattr(self, name)!r}; choose one of "
-                f"{', '.join(filter(None, known))}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +368,7 @@ class TrainSettings(JobSettings):
     )
     estimator_settings: dict[str, Any] = field(
         default_factory=dict,
-        metadata=_described(
+        metadata=described(
             "settings of the estimator, such as num_terms=5",
             SEARCH,
             metavar="NAME=VALUE",
@@ -522,7 +416,7 @@ class TrainSettings(JobSettings):
     hub_model_id: str | None = option(None, "where on the Hub, as OWNER/NAME", OUTPUT)
     trainer: dict[str, Any] = field(
         default_factory=dict,
-        metadata=_described("other fields of transformers.TrainingArguments", OUTPUT),
+        metadata=described("other fields of transformers.TrainingArguments", OUTPUT),
     )
 
     def __post_init__(self) -> None:
@@ -530,10 +424,10 @@ class TrainSettings(JobSettings):
         super().__post_init__()
         if self.method not in METHODS:
             METHODS.get(self.method)  # whose error names the nearest
-        self._choose("budget", BUDGETS)
-        self._choose("start", defaults.STARTS)
-        self._choose("retrain", (None, *RETRAININGS))
-        self._checks(
+        self.check_choice("budget", BUDGETS)
+        self.check_choice("start", defaults.STARTS)
+        self.check_choice("retrain", (None, *RETRAININGS))
+        self.check_counts(
             (
                 1,
                 "max_steps",
@@ -545,13 +439,15 @@ class TrainSettings(JobSettings):
             (0, "outer_warmup_steps", "audit_every"),
         )
         for name in ("outer_learning_rate", "retrain_learning_rate"):
-            self._check(name, lambda x: x > 0, "a finite number above 0")
-        self._check(
+            self.check_number(name, lambda x: x > 0, "a finite number above 0")
+        self.check_number(
             "outer_weight_decay", lambda x: x >= 0, "a finite number of 0 or more"
         )
-        self._check("loraplus_lr_ratio", lambda x: x >= 1, "a number of 1 or more")
+        self.check_number(
+            "loraplus_lr_ratio", lambda x: x >= 1, "a number of 1 or more"
+        )
         for name in ("warmup_ratio", "average_last"):
-            self._check(name, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+            self.check_number(name, lambda x: 0 <= x <= 1, "a number from 0 to 1")
         self._check_which_weights()
         if self.hub_model_id and not self.push_to_hub:
             raise UserError(
@@ -615,14 +511,3 @@ def default_folder(what: str, task: str, seed: int) -> str:
     """
     name = "".join(c if c.isalnum() or c in "_." else "-" for c in task).strip("-.")
     return f"runs/{what}-{name[-40:]}-seed{seed}"
-
-
-def _names(value: Any) -> Any:
-    """Return names as a tuple; a word may hold several, as on the command line."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

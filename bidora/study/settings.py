@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bidora.errors import UserError
-from bidora.runs.settings import option
+from bidora.runs.declared import option
 from bidora.study.grid import Grid
 from bidora.study.reading import grid_from_dict, read_grid
 

@@ -262,3 +262,19 @@ def test_constant_answers_by_hand(
     x = np.zeros((len(y), 1))
     given = Features(x, targets, np.arange(len(y)), kind, outputs)
     assert constant_answer(given).tolist() == truth
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-33, 1e-9])
+def test_what_hardly_varies_gets_no_large_weights(spread: float) -> None:
+    """Coordinates of 1e-33, as MiniLM has, made weights of 1e30 and infinite gradients."""
+    y = np.arange(60) % 3
+    usual = of_classes(y, 3)
+    flat = np.random.default_rng(1).standard_normal(60) * spread + 0.5
+    wider = of_classes(y, 3, x=np.column_stack([usual.values, flat]) - np.eye(3, 6)[y])
+    fit, other = fit_linear(wider), fit_linear(usual)
+    assert np.abs(fit.weight[:, :5]).max() < 100
+    assert np.abs(fit.weight[:, 5]).max() <= np.abs(fit.weight[:, :5]).max()
+    assert (
+        logits_of(fit, wider.values).argmax(1)
+        == logits_of(other, usual.values).argmax(1)
+    ).all()

@@ -1,0 +1,146 @@
+"""What a job works on: model, tokenizer and tokenised examples, on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bidora.errors import UserError
+from bidora.runs.encoding import encode
+from bidora.runs.examples import Examples
+from bidora.runs.results import Listener
+from bidora.runs.settings import JobSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from bidora.methods.base import Method
+    from bidora.models import ModelSource
+
+__all__ = ["Prepared", "find_device", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """What a job works on.
+
+    Attributes:
+        settings: What the user asked for.
+        examples: Rows and their split.
+        source: Where the base model came from.
+        tokenizer: The model's tokenizer.
+        model: The model with what the method put in, on its device.
+        sets: Tokenised examples by part, as `datasets.Dataset`.
+        length: Tokens kept of an example.
+        pooling: How tokens are pooled; `head` for the stock class.
+    """
+
+    settings: Any
+    examples: Examples
+    source: ModelSource
+    tokenizer: Any
+    model: Any
+    sets: dict[str, Any]
+    length: int
+    pooling: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def metric(self) -> str:
+        """The main metric."""
+        schema, task = self.examples.schema, self.examples.task
+        return schema.metric or task.main_metric
+
+    @property
+    def collate(self) -> Any:
+        """What makes a batch of a list of features."""
+        return self.examples.task.collator(self.tokenizer)
+
+
+def prepare(
+    settings: JobSettings,
+    method: Method,
+    source: ModelSource,
+    examples: Examples,
+    device: torch.device,
+    listener: Listener,
+) -> Prepared:
+    """Load the model, put in what the method needs, and tokenise; nothing is written.
+
+    Args:
+        settings: What to load, and how.
+        method: What is put in.
+        source: Where the base model is.
+        examples: The data.
+        device: Where the model goes.
+        listener: Told what was loaded.
+
+    Returns:
+        Everything that a Trainer takes.
+
+    Raises:
+        UserError: If the model can't be loaded, or does not fit.
+    """
+    from bidora.models import load_base, load_tokenizer, longest_input
+
+    task, schema = examples.task, examples.schema
+    tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
+    base = load_base(
+        source,
+        tokenizer,
+        task,
+        schema,
+        seed=settings.seed,
+        pooling=settings.pooling,
+    )
+    model: Any = method.adapt(base, settings).to(device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    listener.message(
+        f"Model  {settings.model}: {method.name} trains {trained:,} of its "
+        f"{total:,} parameters, on {device}"
+    )
+    usual = examples.source.hints.get("max_length")
+    length = settings.tokens_kept(longest_input(base.model), usual)
+    sets = {
+        part: encode(rows, task, schema, tokenizer, length)
+        for part, rows in examples.rows.items()
+    }
+    cut = task.count_over_long(examples.rows["train"], tokenizer, length)
+    if cut:
+        listener.message(
+            f"       {cut} of {len(sets['train'])} training examples are longer than the "
+            f"{length} tokens that are kept (--max-length)."
+        )
+    return Prepared(
+        settings, examples, source, tokenizer, model, sets, length, base.pooling
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is a GPU where there is one.
+
+    Args:
+        name: What the user called it.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        UserError: If it can't be used.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0][:160]}); "
+            "choose cpu, or leave it out."
+        ) from error
