@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from bidora._files import write_whole
 from bidora.study import _words as words
 from bidora.study._latex import latex_tables
+from bidora.study._markdown import markdown_tables
 from bidora.study.records import Record
 from bidora.study.results import Summary, Table
 from bidora.study.summary import summarise
@@ -71,7 +72,7 @@ class Reported(Protocol):
 
 
 def write_report(study: Reported, folder: str | Path) -> list[str]:
-    """Write `report.html`, `results.json` and `tables.tex`, each of them whole or not.
+    """Write `report.html`, `results.json`, `tables.tex` and `tables.md`, whole or not.
 
     The same records give the same bytes.
 
@@ -98,6 +99,7 @@ def write_report(study: Reported, folder: str | Path) -> list[str]:
         "report.html": _page(summary, records, study.grid.reference),
         "results.json": _json(summary, records),
         "tables.tex": latex_tables(summary),
+        "tables.md": markdown_tables(summary),
     }
     for name, text in texts.items():
         write_whole(target / name, text)
