@@ -208,3 +208,14 @@ def test_one_method_needs_no_reference_and_seeds_of_a_sweep_may_be_used_without(
 ):
     grid = grid_of(methods={"lora": {}}, reference=None, seeds=[100])
     assert grid.reference == "lora"
+
+
+STUDIES = Path(__file__).parents[3] / "benchmarks" / "studies"
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_grids_of_our_own_comparisons_are_right(path: Path) -> None:
+    grid = read_grid(path)
+    grid.check()
+    assert len(grid.methods) > 2
+    assert grid.reference in {method.name for method in grid.methods}
