@@ -136,17 +136,20 @@ class Base:
     peft_type: str
     pooling: str = "head"
 
-    def adaptable(self) -> list[str]:
-        """Return the ends of the names of layers that an adapter may go into."""
+    def linear_layers(self) -> list[str]:
+        """Return the names of the layers that an adapter may go into: all but the head's."""
         from transformers.pytorch_utils import Conv1D
 
-        names = {
-            name.rsplit(".", 1)[-1]
+        return [
+            name
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
             and not any(name == h or name.startswith(f"{h}.") for h in self.head)
-        }
-        return sorted(names)
+        ]
+
+    def adaptable(self) -> list[str]:
+        """Return the ends of the names of those layers, as `--target-modules` takes them."""
+        return sorted({name.rsplit(".", 1)[-1] for name in self.linear_layers()})
 
 
 def load_base(

@@ -40,9 +40,9 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
 
         asked = settings.target_modules
-        targets: Any = list(asked) if asked else None
-        if targets == ["all-linear"]:
-            targets = "all-linear"
+        # PEFT's own all-linear would go into heads that it does not know by name.
+        wanted = asked or ("all-linear",)
+        targets = base.linear_layers() if wanted == ("all-linear",) else list(wanted)
         config = LoraConfig(
             task_type=base.peft_type,
             r=settings.lora_r,
@@ -55,9 +55,8 @@ class Lora(Method):
         try:
             return get_peft_model(base.model, config)
         except ValueError as error:
-            wanted = ", ".join(asked) if asked else "PEFT's usual choice"
             raise UserError(
-                f"--target-modules ({wanted}) does not fit {settings.model!r}: "
+                f"--target-modules ({', '.join(wanted)}) does not fit {settings.model!r}: "
                 f"{str(error).split('. ')[0][:200]}. Its layers that can be adapted end "
                 f"in {', '.join(base.adaptable())}."
             ) from error

@@ -167,16 +167,16 @@ class JobSettings(Declared):
         shown="as the model was trained, where it says so, else head",
         metavar="{" + ",".join(defaults.POOLINGS) + "}",
     )
-    lora_r: int = option(4, "rank of the change of a weight", ADAPTER)
+    lora_r: int = option(8, "rank of the change of a weight", ADAPTER)
     lora_alpha: float = option(
-        8.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
+        16.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
     )
     lora_dropout: float = option(0.0, "dropout in front of the change", ADAPTER)
     target_modules: tuple[str, ...] | None = option(
         None,
         "layers to adapt, by the end of their names, or all-linear",
         ADAPTER,
-        shown="PEFT's choice, in a BERT query,value",
+        shown="all-linear",
     )
 
     per_device_train_batch_size: int = option(16, "examples of a step", TRAINING)
@@ -302,7 +302,7 @@ class TrainSettings(JobSettings):
     )
 
     max_steps: int = option(
-        240,
+        120,
         "steps to spend: those of the one phase, or what the budget shares out between "
         "search and retraining",
         TRAINING,

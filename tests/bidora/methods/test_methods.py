@@ -34,9 +34,12 @@ pytestmark = pytest.mark.filterwarnings(
 ALL = METHODS.names()
 SEARCHES = tuple(name for name in ALL if name.startswith("bidora"))
 HEAD = 16 * 3 + 3  # hidden size times classes, and a bias
-RANK = 4
-LORA = 4 * 2 * 16 * RANK  # query and value of two layers, A and B of each
-MAGNITUDES = 4 * 16
+RANK = 8
+# Four layers of 16 × 16 in attention, one of 16 × 32 and one of 32 × 16, twice, and the
+# pooler's 16 × 16: A and B of each, and a magnitude for each output.
+LORA = (2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 + 16) * RANK
+MAGNITUDES = 2 * (4 * 16 + 32 + 16) + 16
+ADAPTED = 2 * 6 + 1
 HOULSBY = 4 * (16 * RANK + RANK + RANK * 16 + 16)  # two bottlenecks a layer
 
 
@@ -94,13 +97,13 @@ def test_full_trains_and_saves_all_of_the_model(finished: Run) -> None:
 
 def test_only_the_exact_forward_is_exact(finished: Run) -> None:
     for name in ("dora", "bidora"):
-        assert len(exact_dora_layers(finished(name).job.model)) == 4
+        assert len(exact_dora_layers(finished(name).job.model)) == ADAPTED
     for name in ("dora-peft", "lora"):
         assert not exact_dora_layers(finished(name).job.model)
 
 
 def test_rank_stabilised_scale_is_alpha_over_the_root(finished: Run) -> None:
-    for name, scale in (("lora", 8 / 4), ("rslora", 8 / 2)):
+    for name, scale in (("lora", 16 / 8), ("rslora", 16 / 8**0.5)):
         layer = finished(name).job.model.base_model.model.bert.encoder.layer[0]
         assert layer.attention.self.query.scaling == {"default": scale}
 

@@ -244,7 +244,7 @@ def test_what_each_phase_moves(finished: Run) -> None:
     first, searched = values["search begins"], values["search ends"]
     second, last = values["retrain begins"], values["retrain ends"]
     outer = {name for name in first if "magnitude" in name}
-    assert len(outer) == 4  # query and value of two layers
+    assert len(outer) == 13  # six of each of two layers, and the pooler's
     assert moved(first, searched) == set(first)
     assert moved(first, second) == outer  # the rest starts anew
     assert moved(searched, last) == set(first) - outer
