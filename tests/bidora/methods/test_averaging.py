@@ -191,7 +191,9 @@ def test_a_job_scores_and_saves_the_average(
         assert search[-1]["result"]["steps"] == 8
         assert not all(torch.equal(last[n], now[n]) for n in now)
     loaded, _ = load_run(run.folder)
-    assert error(run.logits(loaded), run.logits()) <= tol(torch.float32)
+    # PEFT's forward of DoRA against the exact one: the head enlarges their rounding.
+    allowed = tol(torch.float32, cond=run.condition_of_the_head())
+    assert error(run.logits(loaded), run.logits()) <= allowed
     labels = torch.tensor(run.job.sets["test"]["labels"])
     loss = nn.functional.cross_entropy(run.logits(), labels)
     assert run.result.phases[-1].test["loss"] == pytest.approx(loss.item(), rel=1e-5)

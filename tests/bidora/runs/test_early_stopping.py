@@ -104,7 +104,9 @@ def test_the_best_weights_are_kept_and_saved(
         assert torch.equal(now[name], value), name
     assert any(not torch.equal(now[n], value) for n, value in weights[8].items())
     loaded, _ = load_run(run.folder)
-    assert error(run.logits(loaded), run.logits()) <= tol(torch.float32)
+    # PEFT's forward of DoRA against the exact one: the head enlarges their rounding.
+    allowed = tol(torch.float32, cond=run.condition_of_the_head())
+    assert error(run.logits(loaded), run.logits()) <= allowed
     assert len(exact_dora_layers(run.job.model)) == (4 if method == "dora" else 0)
     labels = torch.tensor(run.job.sets["test"]["labels"])
     loss = torch.nn.functional.cross_entropy(run.logits(), labels)
