@@ -72,7 +72,7 @@ def draw_curves(
         _draw_evaluations(score, records, phase, metric)
         _draw_test(score, records, probe, metric)
         if score.get_lines():
-            score.legend(loc="lower right", fontsize=8)
+            score.legend(loc="best", fontsize=8)
         if searched:
             _draw_hypergradient(axes[2][column], records)
         bottom = axes[-1][column]
