@@ -137,7 +137,7 @@ class Base:
     pooling: str = "head"
 
     def linear_layers(self) -> list[str]:
-        """Return the names of the layers that an adapter may go into: all but the head's."""
+        """Return the names of the layers that an adapter may go into, not the head's."""
         from transformers.pytorch_utils import Conv1D
 
         return [
@@ -148,7 +148,7 @@ class Base:
         ]
 
     def adaptable(self) -> list[str]:
-        """Return the ends of the names of those layers, as `--target-modules` takes them."""
+        """Return the ends of those names, as `--target-modules` takes them."""
         return sorted({name.rsplit(".", 1)[-1] for name in self.linear_layers()})
 
 
