@@ -107,7 +107,7 @@ def test_the_best_weights_are_kept_and_saved(
     # PEFT's forward of DoRA against the exact one: the head enlarges their rounding.
     allowed = tol(torch.float32, cond=run.condition_of_the_head())
     assert error(run.logits(loaded), run.logits()) <= allowed
-    assert len(exact_dora_layers(run.job.model)) == (4 if method == "dora" else 0)
+    assert len(exact_dora_layers(run.job.model)) == (13 if method == "dora" else 0)
     labels = torch.tensor(run.job.sets["test"]["labels"])
     loss = torch.nn.functional.cross_entropy(run.logits(), labels)
     assert phase.test["loss"] == pytest.approx(loss.item(), rel=1e-5)

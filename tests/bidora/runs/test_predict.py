@@ -132,7 +132,7 @@ def test_other_tasks_answer_in_their_words(
         for row in own:
             shares = [float(v) for k, v in row.items() if k.startswith("p(")]
             assert len(shares) == 2
-            assert all(0 < share < 1 for share in shares)
+            assert all(0 <= share <= 1 for share in shares)  # rounded, at large logits
     if task == "tagging":
         for words, row in zip(texts, values, strict=True):
             tags = row[0] if suffix == ".jsonl" else json.loads(row[0])

@@ -15,7 +15,7 @@ from bidora.study.reading import grid_from_dict, read_grid
 from bidora.study.records import Cell
 
 WHOLE = """\
-settings: {max_steps: 12, lora_r: 8}
+settings: {max_steps: 12, lora_r: 3}
 tasks:
   docstrings: {}
   reviews: {task: data/reviews.csv, validation_file: more.csv, seeds: [7], max_steps: 30}
@@ -82,12 +82,12 @@ def test_settings_of_method_task_and_grid_go_before_each_other(tmp_path: Path) -
     assert (settings.method, settings.seed, settings.max_steps) == ("lora", 7, 30)
     assert (settings.learning_rate, settings.lora_r) == (0.001, 2)
     careful = grid.settings_of(Cell("docstrings", "careful", 0, 1, "steps"))
-    assert (careful.method, careful.lora_dropout, careful.lora_r) == ("lora", 0.1, 8)
+    assert (careful.method, careful.lora_dropout, careful.lora_r) == ("lora", 0.1, 3)
     assert careful.max_steps == 12
     assert careful.output_dir is None
     # Full fine-tuning has no rank: what is given for all is left out for it.
     assert grid.unused("docstrings", "full") == ["lora_r"]
-    assert grid.settings_of(Cell("docstrings", "full", 0, 1, "steps")).lora_r == 4
+    assert grid.settings_of(Cell("docstrings", "full", 0, 1, "steps")).lora_r == 8
     assert grid.settings_of(Cell("glue", "full", 0, 1, "time"), 77).max_steps == 77
 
 
