@@ -66,7 +66,9 @@ class Partial(Method):
         return f"""\
 {lines}
 trained = load_file({names["folder"]!r} + "/{FILE}")
-assert not base.load_state_dict(trained, strict=False).unexpected_keys
+foreign = base.load_state_dict(trained, strict=False).unexpected_keys
+if foreign:
+    raise ValueError(f"the trained weights do not fit the base model: {{foreign}}")
 model = base.eval()
 """
 

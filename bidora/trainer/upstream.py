@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -88,16 +89,16 @@ def check_transformers(cls: type | None = None, version: str | None = None) -> N
         )
 
 
-class PrivateTrainer(_Base):
+class PrivateTrainer(_Base, metaclass=ABCMeta):
     """A Trainer whose undocumented methods have names that are ours."""
 
+    @abstractmethod
     def load_values_of(self, folder: str) -> None:
         """Put the values of a checkpoint into the model.
 
         Args:
             folder: The checkpoint.
         """
-        raise NotImplementedError
 
     def prepared(self, inputs: Any) -> Any:
         """Return a batch on the device, as the Trainer's own step gets it.
