@@ -322,14 +322,13 @@ class _Job(Prepared):
         from transformers import PrinterCallback, ProgressCallback
 
         from bidora.methods.base import TrainerParts
+        from bidora.trainer.upstream import group_by_length
 
         settings, examples = self.settings, self.examples
         task, schema = examples.task, examples.schema
         size = settings.per_device_train_batch_size
         smallest = min(len(examples.rows["train"]), len(examples.inner))
-        # The economical search takes half of the steps.
-        points = 12 if self.method.searches and settings.budget == "economical" else 6
-        every = settings.eval_steps or max(1, settings.max_steps // points)
+        every = settings.eval_steps or max(1, settings.max_steps // 6)
         arguments: dict[str, Any] = {
             "output_dir": place,
             "max_steps": settings.max_steps,
@@ -356,6 +355,8 @@ class _Job(Prepared):
             "report_to": list(settings.report_to),
             "disable_tqdm": True,
         }
+        # Without this, a third of the work on short texts is padding.
+        arguments |= group_by_length()
         if settings.gradient_checkpointing:  # its older name warns, whatever it is
             arguments["gradient_checkpointing"] = True
         if self.judge:

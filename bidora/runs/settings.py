@@ -407,7 +407,7 @@ class TrainSettings(JobSettings):
         None,
         "steps between points of the curves, and between checkpoints",
         OUTPUT,
-        shown="six or more points a phase",
+        shown="a sixth of --max-steps",
     )
     report_to: tuple[str, ...] = option(
         (), "where else to log, as transformers calls it, such as tensorboard", OUTPUT

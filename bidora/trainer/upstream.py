@@ -29,6 +29,7 @@ __all__ = [
     "choose_order",
     "collator_of",
     "frozen_new_head",
+    "group_by_length",
     "has_the_models_loss",
     "items_in",
     "load_checkpoint_values",
@@ -248,6 +249,18 @@ def has_the_models_loss(trainer: Any) -> bool:
         and trainer.label_smoother is None
         and trainer.compute_loss_func is None
     )
+
+
+def group_by_length() -> dict[str, Any]:
+    """Return the argument of a Trainer that puts examples of like length in one batch.
+
+    Early versions of transformers 5 have another name for it.
+    """
+    from transformers import TrainingArguments
+
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
 
 
 def collator_of(trainer: Any) -> Callable[[list[Any]], Any]:
