@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks._common import RESULTS
 from bidora import BiDoRAOptimizer
@@ -48,11 +49,11 @@ from bidora.runs.settings import TrainSettings
 from hypergrad.estimators import Unrolled
 
 OUT = RESULTS / "held_back.json"
-BATCH = 16
+BATCH, RANK = 16, 32
 SEARCH_STEPS, STEPS = 120, 120
 OUTER_EVERY = 4
-FOLDS = 4
-ITERATIONS = 4
+FOLDS = 3
+ITERATIONS = 3
 
 
 class Job:
@@ -60,7 +61,11 @@ class Job:
 
     def __init__(self, seed: int, rate: float, targets: tuple[str, ...] | None) -> None:
         settings = TrainSettings(
-            method="dora", seed=seed, lora_r=8, lora_alpha=16.0, target_modules=targets
+            method="dora",
+            seed=seed,
+            lora_r=RANK,
+            lora_alpha=2.0 * RANK,
+            target_modules=targets,
         )
         method = make_method("dora")
         examples = read_examples(settings, Listener(), searches=False)
@@ -103,12 +108,14 @@ class Job:
         self.model.train()
 
     def batches(self, indices: list[int], salt: int = 0) -> Iterator[Any]:
-        """Yield shuffled batches without end."""
-        dealer = np.random.default_rng([self.seed, salt])
+        """Yield shuffled batches without end, texts of like length in one, as the job."""
+        lengths = [len(self.data[i]["input_ids"]) for i in indices]
+        dealer = torch.Generator().manual_seed(1000 * self.seed + salt)
+        sampler = LengthGroupedSampler(BATCH, lengths=lengths, generator=dealer)
         queue: list[int] = []
         while True:
             while len(queue) < BATCH:
-                queue += [indices[i] for i in dealer.permutation(len(indices))]
+                queue += [indices[i] for i in sampler]
             chosen, queue = queue[:BATCH], queue[BATCH:]
             yield self.job.collate([self.data[i] for i in chosen])
 
@@ -123,7 +130,8 @@ class Job:
             estimator,
             inner_lr=self.rate,
             inner_weight_decay=0.01,
-            outer_lr=own.pop("outer_lr", self.rate),
+            outer_lr=own.pop("outer_lr", 10 * self.rate),
+            outer_warmup=min(10, steps // 4),
             outer_weight_decay=0.0,
             **own,
         )
@@ -296,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", default="100,101,102")
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
