@@ -40,9 +40,10 @@ from bidora.methods.base import (
 from bidora.models import Base, find_model
 from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
+from bidora.runs.job_settings import JobSettings
 from bidora.runs.prepared import find_device
 from bidora.runs.results import Listener, PhaseResult, RunResult, environment
-from bidora.runs.settings import JobSettings, TrainSettings
+from bidora.runs.settings import TrainSettings
 
 __all__ = ["SetFit", "train"]
 
@@ -59,7 +60,7 @@ class SetFit(Method):
     summary: ClassVar[str] = (
         "SetFit: contrastive fine-tuning of a sentence encoder, then a logistic head"
     )
-    usual_rate: ClassVar[float | None] = 2e-5
+    usual_rates: ClassVar[tuple[float, float]] = (2e-5, 2e-5)
     ignores: ClassVar[tuple[str, ...]] = (
         *SEARCH_ONLY,
         *OF_MAGNITUDES,

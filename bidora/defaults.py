@@ -10,8 +10,11 @@ __all__ = [
     "FULL_LEARNING_RATE",
     "LEARNING_RATE",
     "MAX_GRAD_NORM",
+    "METHOD",
     "ORTHOGONALITY",
+    "OTHER_FULL_LEARNING_RATE",
     "OTHER_LEARNING_RATE",
+    "OTHER_METHOD",
     "OUTER_EVERY",
     "OUTER_WARMUP",
     "POOLINGS",
@@ -30,6 +33,12 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 """What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""
 
+METHOD = "full"
+"""How the bundled encoder is trained; a model as small loses nothing by it."""
+
+OTHER_METHOD = "bidora"
+"""How every other model is trained, and where settings of an adapter are given."""
+
 STARTS = ("probe", "random")
 """What the head starts from."""
 
@@ -45,8 +54,11 @@ LEARNING_RATE = 2e-3
 OTHER_LEARNING_RATE = 5e-4
 """Likewise for every other model. transformers' own 5e-5 is for training all weights."""
 
-FULL_LEARNING_RATE = 5e-5
-"""Of full fine-tuning: transformers' own."""
+FULL_LEARNING_RATE = 1e-4
+"""Of full fine-tuning, for the bundled encoder."""
+
+OTHER_FULL_LEARNING_RATE = 5e-5
+"""Likewise for every other model: transformers' own."""
 
 BITFIT_LEARNING_RATE = 1e-3
 """Of BitFit, whose biases want a higher rate than whole models."""

@@ -34,17 +34,18 @@ Without any option this trains a small encoder (all-MiniLM-L6-v2, 22.7 M paramet
 to tell which package of Python's standard library a docstring comes from: 12 classes,
 20 training examples each. Nothing is downloaded, and it takes some minutes on a laptop.
 
-The method is BiDoRA. It writes each adapted weight as a magnitude (one number per
-output) times a direction (a low-rank change). In the *search*, directions learn on
-80 % of the training examples and magnitudes on the other 20 %, which makes overfitting
-harder. Then the *retraining* keeps the magnitudes and learns the directions on
+This encoder is trained in full, which measured best for it. A larger model gets BiDoRA,
+and so does this one where an option of BiDoRA or of its adapter is given. It writes each
+adapted weight as a magnitude (one number per output) times a direction (a low-rank
+change). In the *search*, directions learn on 80 % of the training examples and magnitudes
+on the other 20 %. Then the *retraining* keeps the magnitudes and learns the directions on
 everything. The result is a plain PEFT adapter.
 """
 
 EXAMPLES = """\
 examples:
   bidora train                                    the demonstration, offline
-  bidora train --method lora                      the same with LoRA, to compare
+  bidora train --method bidora                    the same with BiDoRA, or lora, dora, …
   bidora train --dry-run                          what it would do, and for how long
   bidora train --resume --output-dir runs/mine    go on with a run that was stopped
   bidora train --task reviews.csv --text-column review --label-column stars

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bidora import defaults
 from bidora.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from bidora.models import Base
-    from bidora.runs.settings import JobSettings, TrainSettings
+    from bidora.runs.job_settings import JobSettings
+    from bidora.runs.settings import TrainSettings
 
 __all__ = ["Method", "TrainerParts"]
 
@@ -71,7 +73,8 @@ class Method(ABC):
         holds_back: Whether it does so on examples that are held back for it.
         saves_whole: Whether what `save` writes is loaded without the base model.
         preset: Settings that the method stands for; it refuses others for them.
-        usual_rate: Learning rate where none is given; None for that of adapters.
+        usual_rates: Learning rates where none is given: for the bundled encoder, on which
+            it was chosen, and for other models.
         ignores: Settings that mean nothing to it.
     """
 
@@ -82,7 +85,10 @@ class Method(ABC):
     holds_back: ClassVar[bool] = False
     saves_whole: ClassVar[bool] = False
     preset: ClassVar[Mapping[str, Any]] = {}
-    usual_rate: ClassVar[float | None] = None
+    usual_rates: ClassVar[tuple[float, float]] = (
+        defaults.LEARNING_RATE,
+        defaults.OTHER_LEARNING_RATE,
+    )
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS)
 
     def check(self, settings: TrainSettings) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bidora.models import Base
-    from bidora.runs.settings import JobSettings
+    from bidora.runs.job_settings import JobSettings
 
 __all__ = ["BitFit", "biases"]
 
@@ -36,7 +36,10 @@ class BitFit(Partial):
 
     name: ClassVar[str] = "bitfit"
     summary: ClassVar[str] = "BitFit: the biases of the model and its head"
-    usual_rate: ClassVar[float | None] = defaults.BITFIT_LEARNING_RATE
+    usual_rates: ClassVar[tuple[float, float]] = (
+        defaults.BITFIT_LEARNING_RATE,
+        defaults.BITFIT_LEARNING_RATE,
+    )
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
         """Return the model, everything but its biases and head frozen.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bidora.models import Base
-    from bidora.runs.settings import JobSettings
+    from bidora.runs.job_settings import JobSettings
 
 __all__ = ["Full"]
 
@@ -31,7 +31,10 @@ class Full(Method):
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "full fine-tuning: every weight of the model"
     saves_whole: ClassVar[bool] = True
-    usual_rate: ClassVar[float | None] = defaults.FULL_LEARNING_RATE
+    usual_rates: ClassVar[tuple[float, float]] = (
+        defaults.FULL_LEARNING_RATE,
+        defaults.OTHER_FULL_LEARNING_RATE,
+    )
     ignores: ClassVar[tuple[str, ...]] = (
         *SEARCH_ONLY,
         *OF_MAGNITUDES,

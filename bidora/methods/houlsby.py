@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bidora.models import Base
-    from bidora.runs.settings import JobSettings
+    from bidora.runs.job_settings import JobSettings
 
 __all__ = ["Houlsby", "insert"]
 

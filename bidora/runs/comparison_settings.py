@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
 from bidora.runs.declared import option
-from bidora.runs.settings import SEARCH, JobSettings
+from bidora.runs.job_settings import SEARCH, JobSettings
 
 if TYPE_CHECKING:
     from hypergrad import HypergradEstimator

@@ -10,7 +10,7 @@ from typing import Any
 
 from bidora.errors import UserError
 
-__all__ = ["Declared", "described", "option"]
+__all__ = ["Declared", "described", "option", "usual_value"]
 
 KINDS: tuple[tuple[str, Any, str], ...] = (
     ("str", str, "a word"),
@@ -40,6 +40,17 @@ def option(
     """
     metadata = described(help_text, group, shown=shown, metavar=metavar)
     return field(default=default, metadata=metadata)
+
+
+def usual_value(setting: dataclasses.Field[Any]) -> Any:
+    """Return a setting's default.
+
+    Args:
+        setting: The field.
+    """
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return setting.default
 
 
 def described(

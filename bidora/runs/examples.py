@@ -8,8 +8,8 @@ from typing import Any
 from bidora.data.load import load_source
 from bidora.data.source import Source
 from bidora.errors import UserError
+from bidora.runs.job_settings import JobSettings
 from bidora.runs.results import Listener
-from bidora.runs.settings import JobSettings
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.guess import guess_task_type
 from bidora.tasks.registry import TASKS, make_task

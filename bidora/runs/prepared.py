@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from bidora.errors import UserError
 from bidora.runs.encoding import encode
 from bidora.runs.examples import Examples
+from bidora.runs.job_settings import JobSettings
 from bidora.runs.results import Listener
-from bidora.runs.settings import JobSettings
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from bidora.data.files import is_table_file
 from bidora.errors import UserError
-from bidora.runs.settings import TrainSettings, default_folder
+from bidora.runs.settings import TrainSettings
 
 __all__ = ["as_found", "settings_of_run"]
 
@@ -39,11 +39,7 @@ def settings_of_run(**given: Any) -> TrainSettings:
             "--resume goes on with a run and --overwrite replaces it; leave one out."
         )
     given = _as_settings(given)
-    folder = given.pop("output_dir", None) or default_folder(
-        given.get("method", "bidora"),
-        given.get("task", "docstrings"),
-        given.get("seed", 0),
-    )
+    folder = given.pop("output_dir", None) or TrainSettings.from_dict(given).folder
     file = Path(folder).expanduser() / "settings.json"
     try:
         values = json.loads(file.read_text("utf-8"))
