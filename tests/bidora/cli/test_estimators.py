@@ -48,7 +48,7 @@ def run(tiny_encoder: Path, labelled_csv: Path, tmp_path: Path) -> Run:
 def test_all_estimators_end_in_a_table_a_picture_and_advice(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--target-modules", "dense") == 0
+    assert run("--target-modules", "value") == 0
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err
     assert "compare" in shown.err  # the progress bar

@@ -22,7 +22,7 @@ from bidora.runs.results import Listener
 from bidora.runs.resume import settings_of_run
 from bidora.runs.settings import TrainSettings
 from bidora.tasks.classification import Classification
-from tests.bidora.conftest import finish
+from tests.bidora.conftest import Finished, finish
 from tests.tolerances import error, tol
 
 pytestmark = [
@@ -114,19 +114,24 @@ def test_the_best_weights_are_kept_and_saved(
     assert phase.test["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.fixture
+def of_a_search(finished: Callable[[str], Finished]) -> list[int]:
+    """Return what a search holds back; asked for before accuracies are changed."""
+    return finished("bidora").read("split.json")["outer_indices"]
+
+
 def test_nothing_is_trained_on_that_decides(
+    of_a_search: list[int],
     options: dict[str, Any],
     weights: dict[int, Any],
     monkeypatch: pytest.MonkeyPatch,
-    finished: Any,
 ) -> None:
     monkeypatch.setattr("bidora.runs.job.CURVE_EXAMPLES", 5)
     run = finish(**options)
     split = run.read("split.json")
     assert split["examples"] == {"train": 48, "test": 12}
     assert len(split["outer_indices"]) == HELD_BACK
-    of_a_search = finished("bidora").read("split.json")
-    assert split["outer_indices"] == of_a_search["outer_indices"]
+    assert split["outer_indices"] == of_a_search
     assert sorted(split["inner_indices"] + split["outer_indices"]) == list(range(48))
     rows = run.job.sets["train"]
     trained = run.trainer.train_dataset
@@ -228,7 +233,7 @@ Whole = Callable[[dict[str, Any]], Path]
 def trained_whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Return a function that gives the folder of a run nobody stopped, made once.
 
-    Its accuracies are those of `weights`, which who asks has to have.
+    Its accuracies are those of the fixture `weights`, which its callers have too.
     """
     made: dict[str, Path] = {}
 
