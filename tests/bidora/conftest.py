@@ -6,16 +6,18 @@ import csv
 import json
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from bidora.methods import METHODS
+from bidora.runs.plots import draw_curves
 from bidora.runs.results import Listener, RunResult
 from bidora.runs.settings import TrainSettings
 
@@ -148,8 +150,30 @@ def trained_values(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def spare(patch: pytest.MonkeyPatch) -> None:
+    """Leave out of jobs what costs more than their training, and has its own tests.
+
+    The probe is fitted for three of its eleven strengths, no picture is drawn, and PEFT
+    writes no card beside a checkpoint, which it renders from a template each time.
+    """
+    patch.setattr("bidora.probing.fit.STRENGTHS", (1e-3, 1e-2, 1e-1))
+    patch.setattr(
+        "bidora.runs.plots.draw_curves",
+        lambda history, path, title, metric: path.touch(),
+    )
+    patch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
+
+
+@pytest.fixture
+def spared() -> Iterator[None]:
+    """Run the jobs of a test without what has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        spare(patch)
+        yield
+
+
 def finish(*, draws: bool = False, **given: Any) -> Finished:
-    """Train, and keep the model; a picture takes a second, and one of them is enough."""
+    """Train as a spared job does, but for a picture where it is asked for; keep it all."""
     from bidora.runs import job
     from bidora.runs.recorder import Recorder
 
@@ -183,11 +207,9 @@ def finish(*, draws: bool = False, **given: Any) -> Finished:
         patch.setattr(job._Job, "save", keep)
         patch.setattr(Recorder, "on_train_begin", on_train_begin)
         patch.setattr(Recorder, "on_train_end", on_train_end)
-        if not draws:
-            patch.setattr(
-                "bidora.runs.plots.draw_curves",
-                lambda history, path, title, metric: path.touch(),
-            )
+        spare(patch)
+        if draws:
+            patch.setattr("bidora.runs.plots.draw_curves", draw_curves)
         warnings.simplefilter("ignore")
         result = job.train(settings, heard)
     return Finished(

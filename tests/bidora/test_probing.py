@@ -48,12 +48,15 @@ from tests.bidora.stopped_runs import (
 from tests.bidora.test_probe_fit import enlarged, logits_of
 from tests.tolerances import error, tol
 
-# transformers' own, raised when PEFT reads its model
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning",
-    "ignore::hypergrad.errors.NumericalWarning",
-    "ignore::FutureWarning:sklearn",
-)
+pytestmark = [
+    pytest.mark.usefixtures("spared"),
+    pytest.mark.filterwarnings(
+        # transformers' own, raised when PEFT reads its model
+        "ignore:`is_gradient_checkpointing`:FutureWarning",
+        "ignore::hypergrad.errors.NumericalWarning",
+        "ignore::FutureWarning:sklearn",
+    ),
+]
 
 # -- what the last layer reads -------------------------------------------------------
 

@@ -32,6 +32,8 @@ from tests.bidora.stopped_runs import (
     outcome,
 )
 
+pytestmark = pytest.mark.usefixtures("spared")
+
 SEARCH, RETRAIN = "search", "retrain"
 
 WINDOW: dict[str, Any] = {

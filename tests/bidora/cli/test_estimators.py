@@ -39,6 +39,7 @@ def run(tiny_encoder: Path, labelled_csv: Path, tmp_path: Path) -> Run:
     def run(*options: str, folder: str = "run") -> int:
         arguments = ["--model", str(tiny_encoder), "--task", str(labelled_csv)]
         arguments += ["--output-dir", str(tmp_path / folder), "--repeats", "1"]
+        arguments += ["--target-modules", "query"]  # two layers of thirteen: less time
         return main(["estimators", *arguments, *options])
 
     return run
@@ -47,7 +48,7 @@ def run(tiny_encoder: Path, labelled_csv: Path, tmp_path: Path) -> Run:
 def test_all_estimators_end_in_a_table_a_picture_and_advice(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run() == 0
+    assert run("--target-modules", "value") == 0
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err
     assert "compare" in shown.err  # the progress bar
@@ -132,8 +133,9 @@ def test_options_reach_the_comparison(run: Run, tmp_path: Path) -> None:
 def test_an_estimator_that_fails_is_listed(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--estimators", "unrolled:num_steps=11,darts") == 0
-    assert "- unrolled:num_steps=11 failed: ValueError: " in capsys.readouterr().out
+    short = ("--steps", "5", "--lookback", "3")
+    assert run("--estimators", "unrolled:num_steps=4,darts", *short) == 0
+    assert "- unrolled:num_steps=4 failed: ValueError: " in capsys.readouterr().out
     data = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert [bool(row["failure"]) for row in data["rows"]] == [False, True]
 
@@ -150,8 +152,10 @@ def test_same_seed_same_numbers(
             task=str(labelled_csv),
             output_dir=str(tmp_path / folder),
             estimators={"darts": ("darts", {}), "cg": ("cg", {})},
-            steps=12,
+            steps=5,
+            lookback=3,
             repeats=1,
+            target_modules=("query",),
         )
         found.append(compare(settings).comparison)
     assert torch.equal(state, torch.get_rng_state())
@@ -161,10 +165,11 @@ def test_same_seed_same_numbers(
 
 
 def test_earlier_run_is_replaced_only_when_asked(run: Run, capsys: Any) -> None:
-    assert run("--estimators", "first-order") == 0
-    assert run("--estimators", "darts") == 2
+    short = ("--steps", "4", "--lookback", "2")
+    assert run("--estimators", "first-order", *short) == 0
+    assert run("--estimators", "darts", *short) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run("--estimators", "darts", "--overwrite") == 0
+    assert run("--estimators", "darts", "--overwrite", *short) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,7 @@ def test_known_failures_are_sentences(
         raise error
 
     monkeypatch.setattr(bidora.runs.comparison, "compare_estimators", fail)
-    assert run("--estimators", "darts") == code
+    assert run("--estimators", "darts", "--steps", "4", "--lookback", "2") == code
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown

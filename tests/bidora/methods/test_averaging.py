@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from bidora.runs.recorder import Recorder
 from bidora.runs.results import Listener
 from bidora.runs.resume import settings_of_run
 from bidora.runs.settings import TrainSettings
-from tests.bidora.conftest import finish
+from tests.bidora.conftest import Finished, finish
 from tests.tolerances import error, tol
 
-# transformers' own, raised when PEFT reads its model
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("spared"),
+    # transformers' own, raised when PEFT reads its model
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
 
 STEPS = 8
 
@@ -139,6 +142,14 @@ def test_checkpoints_hold_the_mean_where_there_is_one(tmp_path: Path) -> None:
 # -- in a job --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """A finished run, and its weights after each step of the phase that averages."""
+
+    run: Finished
+    after: list[dict[str, torch.Tensor]]
+
+
 @pytest.fixture
 def options(small_job: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {
@@ -146,6 +157,7 @@ def options(small_job: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         "average_last": 0.5,
         "budget": "full",
         "eval_steps": 2,
+        "lr_scheduler_type": "constant",  # a step too many would change the weights
         "output_dir": str(tmp_path / "run"),
     }
 
@@ -154,6 +166,36 @@ def only(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that mean something to the method."""
     left_out = () if method.startswith("bidora") else ("budget",)
     return {n: v for n, v in options.items() if n not in left_out} | {"method": method}
+
+
+@pytest.fixture(scope="module")
+def trained_whole(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, dict[str, Any]], Averaged]:
+    """Return a function that gives the run of a method that nobody stopped, made once."""
+    made: dict[str, Averaged] = {}
+    real = AverageLast.on_step_end
+
+    def run(method: str, options: dict[str, Any]) -> Averaged:
+        if method in made:
+            return made[method]
+        after: list[dict[str, torch.Tensor]] = []
+
+        def on_step_end(self: Any, *args: Any, **kwargs: Any) -> None:
+            real(self, *args, **kwargs)
+            if self._trained:
+                after.append({n: p.double() for n, p in self._trained.items()})
+
+        place = {"output_dir": str(tmp_path_factory.mktemp("whole") / method)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AverageLast, "on_step_end", on_step_end)
+            made[method] = Averaged(finish(**only(method, {**options, **place})), after)
+        return made[method]
+
+    return run
+
+
+Whole = Callable[[str, dict[str, Any]], Averaged]
 
 
 @pytest.mark.parametrize(
@@ -166,18 +208,10 @@ def only(method: str, options: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_job_scores_and_saves_the_average(
-    options: dict[str, Any], method: str, phase: str, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], method: str, phase: str, trained_whole: Whole
 ) -> None:
-    after: list[dict[str, torch.Tensor]] = []
-    real = AverageLast.on_step_end
-
-    def on_step_end(self: Any, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        if self._trained:
-            after.append({n: p.double() for n, p in self._trained.items()})
-
-    monkeypatch.setattr(AverageLast, "on_step_end", on_step_end)
-    run = finish(**only(method, options))
+    whole = trained_whole(method, options)
+    run, after = whole.run, whole.after
     assert len(after) == 8
     now = run.values[f"{phase} ends"]
     assert any("magnitude" in n for n in after[-1]) == (phase == "search")
@@ -226,17 +260,14 @@ def test_a_stopped_run_ends_with_the_same_bits(
     tmp_path: Path,
     method: str,
     stop: int,
-    monkeypatch: pytest.MonkeyPatch,
+    trained_whole: Whole,
 ) -> None:
-    monkeypatch.setattr(
-        "bidora.runs.plots.draw_curves", lambda h, path, *_: path.touch()
-    )
+    whole = trained_whole(method, options).run.folder
     given = only(method, options)
-    train(TrainSettings(**{**given, "output_dir": str(tmp_path / "whole")}))
     with pytest.raises(KeyboardInterrupt):
         train(TrainSettings(**given), Stop(stop))
     train(settings_of_run(output_dir=given["output_dir"]), resume=True)
-    for file in (tmp_path / "whole").glob("*.safetensors"):
+    for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "run" / file.name).read_bytes()
     assert list((tmp_path / "run").glob("*.safetensors"))
 
@@ -244,23 +275,19 @@ def test_a_stopped_run_ends_with_the_same_bits(
 @pytest.mark.parametrize("method", ["lora", "full", "bidora-no-retraining"])
 def test_a_run_stopped_while_it_scored_takes_no_step_more(
     options: dict[str, Any],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
+    trained_whole: Whole,
 ) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "bidora.runs.plots.draw_curves", lambda h, path, *_: path.touch()
-    )
-    given = only(method, {**options, "lr_scheduler_type": "constant"})
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(TrainSettings(**{**given, "output_dir": str(whole)}))
+    whole = trained_whole(method, options).run.folder
+    given, stopped = only(method, options), Path(options["output_dir"])
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_train_end", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(TrainSettings(**{**given, "output_dir": str(stopped)}))
+            train(TrainSettings(**given))
     train(settings_of_run(output_dir=str(stopped)), resume=True)
     (file,) = whole.glob("*.safetensors")
     assert file.read_bytes() == (stopped / file.name).read_bytes()
@@ -270,11 +297,8 @@ def test_a_run_stopped_while_it_scored_takes_no_step_more(
 
 
 def test_a_checkpoint_without_the_mean_is_refused(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        "bidora.runs.plots.draw_curves", lambda h, path, *_: path.touch()
-    )
     given = only("lora", options)
     with pytest.raises(KeyboardInterrupt):
         train(TrainSettings(**given), Stop(7))

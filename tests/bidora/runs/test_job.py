@@ -21,6 +21,7 @@ from tests.bidora.conftest import Finished, Heard, finish
 Run = Callable[[str], Finished]
 
 pytestmark = [
+    pytest.mark.usefixtures("spared"),
     pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning"),
     # transformers' own, raised when PEFT reads its model
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
