@@ -15,9 +15,10 @@ from transformers.trainer_utils import TrainOutput
 
 from bidora.dora import magnitudes
 from bidora.trainer.data import without_rest
-from bidora.trainer.seams import end_again
+from bidora.trainer.seams import OrderByEpoch, end_again
 from bidora.trainer.upstream import (
     TRAINER_STATE,
+    choose_order,
     load_checkpoint_values,
     use_one_device,
     was_stopped,
@@ -106,6 +107,8 @@ class OneGrouping(Trainer):
         self.magnitude_decay = magnitude_decay
         self.rates = rates
         self.whole_batches = whole_batches
+        self._order = OrderByEpoch()
+        self.add_callback(self._order)
 
     def train(
         self,
@@ -142,9 +145,11 @@ class OneGrouping(Trainer):
         load_checkpoint_values(self, folder)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the Trainer's loader."""
+        """Return the Trainer's loader; an order at random follows the epoch."""
         with without_rest(self.args, self.whole_batches):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+        choose_order(loader, self._order.generator)
+        return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer that the arguments name, over those groups.

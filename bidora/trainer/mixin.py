@@ -49,6 +49,7 @@ from bidora.trainer.loss import (
 from bidora.trainer.plan import Plan, make_plan
 from bidora.trainer.seams import (
     AtTheSeams,
+    OrderByEpoch,
     end_again,
     lines_without_phase,
     read_state,
@@ -137,7 +138,7 @@ class BiDoRAMixin(PrivateTrainer):
         self._outer: OuterStream | None = None
         self._queue: list[tuple[Any, float]] = []
         self._notes: dict[str, Any] = {}
-        self._order = torch.Generator()
+        self._order = OrderByEpoch()
         self.whole_batches = self._in_whole_batches = False
         self._log = StepLog()
         self._judged_at: int | None = None
@@ -146,6 +147,7 @@ class BiDoRAMixin(PrivateTrainer):
         self._searched = set(self.outer_level.parameters(self.model))
         self._plan: Plan | None = None
         self.add_callback(AtTheSeams(self))
+        self.add_callback(self._order)
 
     # -- the two phases ----------------------------------------------------------------
 
@@ -323,7 +325,7 @@ class BiDoRAMixin(PrivateTrainer):
         """Return the Trainer's own loader; an order at random follows the epoch."""
         with without_rest(self.args, self._in_whole_batches):
             loader = super().get_train_dataloader()
-        choose_order(loader, self._order)
+        choose_order(loader, self._order.generator)
         return loader
 
     # -- stepping ----------------------------------------------------------------------

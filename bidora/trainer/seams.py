@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from transformers import (
     TrainerCallback,
@@ -21,6 +22,7 @@ from bidora.trainer.upstream import TRAINER_STATE
 
 __all__ = [
     "AtTheSeams",
+    "OrderByEpoch",
     "end_again",
     "lines_without_phase",
     "read_state",
@@ -60,12 +62,32 @@ class AtTheSeams(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Give groups by length an order that depends on the epoch's number alone."""
-        self.trainer._queue = []  # of a step that a callback broke off
-        # A sampler without a generator, such as that of groups by length, draws from
-        # the global random state otherwise, which a resumed run does not have at the
-        # beginning of its epoch.
-        self.trainer._order.manual_seed(args.seed + int(state.epoch or 0))
+        """Forget the batches of a step that a callback broke off."""
+        self.trainer._queue = []
+
+
+class OrderByEpoch(TrainerCallback):
+    """Give groups by length an order that depends on the epoch's number alone.
+
+    Their sampler draws from the global random state otherwise, which a run that goes on
+    from a checkpoint does not have at the beginning of its epoch.
+
+    Attributes:
+        generator: what the order is drawn from; see `choose_order`.
+    """
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Seed the order of the epoch."""
+        self.generator.manual_seed(args.seed + int(state.epoch or 0))
 
 
 def read_state(folder: Path) -> TrainerState | None:

@@ -136,13 +136,43 @@ def test_wrong_settings_name_their_option(given: dict[str, Any], message: str) -
 
 
 def test_open_settings_follow_the_model_and_the_given_ones() -> None:
-    assert TrainSettings().rate == defaults.LEARNING_RATE
-    assert TrainSettings(model=BUNDLED_MODEL).rate == defaults.LEARNING_RATE
+    lora = TrainSettings(method="lora")
+    assert lora.rate == defaults.LEARNING_RATE
+    assert TrainSettings(method="lora", model=BUNDLED_MODEL) == lora
     assert TrainSettings(model="x/y").rate == defaults.OTHER_LEARNING_RATE
     assert TrainSettings(model="x/y", learning_rate=1e-3).rate == 1e-3
-    settings = TrainSettings(task="data/My file.csv", seed=3)
+    full = {"method": "full"}
+    assert TrainSettings(**full).rate == defaults.FULL_LEARNING_RATE
+    other = TrainSettings(model="x/y", **full).rate
+    assert other == defaults.OTHER_FULL_LEARNING_RATE
+    settings = TrainSettings(task="data/My file.csv", seed=3, method="bidora")
     assert settings.folder == "runs/bidora-data-My-file.csv-seed3"
     assert TrainSettings(output_dir="here").folder == "here"
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({}, "full"),
+        ({"learning_rate": 1e-3, "weight_decay": 0.0, "seed": 3}, "full"),
+        ({"model": "x/y"}, "bidora"),
+        ({"lora_r": 4}, "bidora"),
+        ({"budget": "full"}, "bidora"),
+        ({"outer_learning_rate": 1e-2}, "bidora"),
+        ({"method": "auto", "target_modules": ("query",)}, "bidora"),
+        ({"model": "x/y", "method": "full"}, "full"),
+    ],
+)
+def test_the_method_follows_the_model_and_what_is_given(
+    given: dict[str, Any], method: str
+) -> None:
+    settings = TrainSettings(**given)
+    assert settings.method == method
+    assert settings.differs() - {"method"} == given.keys() - {"method"}
+    # What is saved with a run is read back as the run was.
+    again = TrainSettings.from_dict(settings.as_dict())
+    assert again == settings
+    assert ("method" in settings.differs()) == (given.get("method") == "full")
 
 
 def test_lengths_follow_the_data_and_the_model() -> None:
