@@ -170,7 +170,11 @@ def write_a_run() -> None:
     Path("reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
     Path("new.csv").write_text("text\na new text\n", "utf-8")
     settings = TrainSettings(
-        task="reviews.csv", max_steps=16, learning_rate=0.1, output_dir="runs/mine"
+        task="reviews.csv",
+        method="bidora",
+        max_steps=16,
+        learning_rate=0.1,
+        output_dir="runs/mine",
     )
     train(settings)
 
