@@ -99,7 +99,7 @@ def _draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
         color=STYLES["train"]["color"],
         alpha=0.3,
         linewidth=0.8,
-        label="inner loss of each batch",
+        label="loss of each batch",
     )
 
 
