@@ -52,6 +52,7 @@ class Checkpointer:
             "left": run.left,
             "last": self._pack_batches(run.last),
             "estimator_state": dict(run.estimator_state),
+            "why": run.why,
             "rank": (reducer.rank, reducer.ranks),
         }
 
@@ -95,10 +96,11 @@ class Checkpointer:
             saved["n_skipped"],
             saved["outer_frozen"],
             window,
-            dict(saved["estimator_state"]),
+            _state_at(saved["estimator_state"], self._device),
             last,
             saved.get("resolved", True),
             None if left is None else left.to(self._device),
+            saved.get("why", ""),
         )
         return run, foreign
 
@@ -144,6 +146,7 @@ class Checkpointer:
             "outer_grads": step.outer_grads,
             "grad_norm": step.grad_norm,
             "follows": step.follows,
+            "directed": step.directed,
         }
 
     def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
@@ -184,6 +187,17 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+def _state_at(state: Any, device: torch.device) -> Any:
+    """Return an estimator's state where the parameters are."""
+    if not isinstance(state, dict):
+        return _moved(state, device)
+    # torch counts steps on the host, and so do the rules that an estimator may use.
+    return {
+        key: item if key == "step" else _state_at(item, device)
+        for key, item in state.items()
+    }
 
 
 def _is_on_host(value: Any) -> bool:

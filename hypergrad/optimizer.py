@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hypergrad._audit import Audit, Auditor
 from hypergrad._checkpoint import Checkpointer, pack_estimator
+from hypergrad._hooks import follows
 from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
@@ -54,7 +55,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             makes one from their list, such as `partial(AdamW, lr=1e-3)`.
         outer_optimizer: likewise for the outer parameters.
         outer_every: inner steps from one outer step to the next; None for
-            `max(1, estimator.lookback)`.
+            `max(1, estimator.needs.lookback)`.
         outer_warmup: inner steps before the first outer step. Adam's first steps have
             degenerate derivatives.
         max_grad_norm: norm that inner gradients are clipped to; None for none.
@@ -119,7 +120,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
-        if chosen.lookback or auditor.needs_steps:
+        if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
             check_supported(inner)
         if audit_every and audit_reference in ("dense", "cg"):
             choose_reference(problem, None, audit_reference)
@@ -129,7 +130,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.outer_warmup = outer_warmup
         self._asked = chosen
         self._every_is_open = outer_every is None
-        self._run = Run(chosen, outer_every or max(1, chosen.lookback))
+        self._run = Run(chosen, outer_every or max(1, chosen.needs.lookback))
         self._stepper = Stepper(
             problem, inner, outer_level, auditor, max_grad_norm, reuse_graph
         )
@@ -157,6 +158,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def estimator(self) -> HypergradEstimator:
         """The estimator in use, which the one that was asked for may have chosen."""
         return self._run.estimator
+
+    @property
+    def why(self) -> str:
+        """Why that estimator was chosen; empty where it was asked for."""
+        return self._run.why
 
     @property
     def outer_every(self) -> int:
@@ -221,7 +227,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Args:
             inner_batch: data of the inner loss; a batch or `Accumulated` of several.
             outer_batch: data of the outer loss, or a function without arguments that
-                draws it; called only where an outer step is due.
+                draws it; called only where an outer step is due, or where the estimator
+                needs an outer batch at each step.
 
         Returns:
             What was done.
@@ -232,32 +239,53 @@ class BilevelOptimizer(torch.optim.Optimizer):
         with self._whole() as rollback:
             self._resolve(inner_batch)
             due = self._run.is_due(self.n_inner_steps + 1, self.outer_warmup)
-            report = self._inner(inner_batch, rollback, outer_follows=due)
-            if not due or len(self._run.window) < self.estimator.lookback:
+            if self._reads_outer and callable(outer_batch):
+                outer_batch = outer_batch()
+            report = self._inner(inner_batch, outer_batch, rollback, outer_follows=due)
+            if not due or len(self._run.window) < self.estimator.needs.lookback:
                 return report
             if callable(outer_batch):
                 outer_batch = outer_batch()
             outer = self.outer_step(outer_batch)
-        return replace(outer, inner_loss=report.inner_loss, grad_norm=report.grad_norm)
+        return replace(
+            outer,
+            inner_loss=report.inner_loss,
+            grad_norm=report.grad_norm,
+            own=report.own,
+        )
 
-    def inner_step(self, inner_batch: Any) -> StepReport:
+    def inner_step(self, inner_batch: Any, outer_batch: Any = None) -> StepReport:
         """Take an inner step alone; the outer parameters do not move.
 
         Args:
             inner_batch: as for `step`.
+            outer_batch: likewise, for an estimator that needs it at each step; otherwise
+                it is not looked at.
 
         Returns:
             What was done.
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)
-            return self._inner(inner_batch, rollback, outer_follows=False)
+            if self._reads_outer and callable(outer_batch):
+                outer_batch = outer_batch()
+            return self._inner(inner_batch, outer_batch, rollback, outer_follows=False)
+
+    @property
+    def _reads_outer(self) -> bool:
+        needed = self.estimator.needs.outer_batch_each_step
+        return needed and not self.outer_frozen
 
     def _inner(
-        self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+        self,
+        inner_batch: Any,
+        outer_batch: Any,
+        rollback: Rollback,
+        *,
+        outer_follows: bool,
     ) -> StepReport:
         self._run, report = self._stepper.inner_step(
-            self._run, inner_batch, rollback, outer_follows=outer_follows
+            self._run, inner_batch, outer_batch, rollback, outer_follows=outer_follows
         )
         self._opt_called = True  # what torch's schedulers look for
         self._resolve(inner_batch)
@@ -308,25 +336,26 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if self._run.resolved:
             return
         was = self.estimator
-        self._adopt(was.resolve(self.problem, inner_batch, self._stepper.rule()))
+        chosen = was.resolve(self.problem, inner_batch, self._stepper.rule())
+        self._adopt(chosen.estimator, chosen.why or self.why)
         if not self.n_inner_steps:
             return
         window = self._run.window
-        if self.estimator.order > was.order:
+        if self.estimator.needs.order > was.needs.order:
             # What was recorded may have run under fused attention, which draws dropout
             # masks of its own; then the first outer step waits for another record.
             window = tuple(s for s in window if _is_plain(s))
         self._run = replace(self._run, window=window, resolved=True)
 
-    def _adopt(self, estimator: HypergradEstimator) -> None:
+    def _adopt(self, estimator: HypergradEstimator, why: str) -> None:
         every = self._run.outer_every
         if estimator is not self._asked:
             pack_estimator(estimator)  # refuses what a checkpoint could not hold
-            if estimator.lookback:
+            if estimator.needs.lookback or follows(estimator):
                 check_supported(self.inner)
         if self._every_is_open:
-            every = max(1, self._asked.lookback, estimator.lookback)
-        self._run = replace(self._run, estimator=estimator, outer_every=every)
+            every = max(1, self._asked.needs.lookback, estimator.needs.lookback)
+        self._run = replace(self._run, estimator=estimator, outer_every=every, why=why)
 
     @contextmanager
     def _whole(self) -> Iterator[Rollback]:
@@ -413,7 +442,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             if foreign:
                 loaded = self._checkpointer.without_data(loaded, state_dict)
             self._link()
-            self._adopt(loaded.estimator)
+            self._adopt(loaded.estimator, loaded.why)
             n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
             window = since_snapshot(loaded.window, n) if n else ()
             self._run = replace(loaded, outer_every=self.outer_every, window=window)

@@ -63,6 +63,8 @@ class InnerStep:
         grad_norm: norm of the gradient that was taken.
         follows: whether w and the state are what the step before it made of them. Not so
             where they were changed by hand in between.
+        directed: whether `grads` is a direction of the estimator's own, in the place of
+            ∂g/∂w; it is then kept in any case.
     """
 
     inner_params: Params
@@ -76,6 +78,7 @@ class InnerStep:
     outer_versions: tuple[int, ...] = field(default=(), repr=False, compare=False)
     grad_norm: float | None = None
     follows: bool = False
+    directed: bool = False
 
     @property
     def is_snapshot(self) -> bool:
@@ -227,7 +230,8 @@ def without_snapshot(problem: BilevelProblem, step: InnerStep) -> InnerStep:
         problem: the problem.
         step: the record.
     """
-    grads = step.grads if keeps_grads(problem, False, step.micro_batches) else {}
+    kept = keeps_grads(problem, step.directed, step.micro_batches)
+    grads = step.grads if kept else {}
     return replace(
         step, inner_params={}, state={}, grads=grads, outer_grads=None, graph=None
     )

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from hypergrad import tree
 from hypergrad._checks import check_count
-from hypergrad.estimator import HypergradEstimator, Indirect, Point, versions_of
+from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._one_step import with_chosen_product
+from hypergrad.point import versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
@@ -94,29 +95,19 @@ class Unrolled(HypergradEstimator):
             check_rule("rule", self.rule)
 
     @property
-    def lookback(self) -> int:
-        """K steps."""
-        return self.num_steps
+    def needs(self) -> Needs:
+        """K steps, without their gradients: the graph of each product has them.
 
-    @property
-    def order(self) -> int:
-        """That of the product; 1 before `auto` is resolved."""
-        return as_product(self.product).order
-
-    @property
-    def needs_grads(self) -> bool:
-        """The graph that each product is taken from has the step's gradient."""
-        return False
-
-    @property
-    def snapshot_limit(self) -> SnapshotLimit:
-        """What was set."""
-        return self.snapshots
-
-    @property
-    def reuses_graph(self) -> bool:
-        """One step back is the inner step's own graph."""
-        return self.num_steps == 1 and as_product(self.product).continues_graph
+        One step back is the inner step's own graph.
+        """
+        product = as_product(self.product)
+        return Needs(
+            lookback=self.num_steps,
+            order=product.order,
+            gradients=False,
+            graph=self.num_steps == 1 and product.continues_graph,
+            snapshots=self.snapshots,
+        )
 
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""
@@ -124,7 +115,7 @@ class Unrolled(HypergradEstimator):
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> HypergradEstimator:
+    ) -> Choice:
         """Return itself with the product that `auto` takes on this problem.
 
         Args:
@@ -140,7 +131,6 @@ class Unrolled(HypergradEstimator):
         adjoint: tuple[Params, State] = point.v, {}
         total: Params = {}
         info: dict[str, Any] = {}
-        unused = set(point.problem.outer_params)
         walk = point.steps_back(self.num_steps, self.snapshots)
         for left in reversed(range(self.num_steps)):
             step, oldest = next(walk), not left
@@ -154,13 +144,11 @@ class Unrolled(HypergradEstimator):
                 adjoint = pulled.params, pulled.state
                 del grads, step
                 curved, mixed = product.vjp(pulled.grads, inner=not oldest)
-            unused &= point.unused
             info = product.info
             total = tree.add(total, mixed) if total else mixed
             if not oldest:
                 adjoint = tree.add(pulled.params, curved), pulled.state
             del pulled, curved  # before others are reached
-        point.unused = unused
         reason = _MOVED.format(self.num_steps) if self._moved(point) else ""
         return Indirect(total, info={**info, "reason": reason})
 

@@ -150,7 +150,7 @@ def test_gradient_alone_that_is_not_finite(name: str) -> None:
     # √|w| is 0 at w = 0 and has no derivative there.
     # Without inner steps it is the second derivative alone that is looked at.
     problem = at_zero("w", lambda i, o, b: (i["w"].abs().sqrt() * o["l"].exp()).sum())
-    looks = bool(estimator(name).lookback)
+    looks = bool(estimator(name).needs.lookback)
     what = "the gradient" if looks else "a second-derivative product"
     fails(
         NonFiniteError,
@@ -448,7 +448,7 @@ def test_nothing_to_solve(name: str) -> None:
     # w minimises f: ∂f/∂w = 0 in every bit, and the indirect term with it.
     problem = make(outer=lambda i, o, b: ((i["w"] - still) ** 2).sum() + root(o))
     still = problem.inner_params["w"].detach().clone()
-    if estimator(name).lookback:
+    if estimator(name).needs.lookback:
         # Virtual steps would leave that point: record them at rest.
         steps, _ = take_steps(problem, [ONE] * 3, SGD(0.1))
     else:
