@@ -53,6 +53,7 @@ class Checkpointer:
             "last": self._pack_batches(run.last),
             "estimator_state": dict(run.estimator_state),
             "why": run.why,
+            "began": run.began,
             "rank": (reducer.rank, reducer.ranks),
         }
 
@@ -101,6 +102,7 @@ class Checkpointer:
             saved.get("resolved", True),
             None if left is None else left.to(self._device),
             saved.get("why", ""),
+            saved.get("began", 0),
         )
         return run, foreign
 
@@ -147,6 +149,7 @@ class Checkpointer:
             "grad_norm": step.grad_norm,
             "follows": step.follows,
             "directed": step.directed,
+            "number": step.number,
         }
 
     def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
