@@ -113,7 +113,7 @@ def passes(model: Any, batch: dict[str, Tensor]) -> Counts:
 
 def iteration(opt: Any, inner: Any, outer: Any) -> dict[str, Counts]:
     """Count an inner and an outer step, each taken on its own."""
-    steps = max(1, opt.estimator.lookback)
+    steps = max(1, opt.estimator.needs.lookback)
     for _ in range(WARM_UP):
         for _ in range(steps):
             opt.inner_step(inner)

@@ -144,7 +144,7 @@ def _bidora_row(
     reuse_graph: bool = True,
 ) -> Row:
     estimator = make_estimator(name, **settings)
-    every = every or max(1, estimator.lookback)
+    every = every or max(1, estimator.needs.lookback)
     opt = BiDoRAOptimizer(
         _model.with_adapter(base, rank, dora=True),
         estimator,
@@ -167,7 +167,7 @@ def _bidora_row(
         counts = {n: getattr(info, n) for n in ("n_forward", "n_backward", "n_hvp")}
         # Its order too: `auto` has one where it has chosen.
         found = {"per_outer_step": counts, "reason": info.reason}
-        return {**found, "order": opt.estimator.order}
+        return {**found, "order": opt.estimator.needs.order}
 
     facts = {
         "estimator": name,

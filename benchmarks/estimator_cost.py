@@ -123,7 +123,7 @@ def measure(size: str, arguments: argparse.Namespace, bar: Any) -> dict[str, Any
         "inner_gradient_seconds": compared.inner_gradient_seconds,
         **{n: compared.settings[f"{n}_parameters"] for n in ("inner", "outer")},
         "rows": {
-            row.label: {"order": estimators[row.label].order, **asdict(row)}
+            row.label: {"order": estimators[row.label].needs.order, **asdict(row)}
             for row in compared.rows
         },
     }

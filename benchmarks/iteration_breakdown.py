@@ -187,7 +187,7 @@ def bidora_row(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     estimator = make_estimator(name, **settings)
-    every = max(1, estimator.lookback)
+    every = max(1, estimator.needs.lookback)
     opt = BiDoRAOptimizer(
         _model.with_adapter(base, arguments.rank, dora=True),
         estimator,

@@ -128,7 +128,7 @@ class BiDoRAOptimizer(BilevelOptimizer):
         if outer_weight_decay is None:
             outer_weight_decay = inner_weight_decay
         if outer_every is None:
-            outer_every = max(defaults.OUTER_EVERY, getattr(estimator, "lookback", 0))
+            outer_every = max(defaults.OUTER_EVERY, estimator.needs.lookback)
         check_base_weights(model, allow_base_weights)
         _warn_of_frozen_head(model)
         self.exact = exact

@@ -15,11 +15,14 @@ from hypergrad.errors import (
     SolveError,
 )
 from hypergrad.estimator import (
+    Choice,
     HypergradEstimator,
     Hypergradient,
     Indirect,
     Info,
+    Needs,
     Point,
+    Terms,
 )
 from hypergrad.estimators import (
     estimator_names,
@@ -36,6 +39,7 @@ __all__ = [
     "BatchError",
     "BilevelOptimizer",
     "BilevelProblem",
+    "Choice",
     "HypergradError",
     "HypergradEstimator",
     "Hypergradient",
@@ -43,12 +47,14 @@ __all__ = [
     "Info",
     "InnerStep",
     "MicroBatch",
+    "Needs",
     "NonFiniteError",
     "NumericalWarning",
     "Point",
     "RankError",
     "SecondOrderError",
     "SolveError",
+    "Terms",
     "compare_estimators",
     "estimator_names",
     "make_estimator",

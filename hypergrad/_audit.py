@@ -82,7 +82,7 @@ class Auditor:
         if self.every is None:
             return False
         if isinstance(self.reference, HypergradEstimator):
-            return self.reference.lookback > 0
+            return self.reference.needs.lookback > 0
         return self.reference == "unrolled"
 
     def lookback(self, since_outer: int) -> int:
@@ -94,15 +94,15 @@ class Auditor:
         if self.every is None:
             return 0
         if isinstance(self.reference, HypergradEstimator):
-            return self.reference.lookback
+            return self.reference.needs.lookback
         unrolls = self.reference in ("auto", "unrolled")
         return (self.window or since_outer) if unrolls else 0
 
     @property
-    def snapshot_limit(self) -> SnapshotLimit:
+    def snapshots(self) -> SnapshotLimit:
         """How many copies of w and the optimizer's state its reference may hold."""
         if isinstance(self.reference, HypergradEstimator):
-            return self.reference.snapshot_limit
+            return self.reference.needs.snapshots
         return "auto"  # that of `Unrolled`
 
     def is_due(self, outer_step: int) -> bool:
@@ -140,9 +140,10 @@ class Auditor:
         except ValueError as error:  # nothing to unroll through yet
             return Audit(str(self.reference), reason=str(error))
         name = chosen.name or type(chosen).__name__
-        if len(steps) < chosen.lookback:
+        lookback = chosen.needs.lookback
+        if len(steps) < lookback:
             reason = (
-                f"the reference looks back at {chosen.lookback} inner steps, and only "
+                f"the reference looks back at {lookback} inner steps, and only "
                 f"{len(steps)} are on record yet."
             )
             return Audit(name, why, reason=reason)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._answer_checks import check_state
 from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import HypergradEstimator
@@ -52,6 +53,8 @@ class Checkpointer:
             "left": run.left,
             "last": self._pack_batches(run.last),
             "estimator_state": dict(run.estimator_state),
+            "why": run.why,
+            "began": run.began,
             "rank": (reducer.rank, reducer.ranks),
         }
 
@@ -78,10 +81,12 @@ class Checkpointer:
             levels: level of each of the optimizer's parameter groups.
 
         Raises:
+            TypeError: it holds something else than tensors as state.
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         saved = _check_saved(state_dict, self._asked, levels)
         chosen = saved.get("chosen")
+        check_state(saved["estimator_state"], "the checkpoint")
         window = tuple(self._unpack_step(s) for s in saved["window"])
         last = self._unpack_batches(saved["last"])
         left = saved.get("left")
@@ -95,10 +100,12 @@ class Checkpointer:
             saved["n_skipped"],
             saved["outer_frozen"],
             window,
-            dict(saved["estimator_state"]),
+            _state_at(saved["estimator_state"], self._device),
             last,
             saved.get("resolved", True),
             None if left is None else left.to(self._device),
+            saved.get("why", ""),
+            saved.get("began", 0),
         )
         return run, foreign
 
@@ -144,6 +151,8 @@ class Checkpointer:
             "outer_grads": step.outer_grads,
             "grad_norm": step.grad_norm,
             "follows": step.follows,
+            "directed": step.directed,
+            "number": step.number,
         }
 
     def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
@@ -184,6 +193,17 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+def _state_at(state: Any, device: torch.device) -> Any:
+    """Return an estimator's state where the parameters are."""
+    if not isinstance(state, dict):
+        return _moved(state, device)
+    # torch counts steps on the host, and so do the rules that an estimator may use.
+    return {
+        key: item if key == "step" else _state_at(item, device)
+        for key, item in state.items()
+    }
 
 
 def _is_on_host(value: Any) -> bool:

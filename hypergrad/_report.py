@@ -24,6 +24,8 @@ class StepReport:
         indirect_norm: norm of its indirect term.
         skipped: why a due outer step was not taken; None where it was.
         info: cost and trustworthiness of the hypergradient.
+        own: what the estimator's own part of the inner step evaluated; None where it has
+            none.
         audit: its comparison with a reference, where this step was audited.
     """
 
@@ -36,4 +38,5 @@ class StepReport:
     indirect_norm: float | None = None
     skipped: str | None = None
     info: Info | None = None
+    own: Info | None = None
     audit: Audit | None = None

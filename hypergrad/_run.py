@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from hypergrad.batches import MicroBatch
-from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimator import EstimatorState, HypergradEstimator
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Run", "without_graphs"]
@@ -31,6 +31,8 @@ class Run:
         resolved: whether the estimator had the occasion to choose.
         left: size of w and the inner optimizer's state after the last inner step, where
             not every step is kept whole: by it a change by hand shows.
+        why: why this estimator, where it was chosen.
+        began: inner steps taken before the present inner run began.
     """
 
     estimator: HypergradEstimator
@@ -40,10 +42,12 @@ class Run:
     n_skipped: int = 0
     outer_frozen: bool = False
     window: tuple[InnerStep, ...] = ()
-    estimator_state: dict[str, Tensor] = field(default_factory=dict)
+    estimator_state: EstimatorState = field(default_factory=dict)
     last: tuple[MicroBatch, ...] = ()
     resolved: bool = False
     left: Tensor | None = None
+    why: str = ""
+    began: int = 0
 
     @property
     def recorded_steps(self) -> tuple[InnerStep, ...]:
@@ -51,12 +55,12 @@ class Run:
 
         And those before them, back to the snapshot that they are reached from.
         """
-        lookback = self.estimator.lookback
+        lookback = self.estimator.needs.lookback
         return since_snapshot(self.window, lookback) if lookback else ()
 
     def is_due(self, n_inner_steps: int, warmup: int) -> bool:
         """Return whether an outer step follows the inner step of that number."""
-        lookback = self.estimator.lookback
+        lookback = self.estimator.needs.lookback
         first = max(warmup, lookback, 1)
         filled = min(len(self.window) + 1, n_inner_steps) >= lookback
         due = n_inner_steps >= first and n_inner_steps % self.outer_every == 0

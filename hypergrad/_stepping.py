@@ -7,16 +7,19 @@ from typing import Any, Literal
 
 import torch
 
-from hypergrad import tree
+from hypergrad import rng, tree
 from hypergrad._audit import Audit, Auditor
+from hypergrad._hooks import Hooks, directs, follows
 from hypergrad._levels import LevelCopy, apply_gradients, moments
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback
 from hypergrad._run import Run
 from hypergrad._snapshots import LEAST, spacing
-from hypergrad.batches import as_micro_batches
+from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError
-from hypergrad.estimator import Hypergradient, versions_of
+from hypergrad.estimator import Hypergradient, Needs
+from hypergrad.learned import learned_groups, start_of
+from hypergrad.point import fixed, versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
 from hypergrad.reporting import once_for, report
@@ -77,19 +80,26 @@ class Stepper:
         """Return how many inner steps to keep, for the estimator and for audits."""
         if run.outer_frozen or not self.has_rule:
             return 0
-        lookback = run.estimator.lookback
+        lookback = run.estimator.needs.lookback
         return max(lookback, self.auditor.lookback(max(run.outer_every, lookback)))
 
     # -- inner steps ----------------------------------------------------------------------
 
     def inner_step(
-        self, run: Run, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+        self,
+        run: Run,
+        inner_batch: Any,
+        outer_batch: Any,
+        rollback: Rollback,
+        *,
+        outer_follows: bool,
     ) -> tuple[Run, StepReport]:
         """Take an inner step.
 
         Args:
             run: where the run stands.
             inner_batch: data of the inner loss.
+            outer_batch: data of the outer loss, where the estimator needs it at each step.
             rollback: copies what the step may change.
             outer_follows: whether an outer step follows in the same call.
 
@@ -100,18 +110,19 @@ class Stepper:
             HypergradError: the parameters are on another device than the records.
             NonFiniteError: the loss or its gradient is not finite; nothing moved.
         """
-        problem, estimator = self.problem, run.estimator
+        problem, needs = self.problem, run.estimator.needs
         self._check_devices(run)
-        looks_back = bool(estimator.lookback) and not run.outer_frozen
+        searches = not run.outer_frozen
+        looks_back = bool(needs.lookback) and searches
         batches = as_micro_batches(inner_batch)
-        if looks_back and estimator.order == 2:
+        if looks_back and needs.order == 2:
             # Fused attention draws other dropout masks than the plain one that
             # second-order estimators revisit the step under.
             batches = tuple(replace(m, attention="math") for m in batches)
         reuses = self.reuse_graph is True or (
             self.reuse_graph == "auto" and outer_follows
         )
-        keep = looks_back and reuses and estimator.reuses_graph and len(batches) == 1
+        keep = looks_back and reuses and needs.graph and len(batches) == 1
         n = self.n_recorded(run)
         rollback.module()
         # Before the forward pass: an embedding with max_norm moves its weight in it.
@@ -126,26 +137,61 @@ class Stepper:
             "inner",
             batches,
             tally,
-            outer=looks_back and estimator.needs_byproduct,
+            outer=looks_back and needs.byproduct,
             live=True,
             keep=keep,
         )
-        grads = g.inner or {}
+        grads, norm = g.inner or {}, g.inner_norm
+        directed = searches and directs(run.estimator)
+        followed = searches and follows(run.estimator)
+        hooks = None
+        if directed or followed:
+            hooks = Hooks(problem, run, g.batches, self._outer(needs, outer_batch))
+        if hooks is not None and directed:
+            grads, norm = hooks.direction(grads)
         factor = 1.0
         if self.max_grad_norm is not None:
-            factor = min(1.0, self.max_grad_norm / (g.inner_norm + 1e-6))
+            factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
-        if n:
-            kept = grads if keeps_grads(problem, estimator.needs_grads, batches) else {}
-            record = self._record(run, g, kept, before, follows=gaps == [0.0])
-            run = replace(run, window=(*run.window, record))
-        # An embedding with max_norm moves w in the forward pass.
-        still = versions == [t._version for t in problem.inner_params.values()]
-        apply_gradients(self.inner, problem.inner_params, clipped)
+        record = None
+        with learned_groups(self.inner, problem, run.n_inner_steps - run.began):
+            if n or followed:
+                asked = needs.gradients or directed or not n
+                kept = grads if keeps_grads(problem, asked, batches) else {}
+                record = self._record(run, g, kept, before, follows=gaps == [0.0])
+                record = replace(record, directed=directed)
+            if n and record is not None:
+                run = replace(run, window=(*run.window, record))
+            # An embedding with max_norm moves w in the forward pass.
+            still = versions == [t._version for t in problem.inner_params.values()]
+            apply_gradients(self.inner, problem.inner_params, clipped)
         if n:
             run = self._trimmed(run, n, still=still)
+        own = None
+        if hooks is not None:
+            if record is not None and followed:
+                run = replace(run, estimator_state=hooks.state_after(record))
+            own = hooks.cost
         run = replace(run, last=g.batches, n_inner_steps=run.n_inner_steps + 1)
-        return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm)
+        return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm, own=own)
+
+    def _outer(self, needs: Needs, outer_batch: Any) -> tuple[MicroBatch, ...]:
+        """Return the outer data of an inner step; none where it is not needed.
+
+        Raises:
+            HypergradError: it is needed, and there is none.
+        """
+        if not needs.outer_batch_each_step:
+            return ()
+        # A functional problem may have losses without data.
+        if outer_batch is None and self.problem.module is not None:
+            msg = (
+                "the estimator evaluates the outer loss at each inner step, and there is "
+                "no outer batch. Pass outer_batch to `inner_step` or `step`, e.g. a "
+                "function that draws one."
+            )
+            raise HypergradError(msg)
+        return fixed(outer_batch, rng.capture(self.problem.tensors))
 
     def _record(
         self,
@@ -173,6 +219,7 @@ class Stepper:
             outer_versions=versions,
             grad_norm=g.inner_norm,
             follows=follows and last is not None,
+            number=run.n_inner_steps - run.began,
         )
 
     def _trimmed(self, run: Run, n: int, *, still: bool) -> Run:
@@ -188,8 +235,8 @@ class Stepper:
             return replace(run, window=since_snapshot(run.window, n), left=None)
         newest = run.n_inner_steps  # counted from 0
         # An estimator that looks at whole records finds those of its own.
-        all_of_own = run.estimator.snapshot_limit == "all"
-        own = newest - (run.estimator.lookback if all_of_own else 0)
+        needs = run.estimator.needs
+        own = newest - (needs.lookback if needs.snapshots == "all" else 0)
         # The window of an outer step that is due starts with a snapshot.
         period, shift = (
             (run.outer_every, n) if run.outer_every >= n else (newest + 1, 0)
@@ -206,9 +253,10 @@ class Stepper:
 
     def _spacing(self, run: Run, n: int) -> int:
         """Return from how many steps to the next w and the state are kept."""
-        limit = run.estimator.snapshot_limit
-        if n > run.estimator.lookback and limit == "all":
-            limit = self.auditor.snapshot_limit
+        needs = run.estimator.needs
+        limit = needs.snapshots
+        if n > needs.lookback and limit == "all":
+            limit = self.auditor.snapshots
         if limit == "all" or n <= LEAST or not self.problem.inner_params:
             return 1
         # There is no state before the first step.
@@ -234,6 +282,24 @@ class Stepper:
                 )
                 raise HypergradError(msg)
 
+    def begin_run(self, run: Run, rollback: Rollback) -> Run:
+        """Return the run where another inner run begins, with w at its start.
+
+        Args:
+            run: where the run stands.
+            rollback: copies what changes.
+        """
+        problem = self.problem
+        rollback.level(self.inner, problem.inner_params, keep=False)
+        start = start_of(problem)
+        own = [problem.inner_params[name] for name in start]
+        with torch.inference_mode(mode=False):
+            tree.copy(own, list(start.values()))
+        for parameter in own:
+            self.inner.state.pop(parameter, None)
+        began = run.n_inner_steps
+        return replace(run, began=began, window=(), estimator_state={}, left=None)
+
     # -- outer steps ----------------------------------------------------------------------
 
     def outer_step(
@@ -255,7 +321,7 @@ class Stepper:
             HypergradError: fewer inner steps were taken than the estimator looks back at.
         """
         estimator = run.estimator
-        lookback = estimator.lookback
+        lookback = estimator.needs.lookback
         if len(run.window) < lookback:
             msg = (
                 f"{type(estimator).__name__} looks back at {lookback} inner steps "
@@ -283,6 +349,7 @@ class Stepper:
         except NonFiniteError as error:
             run = replace(run, n_skipped=run.n_skipped + 1)
             return run, StepReport(skipped=str(error))
+        result = result.because(run.why)
         audit = self._audit(run, result, inner_batch, outer_batch)
         rollback.level(self.outer, self.problem.outer_params, keep=False)
         apply_gradients(self.outer, self.problem.outer_params, result.outer_grads)

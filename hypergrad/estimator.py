@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.attention import attention
-from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad._answer_checks import check_like, check_state
+from hypergrad.answer import EstimatorState, Hypergradient, Indirect, Info, Terms
+from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
+from hypergrad.needs import Needs
+from hypergrad.point import Point, fixed
 from hypergrad.problem import BilevelProblem
-from hypergrad.products import (
-    BoundProduct,
-    Curvature,
-    Hints,
-    Product,
-    ProductLike,
-    Tally,
-    as_product,
-    bind_product,
-    gradients,
-)
+from hypergrad.products import Tally, gradients
 from hypergrad.reporting import once_for, report
-from hypergrad.rng import RngState
 from hypergrad.rules import Rule
 from hypergrad.steps import (
     InnerStep,
-    SnapshotLimit,
     since_snapshot,
     steps_back,
     take_steps,
@@ -42,262 +32,142 @@ from hypergrad.steps import (
 from hypergrad.tree import Params
 
 __all__ = [
+    "Choice",
+    "EstimatorState",
     "HypergradEstimator",
     "Hypergradient",
     "Indirect",
     "Info",
+    "Needs",
     "Point",
+    "Terms",
 ]
 
 
 @dataclass(frozen=True)
-class Info:
-    """How a hypergradient was reached, and how far to trust it.
+class Choice:
+    """The estimator to use on a problem, and why.
 
     Attributes:
-        n_forward: forward passes on one (micro-)batch.
-        n_backward: backward passes, first and second order alike.
-        n_hvp: second-derivative products.
-        residual_norm: relative residual of the linear solve, where there was one.
-        converged: whether the linear solve reached its goal.
-        fd_radius: distance that a finite difference moved w, where there was one.
-        fd_error: its estimated relative error, where two radii were taken; above 0.1 it
-            is warned of.
-        damping: δ that the linear solve used in the end.
-        curvature: smallest and largest eigenvalue of the inner Hessian seen.
-        dropped: number of coordinates left out as degenerate (SAMA).
-        norm: norm of the total derivative.
-        direct_norm: norm of its direct term.
-        indirect_norm: norm of its indirect term.
-        unused: `"outer_loss: name"` or `"inner_loss: name"` for each tensor that a loss
-            does not depend on, and which contributes exact zeros there.
-        reason: empty where all is well, else what happened, why and what to try.
+        estimator: it resolves to itself.
+        why: empty where nothing had to be chosen.
     """
 
-    n_forward: int = 0
-    n_backward: int = 0
-    n_hvp: int = 0
-    residual_norm: float | None = None
-    converged: bool | None = None
-    fd_radius: float | None = None
-    fd_error: float | None = None
-    damping: float | None = None
-    curvature: tuple[float, float] | None = None
-    dropped: int = 0
-    norm: float | None = None
-    direct_norm: float | None = None
-    indirect_norm: float | None = None
-    unused: tuple[str, ...] = ()
-    reason: str = ""
+    estimator: HypergradEstimator
+    why: str = ""
 
 
-@dataclass(frozen=True)
-class Hypergradient:
-    """The derivative of the outer loss in λ, through w*(λ) too.
-
-    Law: `direct + indirect == outer_grads`, all with the names, shapes and dtypes of the
-    outer parameters.
-
-    Attributes:
-        outer_grads: the total derivative.
-        direct: ∂f/∂λ at fixed w.
-        indirect: the term through w.
-        outer_loss: f, averaged over ranks.
-        state: tensors to pass to the next `estimate` for a warm start.
-        info: cost and trustworthiness.
-    """
-
-    outer_grads: Params
-    direct: Params
-    indirect: Params
-    outer_loss: float
-    state: dict[str, Tensor] = field(default_factory=dict)
-    info: Info = field(default_factory=Info)
-
-
-@dataclass(frozen=True)
-class Indirect:
-    """What an estimator's own part returns.
-
-    Attributes:
-        grads: the indirect term; same keys and shapes as the outer parameters.
-        state: tensors for a warm start of the next call.
-        info: fields of `Info` that the estimator knows; a number may still be a tensor of
-            one entry, which is read with all others.
-    """
-
-    grads: Params
-    state: dict[str, Tensor] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Point:
-    """Everything that an estimator's own part may use.
-
-    Attributes:
-        problem: the problem, at the w where v was taken.
-        inner_batches: data of the inner loss.
-        steps: the last `lookback` inner steps, oldest first. Where the estimator has a
-            `snapshot_limit`, read them by `steps_back`.
-        v: ∂f/∂w, same keys and shapes as the inner parameters; not all zeros.
-        state: state of an earlier call; empty for a cold start.
-        tally: counts evaluations; pass it on.
-        unused: outer parameters that no product was connected to.
-    """
-
-    problem: BilevelProblem
-    inner_batches: tuple[MicroBatch, ...]
-    steps: tuple[InnerStep, ...]
-    v: Params
-    state: Mapping[str, Tensor]
-    tally: Tally
-    unused: set[str] = field(default_factory=set)
-
-    @contextmanager
-    def product(
-        self, product: ProductLike = "exact", curvature: Curvature = "hessian"
-    ) -> Iterator[BoundProduct]:
-        """Yield second-derivative products of the inner loss at the present w.
-
-        Args:
-            product: which product, or its name.
-            curvature: what the inner part is of.
-
-        Yields:
-            The product; whether its numbers are finite is told when `estimate` ends.
-        """
-        product = as_product(product)
-        with _backend(product):
-            made = bind_product(
-                product, self.problem, self.inner_batches, self.tally, curvature
-            )
-            yield made
-        self.unused = set(made.unused)
-
-    @contextmanager
-    def product_at(
-        self, step: InnerStep, product: ProductLike = "exact"
-    ) -> Iterator[BoundProduct]:
-        """Yield products at the w, λ, data and random state of a past inner step.
-
-        Serves from the graph that the step kept, where it kept one and λ has not moved
-        since.
-
-        Args:
-            step: the step to go back to.
-            product: which product, or its name.
-
-        Yields:
-            The product; it serves once.
-        """
-        product = as_product(product)
-        place: Any = self.problem.at(step.inner_params, step.outer_params)
-        hints = Hints(base=step.outer_grads, single_use=True)
-        if product.continues_graph and step.graph is not None and self._unmoved(step):
-            hints = replace(hints, kept=step.graph)
-            # The graph holds its own w; copying λ onto itself would void it.
-            place = nullcontext()
-        batches = step.micro_batches
-        del step  # whose w and state may be let go while the product is used
-        with place, _backend(product):
-            made = bind_product(product, self.problem, batches, self.tally, hints=hints)
-            yield made
-        self.unused = set(made.unused)
-
-    def steps_back(self, n_steps: int, limit: SnapshotLimit) -> Iterator[InnerStep]:
-        """Return the last inner steps, newest first, each with its w and state.
-
-        Args:
-            n_steps: how many.
-            limit: how many copies of w and state may be held at once; to keep to it,
-                drop each step before asking for the next.
-
-        Returns:
-            An iterator over whole records.
-        """
-        return steps_back(self.problem, self.steps, n_steps, limit, self.tally)
-
-    def _unmoved(self, step: InnerStep) -> bool:
-        if step.outer_versions != versions_of(self.problem):
-            return False
-        # A move through `.data` does not raise the version.
-        return not any(self.tally.read(*self.moved([step])))
-
-    def moved(self, steps: Sequence[InnerStep]) -> list[Tensor]:
-        """Return how far λ is from where it was at each step, as tensors of one entry."""
-        now = self.problem.outer_params
-        seen = {id(step.outer_params): step.outer_params for step in steps}
-        return [tree.size(tree.sub(now, then)) for then in seen.values()]
-
-
-def _backend(product: Product) -> AbstractContextManager[object]:
-    """Return the attention backend that all of a product needs, set once for it."""
-    return attention("math" if product.order == 2 else "default")
-
-
-def versions_of(problem: BilevelProblem) -> tuple[int, ...]:
-    """Return the version counters of λ, by which a move shows."""
-    return tuple(t._version for t in problem.outer_params.values())
-
-
-class HypergradEstimator(ABC):
+class HypergradEstimator:
     """Estimate the derivative of the outer loss in the outer parameters.
 
-    A subclass implements `indirect`; all else is here. Laws, checked by
-    `hypergrad.testing.check_estimator`: direct + indirect = total; same inputs, same
-    output; parameters, `.grad`, buffers, random state and train/eval mode come back bit
-    for bit, also when a loss raises; no state is kept on `self`.
+    A subclass implements `indirect`, or `terms` where the direct term is its own too; all
+    else is here. Laws, checked by `hypergrad.testing.check_estimator`: direct + indirect =
+    total; same inputs, same output; parameters, `.grad`, buffers, random state and
+    train/eval mode come back bit for bit, also when a loss raises; no state is kept on
+    `self`. A law that is not true of a kind is declared in `without_laws`.
     """
 
     name: ClassVar[str] = ""
+    reaches: ClassVar[frozenset[str]] = frozenset()
+    """Where λ may act beside the losses: `"settings"` of the inner optimizer, `"start"`."""
+    without_laws: ClassVar[Mapping[str, str]] = {}
+    """Laws of `hypergrad.testing.LAWS` that this kind does not have, each with why."""
 
     @property
-    def lookback(self) -> int:
-        """Number of past inner steps that it must see; 0 for implicit estimators."""
-        return 0
+    def needs(self) -> Needs:
+        """What it must be given."""
+        return Needs()
 
     @property
-    def order(self) -> int:
-        """1 where first derivatives suffice (fused attention works), else 2."""
-        return 2
+    def answers(self) -> str:
+        """Which question it answers, as tables show it.
 
-    @property
-    def has_indirect(self) -> bool:
-        """Whether there is an indirect term; where not, ∂f/∂w is not computed."""
-        return True
-
-    @property
-    def needs_grads(self) -> bool:
-        """Whether `indirect` reads `step.grads`.
-
-        Where False, the records of an optimizer may leave them out. Where True,
-        `point.steps` have them in any case.
+        `"steps"` (what the last inner steps do), `"minimum"` (where the minimum of the
+        inner loss goes), `"neither"` (how the outer loss changes at fixed w), or a few
+        words of its own, such as `"penalty at its multiplier"`.
         """
-        return True
+        return "steps" if self.needs.lookback else "minimum"
 
-    @property
-    def snapshot_limit(self) -> SnapshotLimit:
-        """How many copies of w and the optimizer's state may be held at once.
+    # -- what a subclass gives ------------------------------------------------------------
 
-        `"all"` for one of each step. Otherwise `point.steps` may lack them, and `indirect`
-        reads the steps by `point.steps_back`.
-        """
-        return "all"
-
-    @property
-    def needs_byproduct(self) -> bool:
-        """Whether the inner step should record ∂g/∂λ, which its backward can give."""
-        return False
-
-    @property
-    def reuses_graph(self) -> bool:
-        """Whether it can take its product from a graph that the inner step kept."""
-        return False
-
-    @abstractmethod
     def indirect(self, point: Point) -> Indirect:
-        """Return the term through w*(λ); called only where v is not zero."""
+        """Return the term through w*(λ).
+
+        Where the estimator needs v, it is called only where v is not zero.
+
+        Args:
+            point: the place, with v = ∂f/∂w.
+
+        Raises:
+            HypergradError: the estimator implements neither this nor `terms`.
+        """
+        del point
+        msg = (
+            f"{type(self).__name__} implements neither `indirect` nor `terms`: there is "
+            "nothing to estimate by. Implement `indirect(point)` for the term through w, "
+            "or `terms(point)` for both."
+        )
+        raise HypergradError(msg)
+
+    def terms(self, point: Point) -> Terms:
+        """Return both terms: here ∂f/∂λ, and what `indirect` makes of ∂f/∂w.
+
+        Args:
+            point: the place.
+
+        Raises:
+            HypergradError: the outer loss depends on no parameter.
+            TypeError: `indirect` returned something else than `Indirect`.
+        """
+        problem, needs_v = point.problem, self.needs.v
+        f = point.gradients("outer", "both" if needs_v else "outer")
+        _check_depends(point)
+        if needs_v and f.inner_norm == 0.0:
+            part = Indirect(tree.zeros_like(problem.outer_params))
+        else:
+            point.v = (f.inner or {}) if needs_v else {}
+            part = self.indirect(point)
+        if not isinstance(part, Indirect):
+            msg = (
+                f"{type(self).__name__}.indirect returned a {type(part).__name__}, not a "
+                "hypergrad.Indirect. Return Indirect(grads), with grads a dictionary "
+                "like the outer parameters."
+            )
+            raise TypeError(msg)
+        check_like("grads", part.grads, problem.outer_params, type(self).__name__)
+        return Terms(f.outer or {}, part.grads, part.state, part.info)
+
+    def inner_direction(self, point: Point, gradient: Params) -> Params:
+        """Return what the inner optimizer takes for the gradient; here, the gradient.
+
+        Called by `BilevelOptimizer` before each inner step of a search, within what it
+        undoes where anything raises.
+
+        Args:
+            point: the place before the step, with the step's own data; `point.state` is
+                what the estimator carries.
+            gradient: ∂g/∂w there, before clipping. Not to be changed.
+
+        Returns:
+            Same keys and shapes as `gradient`.
+        """
+        del point
+        return gradient
+
+    def after_inner_step(self, point: Point, step: InnerStep) -> EstimatorState:
+        """Return the state to carry on with after an inner step; here, what it was.
+
+        Called as `inner_direction`, once the inner parameters have moved.
+
+        Args:
+            point: the place after the step, with the step's own data.
+            step: the record of the step; its tensors serve until this returns.
+
+        Returns:
+            State that the next call, hook or estimate, finds in `point.state`.
+        """
+        del step
+        return dict(point.state)
 
     def virtual_rule(self) -> Rule | None:
         """Return the rule of the steps taken where none are given; None for none."""
@@ -305,20 +175,19 @@ class HypergradEstimator(ABC):
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> HypergradEstimator:
-        """Return the estimator to use on this problem: itself, but for `auto`.
+    ) -> Choice:
+        """Return the estimator to use on this problem, and why.
 
         Args:
             problem: the problem; it is left as it was.
             inner_batch: data of the inner loss, to try it with.
             rule: what the inner optimizer's steps are; None where there is no rule for
                 it, so that nothing can look back at them.
-
-        Returns:
-            An estimator that resolves to itself.
         """
         del problem, inner_batch, rule
-        return self
+        return Choice(self)
+
+    # -- an estimate ----------------------------------------------------------------------
 
     def estimate(
         self,
@@ -327,7 +196,7 @@ class HypergradEstimator(ABC):
         inner_batch: Any,
         outer_batch: Any,
         steps: Sequence[InnerStep] | None = None,
-        state: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> Hypergradient:
         """Estimate the hypergradient at the problem's present parameters.
 
@@ -351,16 +220,17 @@ class HypergradEstimator(ABC):
         """
         with once_for(problem.reported), problem.untouched() as session:
             chosen = self._resolved(problem, inner_batch, steps)
-            if chosen is not self:
-                return chosen.estimate(
+            if chosen.estimator is not self:
+                result = chosen.estimator.estimate(
                     problem,
                     inner_batch=inner_batch,
                     outer_batch=outer_batch,
                     steps=steps,
                     state=state,
                 )
-            inner_batches = _fixed(inner_batch, session.start)
-            outer_batches = _fixed(outer_batch, session.start)
+                return result.because(chosen.why)
+            inner_batches = fixed(inner_batch, session.start)
+            outer_batches = fixed(outer_batch, session.start)
             return self._estimate(problem, inner_batches, outer_batches, steps, state)
 
     def _resolved(
@@ -368,15 +238,19 @@ class HypergradEstimator(ABC):
         problem: BilevelProblem,
         inner_batch: Any,
         steps: Sequence[InnerStep] | None,
-    ) -> HypergradEstimator:
+    ) -> Choice:
         rule = steps[-1].rule if steps else self.virtual_rule()
         chosen = self.resolve(problem, inner_batch, rule)
-        if chosen is self or chosen.resolve(problem, inner_batch, rule) is chosen:
+        taken = chosen.estimator
+        if taken is self:
+            return chosen
+        again = taken.resolve(problem, inner_batch, rule).estimator
+        if again is taken:
             return chosen
         msg = (
-            f"{type(self).__name__}.resolve returned a {type(chosen).__name__} that "
+            f"{type(self).__name__}.resolve returned a {type(taken).__name__} that "
             "chooses again: what it returns must resolve to itself. Return an estimator "
-            "whose `resolve` returns self."
+            "whose `resolve` returns Choice(self)."
         )
         raise HypergradError(msg)
 
@@ -386,34 +260,27 @@ class HypergradEstimator(ABC):
         inner_batches: tuple[MicroBatch, ...],
         outer_batches: tuple[MicroBatch, ...],
         steps: Sequence[InnerStep] | None,
-        state: Mapping[str, Tensor] | None,
+        state: Mapping[str, Any] | None,
     ) -> Hypergradient:
+        check_reaches(self, problem)
         tally = Tally()
         recorded, end = self._steps(problem, inner_batches, steps, tally)
+        point = Point(
+            problem, inner_batches, outer_batches, recorded, dict(state or {}), tally
+        )
         with problem.at(end) if end is not None else nullcontext():
-            inner = self.has_indirect
-            f = gradients(problem, "outer", outer_batches, tally, inner=inner)
-            if not inner and problem.outer_params.keys() <= f.unused:
-                # Whether it depends on w tells zeros from a mistake.
-                f = gradients(problem, "outer", outer_batches, tally)
-            v, direct = f.inner or {}, f.outer or {}
-            point = Point(problem, inner_batches, recorded, v, dict(state or {}), tally)
-            if len(f.unused) == len(problem.tensors):
-                msg = (
-                    "the outer loss depends on no parameter of the problem: a detached "
-                    "tensor or torch.no_grad in it is the usual cause. Compute it from "
-                    "inner_params and outer_params."
-                )
-                raise HypergradError(msg)
-            if f.inner_norm == 0.0:
-                part = Indirect(tree.zeros_like(problem.outer_params))
-            else:
-                part = self._indirect(point)
-                _check_acts(problem, f.unused, point.unused)
-        total = tree.add(direct, part.grads)
-        info = self._read(tally, total, direct, part, f.unused)
-        unused = [f"outer_loss: {n}" for n in _in_order(problem, f.unused)]
-        unused += [f"inner_loss: {n}" for n in _in_order(problem, point.unused)]
+            terms = self._terms(point)
+            _check_depends(point)
+            _check_acts(point)
+            loss = point.outer_loss()
+        total = tree.add(terms.direct, terms.indirect)
+        info, found = self._read(point, total, terms, loss)
+        unused = [
+            f"{level}_loss: {name}"
+            for level in ("outer", "inner")
+            for name in _in_order(problem, point.unused(level))
+            if level == "outer" or name in problem.outer_params
+        ]
         counts = Info(
             n_forward=tally.n_forward,
             n_backward=tally.n_backward,
@@ -421,48 +288,53 @@ class HypergradEstimator(ABC):
             unused=tuple(unused),
         )
         return Hypergradient(
-            total, direct, part.grads, f.loss, part.state, replace(counts, **info)
+            total,
+            terms.direct,
+            terms.indirect,
+            found,
+            terms.state,
+            replace(counts, **info),
         )
 
-    def _indirect(self, point: Point) -> Indirect:
+    def _terms(self, point: Point) -> Terms:
+        who = type(self).__name__
         try:
-            part = self.indirect(point)
+            found = self.terms(point)
         except NonFiniteError:
             point.tally.read()  # which says what came first
             raise
-        if not isinstance(part, Indirect):
+        if not isinstance(found, Terms):
             msg = (
-                f"{type(self).__name__}.indirect returned a {type(part).__name__}, not a "
-                "hypergrad.Indirect. Return Indirect(grads), with grads a dictionary "
-                "like the outer parameters."
+                f"{who}.terms returned a {type(found).__name__}, not a hypergrad.Terms. "
+                "Return Terms(direct, indirect), both dictionaries like the outer "
+                "parameters."
             )
             raise TypeError(msg)
-        check_like("grads", part.grads, point.problem.outer_params, type(self).__name__)
-        return part
+        outer = point.problem.outer_params
+        check_like("direct", found.direct, outer, who)
+        check_like("indirect", found.indirect, outer, who)
+        check_state(found.state, who)
+        return found
 
     def _read(
-        self,
-        tally: Tally,
-        total: Params,
-        direct: Params,
-        part: Indirect,
-        unused: frozenset[str],
-    ) -> dict[str, Any]:
+        self, point: Point, total: Params, terms: Terms, loss: Tensor | float
+    ) -> tuple[dict[str, Any], float]:
         """Look at everything at once.
 
         Returns:
-            The fields of `Info`, as numbers.
+            The fields of `Info`, and the outer loss, as numbers.
 
         Raises:
             NonFiniteError: something on the way, or the result, is NaN or infinite.
         """
         # What is not connected is 0, and no small number whose square vanishes.
-        direct = {n: t for n, t in direct.items() if n not in unused}
-        trees = (total, direct, part.grads)
-        names = [n for n, value in part.info.items() if isinstance(value, Tensor)]
-        numbers = [part.info[n] for n in names]
+        unused = point.unused("outer")
+        direct = {n: t for n, t in terms.direct.items() if n not in unused}
+        trees = (total, direct, terms.indirect)
+        names = [n for n, value in terms.info.items() if isinstance(value, Tensor)]
+        numbers = [terms.info[n] for n in names]
         lengths = tree.sizes([t for each in trees for t in each.values()])
-        found = tally.read(*lengths, *numbers)
+        *found, outer_loss = point.tally.read(*lengths, *numbers, loss)
         each_found = iter(found)
         sizes = [
             tree.settled_norm(math.hypot(*islice(each_found, len(each))), each)
@@ -475,7 +347,7 @@ class HypergradEstimator(ABC):
                 "overflowed. Raise damping, or scale the outer loss down."
             )
             raise NonFiniteError(msg)
-        info = {**part.info, **dict(zip(names, found[len(lengths) :], strict=True))}
+        info = {**terms.info, **dict(zip(names, found[len(lengths) :], strict=True))}
         error = info.get("fd_error")
         if error is not None and error > _LARGEST_FD_ERROR:
             report(
@@ -486,7 +358,7 @@ class HypergradEstimator(ABC):
                 "loss in float32."
             )
         names = ("norm", "direct_norm", "indirect_norm")
-        return {**info, **dict(zip(names, sizes, strict=True))}
+        return {**info, **dict(zip(names, sizes, strict=True))}, outer_loss
 
     def _steps(
         self,
@@ -495,23 +367,26 @@ class HypergradEstimator(ABC):
         steps: Sequence[InnerStep] | None,
         tally: Tally,
     ) -> tuple[tuple[InnerStep, ...], Params | None]:
-        if not self.lookback or not problem.inner_params:
+        needs = self.needs
+        if not needs.lookback or not problem.inner_params:
             return (), None
         if steps is not None:
-            if len(steps) < self.lookback:
+            if len(steps) < needs.lookback:
                 msg = (
-                    f"{type(self).__name__} looks back at {self.lookback} inner steps "
+                    f"{type(self).__name__} looks back at {needs.lookback} inner steps "
                     f"but `steps` holds {len(steps)}. Take more inner steps first, or "
                     "pass steps=None for virtual ones."
                 )
                 raise ValueError(msg)
-            if self.snapshot_limit != "all":
-                return since_snapshot(steps, self.lookback), None
-            taken = tuple(steps)[-self.lookback :]
+            if any(step.directed for step in steps[-needs.lookback :]):
+                raise HypergradError(_DIRECTED.format(type(self).__name__))
+            if needs.snapshots != "all":
+                return since_snapshot(steps, needs.lookback), None
+            taken = tuple(steps)[-needs.lookback :]
             if not all(step.is_snapshot for step in taken):
-                back = steps_back(problem, steps, self.lookback, "all", tally)
+                back = steps_back(problem, steps, needs.lookback, "all", tally)
                 taken = tuple(back)[::-1]
-            if self.needs_grads:
+            if needs.gradients:
                 taken = tuple(with_grads(problem, step, tally) for step in taken)
             return taken, None
         rule = self.virtual_rule()
@@ -523,69 +398,81 @@ class HypergradEstimator(ABC):
                 "take virtual ones."
             )
             raise ValueError(msg)
-        if self.order == 2:
+        if needs.order == 2:
             batches = tuple(replace(m, attention="math") for m in batches)
         virtual, end = take_steps(
             problem,
-            [batches] * self.lookback,
+            [batches] * needs.lookback,
             rule,
             tally=tally,
-            grads=self.needs_grads,
-            byproduct=self.needs_byproduct,
-            snapshots=self.snapshot_limit,
+            grads=needs.gradients,
+            byproduct=needs.byproduct,
+            snapshots=needs.snapshots,
         )
         return tuple(virtual), end
 
 
+_DIRECTED = (
+    "{} looks back at inner steps, and those on record went along a direction of an "
+    "estimator's own, not along the gradient of the inner loss: their derivative is not "
+    "known here. Take an estimator that looks at no steps, such as 'cg' or 'neumann'."
+)
 _LARGEST_FD_ERROR = 0.1
 """Estimated relative error of a finite difference above which it is warned of."""
 
 
-def check_like(what: str, given: Any, like: Params, who: str) -> None:
-    """Refuse a result that is not a dictionary of tensors like the outer parameters.
+def check_reaches(estimator: HypergradEstimator, problem: BilevelProblem) -> None:
+    """Refuse an estimator that does not see where λ acts.
 
     Raises:
-        TypeError: another kind, or a value that is not a tensor.
-        ValueError: other names or shapes.
+        HypergradError: naming the outer parameters, and estimators that do.
     """
-    if not isinstance(given, Mapping):
-        msg = (
-            f"{who} returned {what} of type {type(given).__name__}. Return a dictionary "
-            "of tensors with the names of the outer parameters."
-        )
-        raise TypeError(msg)
-    if given.keys() != like.keys():
-        msg = (
-            f"{who} returned {what} for {sorted(given)}; the outer parameters are "
-            f"{sorted(like)}. Return a tensor for each of them, zeros where it has none."
-        )
-        raise ValueError(msg)
-    for name, t in like.items():
-        value = given[name]
-        if not isinstance(value, Tensor):
-            msg = f"{who} returned a {type(value).__name__} for {name!r}, not a tensor."
-            raise TypeError(msg)
-        if value.shape != t.shape:
-            msg = (
-                f"{who} returned shape {tuple(value.shape)} for {name!r}, whose shape "
-                f"is {tuple(t.shape)}."
+    acts = {"settings": list(problem.inner_settings)}
+    acts["start"] = list(problem.inner_start.values())
+    for where, names in acts.items():
+        if names and where not in estimator.reaches:
+            what = (
+                "settings of the inner optimizer" if where == "settings" else "starts"
             )
-            raise ValueError(msg)
+            msg = (
+                f"{type(estimator).__name__} cannot answer for {', '.join(names[:4])}: "
+                f"these are {what}, which act in inner steps and not in the losses, and "
+                "it does not differentiate the steps in them. Take "
+                "Unrolled(num_steps=K), K the steps of an inner run."
+            )
+            raise HypergradError(msg)
 
 
-def _fixed(batch: Any, state: RngState) -> tuple[MicroBatch, ...]:
-    """Give each micro-batch the present random state, so that all see the same."""
-    return tuple(
-        m if m.rng_state is not None else replace(m, rng_state=state)
-        for m in as_micro_batches(batch)
+def _check_depends(point: Point) -> None:
+    """Refuse an outer loss that was asked about λ and depends neither on it nor on w.
+
+    Raises:
+        HypergradError: with the usual cause.
+    """
+    problem, unused = point.problem, point.unused("outer")
+    key = "the outer loss depends on w"
+    lam = problem.outer_params.keys() - problem.beside_losses
+    if not lam <= unused or key in problem.inspected or not point.asked("outer"):
+        return
+    if not problem.inner_params.keys() <= point.asked("outer"):
+        # Whether it depends on w tells zeros from a mistake: a look, once for a problem,
+        # and no part of the estimate.
+        batches = point.outer_batches
+        unused |= gradients(problem, "outer", batches, Tally(), outer=False).unused
+    if not problem.inner_params.keys() <= unused:
+        problem.inspected.add(key)
+        return
+    msg = (
+        "the outer loss depends on no parameter of the problem: a detached "
+        "tensor or torch.no_grad in it is the usual cause. Compute it from "
+        "inner_params and outer_params."
     )
+    raise HypergradError(msg)
 
 
-def _check_acts(
-    problem: BilevelProblem, direct: frozenset[str], indirect: set[str]
-) -> None:
-    outer = set(problem.outer_params)
-    if outer <= direct and outer <= indirect:
+def _check_acts(point: Point) -> None:
+    outer = set(point.problem.outer_params)  # what acts in steps counts as used
+    if outer <= point.unused("outer") and outer <= point.unused("inner"):
         msg = (
             f"no outer parameter ({', '.join(list(outer)[:4])}) acts on the outer loss, "
             "neither directly nor through the inner gradient: the hypergradient would "
@@ -594,6 +481,6 @@ def _check_acts(
         raise HypergradError(msg)
 
 
-def _in_order(problem: BilevelProblem, names: frozenset[str] | set[str]) -> list[str]:
+def _in_order(problem: BilevelProblem, names: frozenset[str]) -> list[str]:
     every = [*problem.inner_params, *problem.outer_params]
     return [name for name in every if name in names]

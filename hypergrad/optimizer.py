@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from hypergrad._audit import Audit, Auditor
 from hypergrad._checkpoint import Checkpointer, pack_estimator
+from hypergrad._hooks import follows
 from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
+from hypergrad._setup import check_settings, make_estimator_of, make_problem
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
-from hypergrad.estimator import HypergradEstimator
-from hypergrad.estimators import make_estimator
+from hypergrad.estimator import HypergradEstimator, check_reaches
+from hypergrad.learned import check_learned
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
-from hypergrad.rules import check_supported
+from hypergrad.rules import check_supported, rule_of
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
@@ -54,7 +56,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             makes one from their list, such as `partial(AdamW, lr=1e-3)`.
         outer_optimizer: likewise for the outer parameters.
         outer_every: inner steps from one outer step to the next; None for
-            `max(1, estimator.lookback)`.
+            `max(1, estimator.needs.lookback)`.
         outer_warmup: inner steps before the first outer step. Adam's first steps have
             degenerate derivatives.
         max_grad_norm: norm that inner gradients are clipped to; None for none.
@@ -70,6 +72,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
             inner optimizer has no rule.
         audit_window: inner steps that are recorded for a reference that unrolls; None
             for all since the last outer step.
+        inner_settings: with a module: settings of the inner optimizer that are learned;
+            see `BilevelProblem`.
+        learn_start: with a module: whether w at the start of an inner run is learned;
+            likewise.
 
     Raises:
         TypeError: an estimator or optimizer of a kind that does not work here.
@@ -113,14 +119,27 @@ class BilevelOptimizer(torch.optim.Optimizer):
         audit_every: int | None = None,
         audit_reference: str | HypergradEstimator = "auto",
         audit_window: int | None = None,
+        inner_settings: Mapping[str, Any] | None = None,
+        learn_start: bool | str | Sequence[str] = False,
     ) -> None:
-        problem = _make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
-        chosen = _make_estimator(estimator)
-        _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
+        problem = make_problem(
+            problem_or_model,
+            loss_fn=loss_fn,
+            outer=outer,
+            outer_loss_fn=outer_loss_fn,
+            inner_settings=inner_settings,
+            learn_start=learn_start,
+        )
+        chosen = make_estimator_of(estimator)
+        check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
-        if chosen.lookback or auditor.needs_steps:
+        if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
             check_supported(inner)
+        check_reaches(chosen, problem)
+        if problem.inner_settings:
+            check_supported(inner)
+            check_learned(rule_of(inner, problem.inner_params), problem)
         if audit_every and audit_reference in ("dense", "cg"):
             choose_reference(problem, None, audit_reference)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
@@ -129,7 +148,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.outer_warmup = outer_warmup
         self._asked = chosen
         self._every_is_open = outer_every is None
-        self._run = Run(chosen, outer_every or max(1, chosen.lookback))
+        self._run = Run(chosen, outer_every or max(1, chosen.needs.lookback))
         self._stepper = Stepper(
             problem, inner, outer_level, auditor, max_grad_norm, reuse_graph
         )
@@ -157,6 +176,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def estimator(self) -> HypergradEstimator:
         """The estimator in use, which the one that was asked for may have chosen."""
         return self._run.estimator
+
+    @property
+    def why(self) -> str:
+        """Why that estimator was chosen; empty where it was asked for."""
+        return self._run.why
 
     @property
     def outer_every(self) -> int:
@@ -221,7 +245,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Args:
             inner_batch: data of the inner loss; a batch or `Accumulated` of several.
             outer_batch: data of the outer loss, or a function without arguments that
-                draws it; called only where an outer step is due.
+                draws it; called only where an outer step is due, or where the estimator
+                needs an outer batch at each step.
 
         Returns:
             What was done.
@@ -232,32 +257,53 @@ class BilevelOptimizer(torch.optim.Optimizer):
         with self._whole() as rollback:
             self._resolve(inner_batch)
             due = self._run.is_due(self.n_inner_steps + 1, self.outer_warmup)
-            report = self._inner(inner_batch, rollback, outer_follows=due)
-            if not due or len(self._run.window) < self.estimator.lookback:
+            if self._reads_outer and callable(outer_batch):
+                outer_batch = outer_batch()
+            report = self._inner(inner_batch, outer_batch, rollback, outer_follows=due)
+            if not due or len(self._run.window) < self.estimator.needs.lookback:
                 return report
             if callable(outer_batch):
                 outer_batch = outer_batch()
             outer = self.outer_step(outer_batch)
-        return replace(outer, inner_loss=report.inner_loss, grad_norm=report.grad_norm)
+        return replace(
+            outer,
+            inner_loss=report.inner_loss,
+            grad_norm=report.grad_norm,
+            own=report.own,
+        )
 
-    def inner_step(self, inner_batch: Any) -> StepReport:
+    def inner_step(self, inner_batch: Any, outer_batch: Any = None) -> StepReport:
         """Take an inner step alone; the outer parameters do not move.
 
         Args:
             inner_batch: as for `step`.
+            outer_batch: likewise, for an estimator that needs it at each step; otherwise
+                it is not looked at.
 
         Returns:
             What was done.
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)
-            return self._inner(inner_batch, rollback, outer_follows=False)
+            if self._reads_outer and callable(outer_batch):
+                outer_batch = outer_batch()
+            return self._inner(inner_batch, outer_batch, rollback, outer_follows=False)
+
+    @property
+    def _reads_outer(self) -> bool:
+        needed = self.estimator.needs.outer_batch_each_step
+        return needed and not self.outer_frozen
 
     def _inner(
-        self, inner_batch: Any, rollback: Rollback, *, outer_follows: bool
+        self,
+        inner_batch: Any,
+        outer_batch: Any,
+        rollback: Rollback,
+        *,
+        outer_follows: bool,
     ) -> StepReport:
         self._run, report = self._stepper.inner_step(
-            self._run, inner_batch, rollback, outer_follows=outer_follows
+            self._run, inner_batch, outer_batch, rollback, outer_follows=outer_follows
         )
         self._opt_called = True  # what torch's schedulers look for
         self._resolve(inner_batch)
@@ -292,6 +338,16 @@ class BilevelOptimizer(torch.optim.Optimizer):
             )
             return report
 
+    def begin_run(self) -> None:
+        """Begin an inner run anew: at the learned start, with a fresh optimizer state.
+
+        w goes where `learn_start` says, and stays where it is elsewhere; momentum and
+        moments, recorded steps and the estimator's state are forgotten; a learned schedule
+        starts over. The counts of steps go on.
+        """
+        with self._whole() as rollback:
+            self._run = self._stepper.begin_run(self._run, rollback)
+
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
         self._run = replace(
@@ -308,25 +364,26 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if self._run.resolved:
             return
         was = self.estimator
-        self._adopt(was.resolve(self.problem, inner_batch, self._stepper.rule()))
+        chosen = was.resolve(self.problem, inner_batch, self._stepper.rule())
+        self._adopt(chosen.estimator, chosen.why or self.why)
         if not self.n_inner_steps:
             return
         window = self._run.window
-        if self.estimator.order > was.order:
+        if self.estimator.needs.order > was.needs.order:
             # What was recorded may have run under fused attention, which draws dropout
             # masks of its own; then the first outer step waits for another record.
             window = tuple(s for s in window if _is_plain(s))
         self._run = replace(self._run, window=window, resolved=True)
 
-    def _adopt(self, estimator: HypergradEstimator) -> None:
+    def _adopt(self, estimator: HypergradEstimator, why: str) -> None:
         every = self._run.outer_every
         if estimator is not self._asked:
             pack_estimator(estimator)  # refuses what a checkpoint could not hold
-            if estimator.lookback:
+            if estimator.needs.lookback or follows(estimator):
                 check_supported(self.inner)
         if self._every_is_open:
-            every = max(1, self._asked.lookback, estimator.lookback)
-        self._run = replace(self._run, estimator=estimator, outer_every=every)
+            every = max(1, self._asked.needs.lookback, estimator.needs.lookback)
+        self._run = replace(self._run, estimator=estimator, outer_every=every, why=why)
 
     @contextmanager
     def _whole(self) -> Iterator[Rollback]:
@@ -413,7 +470,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             if foreign:
                 loaded = self._checkpointer.without_data(loaded, state_dict)
             self._link()
-            self._adopt(loaded.estimator)
+            self._adopt(loaded.estimator, loaded.why)
             n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
             window = since_snapshot(loaded.window, n) if n else ()
             self._run = replace(loaded, outer_every=self.outer_every, window=window)
@@ -448,85 +505,3 @@ def _is_plain(step: InnerStep) -> bool:
     """
     on_host = all(t.device.type == "cpu" for t in step.inner_params.values())
     return on_host or all(m.attention == "math" for m in step.micro_batches)
-
-
-def _make_problem(
-    given: BilevelProblem | nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    outer: Any,
-    outer_loss_fn: Callable[[Any, Any], Tensor] | None,
-) -> BilevelProblem:
-    """Return the problem that was given, or make it of a module.
-
-    Raises:
-        TypeError: neither a problem nor a module, or arguments for the other.
-    """
-    if isinstance(given, BilevelProblem):
-        if loss_fn is not None or outer is not None or outer_loss_fn is not None:
-            msg = (
-                "loss_fn, outer and outer_loss_fn go with a module; this problem has its"
-                " losses and outer parameters already. Leave them out."
-            )
-            raise TypeError(msg)
-        return given
-    if not isinstance(given, nn.Module):
-        msg = (
-            "the first argument must be a BilevelProblem or a torch.nn.Module, got "
-            f"{type(given).__name__}."
-        )
-        raise TypeError(msg)
-    if loss_fn is None or outer is None:
-        msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
-        raise TypeError(msg)
-    return BilevelProblem.from_module(
-        given, loss_fn, outer=outer, outer_loss_fn=outer_loss_fn
-    )
-
-
-def _make_estimator(given: Any) -> HypergradEstimator:
-    """Return the estimator that was given, or make it of its name.
-
-    Raises:
-        TypeError: neither a name nor an estimator.
-    """
-    if isinstance(given, str):
-        return make_estimator(given)
-    if not isinstance(given, HypergradEstimator):
-        msg = (
-            f"estimator must be a name or a HypergradEstimator, got {given!r}. Pass e.g. "
-            "estimator='neumann'."
-        )
-        raise TypeError(msg)
-    return given
-
-
-def _check_settings(
-    outer_every: int | None,
-    outer_warmup: int,
-    max_grad_norm: float | None,
-    reuse_graph: Any,
-) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        TypeError: a count that is not a whole number.
-        ValueError: naming the setting and its value.
-    """
-    counts = [("outer_warmup", outer_warmup, 0)]
-    if outer_every is not None:
-        counts.append(("outer_every", outer_every, 1))
-    for name, value, least in counts:
-        if not isinstance(value, int) or isinstance(value, bool):
-            msg = f"{name}={value!r} must be a whole number of inner steps."
-            raise TypeError(msg)
-        if value < least:
-            msg = f"{name}={value} must be at least {least} inner steps."
-            raise ValueError(msg)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        msg = (
-            f"max_grad_norm={max_grad_norm} must be positive, or None for no clipping."
-        )
-        raise ValueError(msg)
-    if reuse_graph not in (True, False, "auto"):
-        msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
-        raise ValueError(msg)

@@ -58,7 +58,8 @@ def choose_reference(
     if isinstance(reference, HypergradEstimator):
         return reference, "the estimator that was asked for"
     n = sum(t.numel() for t in problem.inner_params.values())
-    count = len(steps or ())
+    # Steps along a direction of an estimator's own cannot be looked through.
+    count = 0 if any(step.directed for step in steps or ()) else len(steps or ())
     name = reference
     if name == "auto":
         name = "unrolled" if count else "dense" if n <= LARGEST_DENSE else "cg"

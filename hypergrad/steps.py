@@ -13,6 +13,7 @@ from hypergrad import _snapshots as snapshots_of
 from hypergrad import rng, tree
 from hypergrad._checks import check_count
 from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.learned import learned_rule, start_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import InnerGraph, Tally, gradients
 from hypergrad.reporting import report
@@ -63,6 +64,9 @@ class InnerStep:
         grad_norm: norm of the gradient that was taken.
         follows: whether w and the state are what the step before it made of them. Not so
             where they were changed by hand in between.
+        directed: whether `grads` is a direction of the estimator's own, in the place of
+            ∂g/∂w; it is then kept in any case.
+        number: which step of its inner run it was, from 0; None where that is not known.
     """
 
     inner_params: Params
@@ -76,6 +80,8 @@ class InnerStep:
     outer_versions: tuple[int, ...] = field(default=(), repr=False, compare=False)
     grad_norm: float | None = None
     follows: bool = False
+    directed: bool = False
+    number: int | None = None
 
     @property
     def is_snapshot(self) -> bool:
@@ -95,6 +101,9 @@ def take_steps(
     snapshots: SnapshotLimit = "all",
 ) -> tuple[list[InnerStep], Params]:
     """Take virtual inner steps from the present w, and leave the problem as it was.
+
+    Where the start is learned, from that; where settings are, by those in the place of
+    the rule's own.
 
     Args:
         problem: the problem.
@@ -125,7 +134,7 @@ def take_steps(
         (1.0, 2.0, 4.0)
     """
     tally = tally or Tally()
-    w = tree.clone(problem.inner_params)
+    w = start_of(problem)
     lam = tree.clone(problem.outer_params)
     state = dict(state or {})
     records: list[InnerStep] = []
@@ -140,6 +149,7 @@ def take_steps(
             with problem.at(w):
                 g = gradients(problem, "inner", micro, tally, outer=byproduct)
             found = g.inner or {}
+            taken = learned_rule(rule, problem, i)
             kept = found if keeps_grads(problem, grads, micro) else {}
             records.append(
                 InnerStep(
@@ -148,13 +158,14 @@ def take_steps(
                     state,
                     micro,
                     kept,
-                    rule,
+                    taken,
                     outer_grads=g.outer,
                     grad_norm=g.inner_norm,
                     follows=bool(records),
+                    number=i,
                 )
             )
-            w, state = rule.apply(w, state, found)
+            w, state = taken.apply(w, state, found)
             if i == 0:
                 slots = [t for held in state.values() for t in held.values()]
                 size = bytes_of([*w.values(), *slots, *kept.values()])
@@ -227,7 +238,8 @@ def without_snapshot(problem: BilevelProblem, step: InnerStep) -> InnerStep:
         problem: the problem.
         step: the record.
     """
-    grads = step.grads if keeps_grads(problem, False, step.micro_batches) else {}
+    kept = keeps_grads(problem, step.directed, step.micro_batches)
+    grads = step.grads if kept else {}
     return replace(
         step, inner_params={}, state={}, grads=grads, outer_grads=None, graph=None
     )

@@ -235,11 +235,11 @@ class BiDoRAArguments:
             every=self.outer_every,
             warmup=self.outer_warmup_steps,
             usual_every=self._usual_every(),
-            lookback=self.make_estimator().lookback,
+            lookback=self.make_estimator().needs.lookback,
         )
 
     def _usual_every(self) -> int:
-        return max(self._budget()["outer_every"], self.make_estimator().lookback)
+        return max(self._budget()["outer_every"], self.make_estimator().needs.lookback)
 
     def _estimator(self) -> tuple[str, dict[str, Any]]:
         """Return its name and settings; those of a budget go with its own alone."""

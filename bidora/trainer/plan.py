@@ -86,7 +86,7 @@ def _plan(trainer: Any, dataset: Any) -> Plan:
     else:
         usual = every, defaults.OUTER_WARMUP if warmup is None else warmup
         every, warmup = args.outer_schedule(steps)
-        due = {"steps": steps, "lookback": estimator.lookback}
+        due = {"steps": steps, "lookback": estimator.needs.lookback}
         if not outer_steps_due(every=usual[0], warmup=usual[1], **due):
             logger.warning(
                 "outer_every=%d with outer_warmup_steps=%d leaves no outer step in the %d "

@@ -17,7 +17,6 @@ from hypergrad.steps import InnerStep, steps_back, with_grads
 from hypergrad.tree import Params
 
 __all__ = [
-    "answered_by",
     "describe",
     "read_estimators",
     "read_steps",
@@ -135,24 +134,12 @@ def with_needed_grads(
     One that reads the steps' gradients is then not charged for those that the records
     of another were spared.
     """
-    n = max((e.lookback for e in estimators if e.needs_grads), default=0)
+    n = max((e.needs.lookback for e in estimators if e.needs.gradients), default=0)
     if not n or steps is None:
         return steps
     back = list(steps_back(problem, steps, n, "all", Tally()))
     last = (with_grads(problem, step, Tally()) for step in reversed(back))
     return (*steps[:-n], *last)
-
-
-def answered_by(estimator: HypergradEstimator) -> str:
-    """Return which question an estimator answers: `steps`, `minimum` or `neither`.
-
-    Example:
-        >>> answered_by(make_estimator("sama")), answered_by(make_estimator("cg"))
-        ('steps', 'minimum')
-    """
-    if estimator.name == FirstOrder.name:
-        return "neither"
-    return "steps" if estimator.lookback else "minimum"
 
 
 def solve_reference(
@@ -197,7 +184,7 @@ def solve_reference(
         )
 
     try:
-        estimator = estimator.resolve(problem, inner_batch, rule)
+        estimator = estimator.resolve(problem, inner_batch, rule).estimator
         result = solve(estimator)
     except SolveError as error:
         if reference != "auto":
@@ -208,7 +195,7 @@ def solve_reference(
         result = solve(estimator)
     except Exception as error:
         raise HypergradError(_failure(estimator, error)) from error
-    return result, describe(estimator), why, answered_by(estimator)
+    return result, describe(estimator), why, estimator.answers
 
 
 def _failure(estimator: HypergradEstimator, error: Exception) -> str:

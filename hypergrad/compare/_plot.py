@@ -21,6 +21,8 @@ MEANINGS = {
     "minimum": "looks at the minimum of the inner loss",
     "neither": "has no indirect term",
 }
+SPARE = ("#2e7d32", "#7b1fa2", "#00838f", "#ad1457")
+"""For estimators that say in words of their own what they answer."""
 INK, GREY, FRONT = "#222222", "#5f6368", "#9aa0a6"
 
 AXES = {
@@ -76,7 +78,7 @@ def plot(comparison: Comparison, path: str | Path | None, cost: Cost) -> Figure:
     front = comparison.pareto(cost)
     corners = _draw_front(axes, [places[label] for label in front])
     for label, (x, y) in places.items():
-        colour = COLOURS[comparison[label].answers]
+        colour = _kinds(comparison)[comparison[label].answers][0]
         filled = colour if label in front else "white"
         axes.plot(
             x, y, "o", ms=9, color=filled, mec=colour, mew=1.8, zorder=3, clip_on=False
@@ -120,6 +122,18 @@ def _scales(axes: Any, points: Sequence[tuple[str, float, float]]) -> float:
     return floor
 
 
+def _kinds(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """Return colour and meaning of each question that some row answers."""
+    found: dict[str, tuple[str, str]] = {}
+    asked = {row.answers for row in comparison.rows}
+    spare = iter(SPARE)
+    for kind in [*COLOURS, *sorted(asked - COLOURS.keys())]:
+        if kind in asked:
+            colour = COLOURS.get(kind) or next(spare, GREY)
+            found[kind] = colour, MEANINGS.get(kind, kind)
+    return found
+
+
 def _draw_front(
     axes: Any, front: Sequence[tuple[float, float]]
 ) -> list[tuple[float, float]]:
@@ -156,14 +170,9 @@ def _dress(axes: Any, comparison: Comparison, cost: Cost) -> None:
     axes.tick_params(axis="x", which="minor", length=0)
     axes.set_xlabel(AXES[cost], color=INK)
     axes.set_ylabel("relative error of the indirect term (log scale)", color=INK)
-    kinds = [
-        kind for kind in COLOURS if any(r.answers == kind for r in comparison.rows)
-    ]
     handles = [
-        Line2D(
-            [], [], ls="", marker="o", ms=8, color=COLOURS[kind], label=MEANINGS[kind]
-        )
-        for kind in kinds
+        Line2D([], [], ls="", marker="o", ms=8, color=colour, label=meaning)
+        for colour, meaning in _kinds(comparison).values()
     ]
     handles.append(
         Line2D(

@@ -28,8 +28,9 @@ class Row:
     Attributes:
         label: what it is called here.
         estimator: its settings; what `auto` chose.
-        answers: `"steps"` (what the inner steps do), `"minimum"` (where the minimum of
-            the inner loss goes) or `"neither"` (no indirect term at all).
+        answers: which question: `"steps"` (what the inner steps do), `"minimum"` (where
+            the minimum of the inner loss goes), `"neither"` (no indirect term at all), or
+            the estimator's own words.
         failure: why there is no estimate; empty where there is one.
         error: relative L2 distance of the total from the reference's.
         cosine: of the angle between the two.
@@ -81,7 +82,7 @@ class Reference:
     Attributes:
         estimator: its settings, or that tensors were passed.
         why: why it is that one.
-        answers: `"steps"`, `"minimum"`, `"neither"` or `"given"`.
+        answers: as in `Row`, or `"given"`.
         indirect_share: norm of its indirect term over that of its total; above 1 where
             the terms cancel.
         forwards: its cost by count; None where it was passed.

@@ -15,7 +15,6 @@ from hypergrad import tree
 from hypergrad._checks import check_count
 from hypergrad.batches import as_micro_batches
 from hypergrad.compare._candidates import (
-    answered_by,
     read_estimators,
     read_steps,
     solve_reference,
@@ -210,10 +209,9 @@ class _Candidate:
 
         def run() -> None:
             rule = data.steps[-1].rule if data.steps else None
-            self.estimator = self.estimator.resolve(
-                data.problem, data.inner_batch, rule
-            )
-            self.result = data.estimate(self.estimator)
+            chosen = self.estimator.resolve(data.problem, data.inner_batch, rule)
+            self.estimator = chosen.estimator
+            self.result = data.estimate(self.estimator).because(chosen.why)
 
         self._try(run, data)
 
@@ -240,13 +238,14 @@ class _Candidate:
             self.failure = f"{type(error).__name__}: {error}"
 
     def row(self, truth: Hypergradient, base: list[float], steps: Any) -> Row:
-        shown, answers = repr(self.estimator), answered_by(self.estimator)
+        shown, answers = repr(self.estimator), self.estimator.answers
         if self.failure or self.result is None:
             return Row(self.label, shown, answers, self.failure)
         result, info = self.result, self.result.info
         reason = info.reason
-        if self.estimator.lookback and steps is None:
-            reason = f"{_VIRTUAL.format(self.estimator.lookback)} {reason}".strip()
+        lookback = self.estimator.needs.lookback
+        if lookback and steps is None:
+            reason = f"{_VIRTUAL.format(lookback)} {reason}".strip()
         ratios = [own / one for own, one in zip(self.seconds, base, strict=True)]
         return Row(
             self.label,

@@ -63,20 +63,18 @@ def _legend(comparison: Comparison, width: int) -> list[str]:
     reference = comparison.reference
     text = (
         f"Reference: {reference.estimator}, {reference.why}. It answers "
-        f"{QUESTIONS[reference.answers]}; its indirect term has "
+        f"{_question(reference.answers)}; its indirect term has "
         f"{reference.indirect_share:.2g} times the norm of the total."
     )
     if reference.reason:
         text += f" Its note: {reference.reason}"
     lines = textwrap.wrap(text, width)
-    marks = {_mark(row, reference.answers) for row in comparison.rows}
-    if "*" in marks:
-        others = {"steps": "minimum", "minimum": "steps"}
-        asked = QUESTIONS[others[reference.answers]]
-        lines += textwrap.wrap(
-            f"* answers another question, {asked}: its distance is no error of its own.",
-            width,
-        )
+    others = [row for row in comparison.rows if _mark(row, reference.answers) == "*"]
+    for answers in dict.fromkeys(row.answers for row in others):
+        of = [row.label for row in others if row.answers == answers]
+        named = f" ({', '.join(of)})" if len(of) < len(others) else ""
+        text = f"* answers another question, {_question(answers)}{named}: its distance "
+        lines += textwrap.wrap(f"{text}is no error of its own.", width)
     lines += textwrap.wrap(
         "F: cost in forward passes, by count. grads: in inner gradients, by the clock "
         f"(one took {comparison.inner_gradient_seconds:.3g} s). MiB: peak beyond what "
@@ -87,8 +85,12 @@ def _legend(comparison: Comparison, width: int) -> list[str]:
 
 
 def _mark(row: Row, answers: str) -> str:
-    both = {row.answers, answers}
-    return "*" if both == {"steps", "minimum"} else " "
+    other = row.answers != answers and not {row.answers, answers} & {"neither", "given"}
+    return "*" if other else " "
+
+
+def _question(answers: str) -> str:
+    return QUESTIONS.get(answers, answers)
 
 
 def _note(text: str, width: int) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from hypergrad.batches import as_micro_batches, check_fraction, part_of
-from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Product, ProductLike, as_product
 from hypergrad.rules import Rule
@@ -29,24 +29,15 @@ class OneStepEstimator(HypergradEstimator):
         check_fraction("product_fraction", self.product_fraction)
 
     @property
-    def lookback(self) -> int:
-        """The last inner step."""
-        return 1
-
-    @property
-    def order(self) -> int:
-        """That of the product; 1 before `auto` is resolved."""
-        return as_product(self.product).order
-
-    @property
-    def needs_byproduct(self) -> bool:
-        """The forward scheme starts from the inner step's own ∂g/∂λ."""
-        return self._whole and as_product(self.product).starts_from_gradient
-
-    @property
-    def reuses_graph(self) -> bool:
-        """Double backward continues the inner step's own backward."""
-        return self._whole and as_product(self.product).continues_graph
+    def needs(self) -> Needs:
+        """The last inner step; the order of the product, 1 before `auto` is resolved."""
+        product = as_product(self.product)
+        return Needs(
+            lookback=1,
+            order=product.order,
+            byproduct=self._whole and product.starts_from_gradient,
+            graph=self._whole and product.continues_graph,
+        )
 
     @property
     def _whole(self) -> bool:
@@ -54,7 +45,7 @@ class OneStepEstimator(HypergradEstimator):
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> HypergradEstimator:
+    ) -> Choice:
         """Return itself with the product that `auto` takes on this problem.
 
         Args:
@@ -87,7 +78,7 @@ class OneStepEstimator(HypergradEstimator):
 
 def with_chosen_product(
     estimator: Any, product: ProductLike, problem: BilevelProblem, inner_batch: Any
-) -> HypergradEstimator:
+) -> Choice:
     """Return an estimator with the product that its own stands for on a problem.
 
     Args:
@@ -99,8 +90,8 @@ def with_chosen_product(
     given = as_product(product)
     chosen, _ = given.chosen(problem, as_micro_batches(inner_batch))
     if chosen is given:
-        return estimator
-    return replace(estimator, product=_plain(chosen))
+        return Choice(estimator)
+    return Choice(replace(estimator, product=_plain(chosen)))
 
 
 def _plain(product: Product) -> ProductLike:

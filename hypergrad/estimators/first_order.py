@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hypergrad import tree
-from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad.estimator import HypergradEstimator, Indirect, Needs, Point
 
 __all__ = ["FirstOrder"]
 
@@ -38,15 +39,17 @@ class FirstOrder(HypergradEstimator):
 
     name: ClassVar[str] = "first-order"
 
-    @property
-    def order(self) -> int:
-        """First derivatives suffice."""
-        return 1
+    without_laws: ClassVar[Mapping[str, str]] = {"direction": "it has no indirect term"}
 
     @property
-    def has_indirect(self) -> bool:
-        """None: ∂f/∂w would be computed for nothing."""
-        return False
+    def needs(self) -> Needs:
+        """First derivatives suffice, and ∂f/∂w would be computed for nothing."""
+        return Needs(order=1, v=False)
+
+    @property
+    def answers(self) -> str:
+        """Neither question: w stays where it is."""
+        return "neither"
 
     def indirect(self, point: Point) -> Indirect:
         """Return zeros."""

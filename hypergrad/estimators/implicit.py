@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from hypergrad import tree
-from hypergrad.estimator import HypergradEstimator, Indirect, Point
+from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import (
@@ -42,13 +42,13 @@ class ImplicitEstimator(HypergradEstimator):
         """Return the linear solver."""
 
     @property
-    def order(self) -> int:
-        """That of the product; 1 before `auto` is resolved."""
-        return as_product(self.product).order
+    def needs(self) -> Needs:
+        """The order of the product; 1 before `auto` is resolved."""
+        return Needs(order=as_product(self.product).order)
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> HypergradEstimator:
+    ) -> Choice:
         """Return itself with the product that `auto` takes on this problem.
 
         Args:

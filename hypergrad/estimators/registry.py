@@ -93,7 +93,7 @@ def make_estimator(name: str, **settings: Any) -> HypergradEstimator:
         ValueError: an unknown name, or a setting out of range.
 
     Example:
-        >>> make_estimator("unrolled", num_steps=2).lookback
+        >>> make_estimator("unrolled", num_steps=2).needs.lookback
         2
     """
     factory = _registry.get(name)

@@ -93,7 +93,7 @@ class Sama(OneStepEstimator):
         )
         direction = pulled.grads
         info: dict[str, Tensor] = {}
-        if self.order == 1:
+        if self.needs.order == 1:
             direction, info["dropped"] = _without_dead(direction, step)
         watch_finite(point.tally, replace(pulled, grads=direction))
         return self._mixed(point, step, direction, **info)

@@ -12,7 +12,14 @@ from hypergrad.products.choice import AutoProduct
 from hypergrad.products.difference import FiniteDifference, Scheme, default_radius
 from hypergrad.products.exact import DoubleBackward, ForwardOverReverse
 from hypergrad.products.gauss_newton import GaussNewton
-from hypergrad.products.gradients import Gradients, InnerGraph, gradients, vjp_of
+from hypergrad.products.gradients import (
+    Gradients,
+    InnerGraph,
+    gradients,
+    jvp_of,
+    value,
+    vjp_of,
+)
 from hypergrad.products.registry import (
     Curvature,
     ProductLike,
@@ -47,9 +54,11 @@ __all__ = [
     "check_curvature",
     "default_radius",
     "gradients",
+    "jvp_of",
     "make_product",
     "product_names",
     "register_product",
     "second_order",
+    "value",
     "vjp_of",
 ]

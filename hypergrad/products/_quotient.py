@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ POWERS: dict[str, float] = {"central": 1 / 3, "forward": 1 / 2, "richardson": 1 
 
 @dataclass(frozen=True)
 class Move:
-    """How w is moved, and by which quotient.
+    """How w, and λ where a direction has it, is moved, and by which quotient.
 
     Attributes:
         problem: whose w it is.
@@ -40,6 +41,17 @@ class Move:
     scheme: Scheme
     asked: float | None
     unit: float
+
+    @property
+    def params(self) -> Params:
+        """All that may be moved."""
+        return {**self.problem.inner_params, **self.problem.outer_params}
+
+    def to(self, values: Params) -> AbstractContextManager[None]:
+        """Return a context in which the problem is at these values."""
+        outer = {n: t for n, t in values.items() if n in self.problem.outer_params}
+        inner = {n: t for n, t in values.items() if n not in outer}
+        return self.problem.at(inner, outer)
 
     @property
     def coarse(self) -> bool:
@@ -76,7 +88,6 @@ class Differences:
         start: Callable[[], Params],
     ) -> None:
         self._move = move
-        self._problem = move.problem
         self._judged = list(judged)
         self._evaluate = evaluate
         self._start = start
@@ -150,7 +161,8 @@ class Differences:
     def _quotient(self, u: Params, step: float, plus: Params | None = None) -> Params:
         """Return a difference quotient along u, a part of a direction of norm 1."""
         two_sided = self._move.scheme != "forward"
-        w = {n: self._problem.inner_params[n].detach() for n in u}
+        here = self._move.params
+        w = {n: here[n].detach() for n in u}
         plus = plus or _moved(w, u, step)
         minus = _moved(w, u, -step) if two_sided else w
         # The realised step d along u; rounding makes it differ from the one asked for, s.
@@ -162,10 +174,10 @@ class Differences:
         own = tree.size(direction) ** 2
         along = (tree.size(realised) ** 2 - off**2) / asked + asked * own
         along = along / (2 * own)
-        with self._problem.at(plus):
+        with self._move.to(plus):
             high = self._evaluate()
         if two_sided:
-            with self._problem.at(minus):
+            with self._move.to(minus):
                 low = self._evaluate()
         else:
             low = self._start()
@@ -197,7 +209,7 @@ class _Groups:
 
     def __init__(self, move: Move, direction: Params) -> None:
         self._move = move
-        self._w = {n: p.detach() for n, p in move.problem.inner_params.items()}
+        self._w = {n: move.params[n].detach() for n in direction}
         self._direction = direction
 
     def found(self) -> tuple[float, list[tuple[Params, float, Params | None]]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.batches import MicroBatch
+from hypergrad.errors import HypergradError
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.gradients import InnerGraph, gradients
 from hypergrad.products.tally import Tally
@@ -121,8 +122,9 @@ class BoundProduct(ABC):
         self.problem = problem
         self.batches = batches
         self.tally = tally
-        self.unused: set[str] = set()
-        """Outer parameters that no product so far was connected to."""
+        self.unused: set[str] | None = None
+        """Outer parameters that the last product in λ was not connected to; None before
+        there was one."""
         self.info: dict[str, Any] = {}
         """Fields of `Info` that the last product knows; numbers may be tensors."""
 
@@ -193,6 +195,44 @@ class BoundProduct(ABC):
     def mixed_vjp(self, direction: Params) -> Params:
         """Return `direction`ᵀ ∂²g/∂w∂λ, same keys and shapes as `outer_params`."""
         return self.vjp(direction, inner=False)[1]
+
+    def jvp(self, inner: Params, outer: Params) -> Params:
+        """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ: how ∂g/∂w changes as w and λ move.
+
+        The transpose of `vjp`: for every u, v and μ, v · jvp(u, μ) is u · hvp(v) +
+        μ · mixed_vjp(v).
+
+        Args:
+            inner: u, same keys and shapes as `inner_params`.
+            outer: μ, likewise as `outer_params`; one that is left out stays where it is.
+
+        Returns:
+            Same keys and shapes as `inner_params`, averaged over ranks.
+        """
+        w = self.problem.inner_params
+        self.tally.watch_direction({**inner, **outer})
+        parts = self._averaged(w, lambda: self.push(inner, outer))
+        self.unused = set(parts.unused) & set(self.problem.outer_params)
+        return parts.values
+
+    def push(self, inner: Params, outer: Params) -> Contribution:
+        """Return this rank's `jvp`, before it is averaged and looked at.
+
+        With it, the loss, and the outer parameters that nothing was connected to.
+
+        Args:
+            inner: u.
+            outer: μ; some of the outer parameters.
+
+        Raises:
+            HypergradError: this product has no forward direction.
+        """
+        del inner, outer
+        msg = (
+            f"{type(self).__name__} has no forward direction: it implements `compute` "
+            "and not `push`. Take product='exact' or 'finite-difference', or write it."
+        )
+        raise HypergradError(msg)
 
     def outputs_jvp(
         self, direction: Params, evaluate: Callable[[], Params]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -164,6 +164,21 @@ class _FiniteDifference(BoundProduct):
     def hvp(self, direction: Params) -> Params:
         """Return (∂²g/∂w²) `direction`; a solver's products are not judged."""
         return self._vjp(direction, inner=True, outer=False, judged=False)[0]
+
+    def jvp(self, inner: Params, outer: Params) -> Params:
+        """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ by differences; w and λ move together."""
+        self._agree()
+        found = super().jvp(inner, outer)
+        # Where the first graph shows that the loss computes more coarsely than it said.
+        return self.jvp(inner, outer) if self._agree() else found
+
+    def push(self, inner: Params, outer: Params) -> Contribution:
+        """Return this rank's part of it."""
+        self.tally.n_hvp += 1
+        found = self._compute({**inner, **outer}, self.problem.inner_params, {})
+        return replace(
+            found, unused=set()
+        )  # λ moves, and nothing is differentiated in it
 
     def compute(self, direction: Params, wanted: Params) -> Contribution:
         """Return the products without a judgement."""

@@ -22,7 +22,7 @@ from hypergrad.products.evaluation import (
     derive,
     replay,
 )
-from hypergrad.products.gradients import inner_graph
+from hypergrad.products.gradients import InnerGraph, inner_graph
 from hypergrad.products.tally import Tally
 from hypergrad.reducer import Contribution
 from hypergrad.tree import Params
@@ -96,6 +96,7 @@ class _DoubleBackward(BoundProduct):
         super().__init__(problem, batches, tally)
         self._plain = [replace(micro, attention="math") for micro in batches]
         self._graph = hints.kept
+        self._joint: InnerGraph | None = None  # with ∂g/∂λ
         self._single_use = hints.single_use
         self._vmaps = True
         self._losses: list[Tensor] = []
@@ -185,6 +186,32 @@ class _DoubleBackward(BoundProduct):
             used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
         return self._handed_on(dict(zip(wanted, sums, strict=True)), set(wanted) - used)
 
+    def push(self, inner: Params, outer: Params) -> Contribution:
+        """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ by double backward.
+
+        Second derivatives are symmetric, so this is the derivative in w of
+        u · ∂g/∂w + μ · ∂g/∂λ.
+        """
+        problem, w = self.problem, self.problem.inner_params
+        sums: list[Tensor] = []
+        used: set[str] = set()
+        for micro in self._plain:
+            graph = self._joint
+            if graph is None:
+                with replay(problem, micro, keep=True):
+                    graph = inner_graph(problem, micro, self.tally, outer=True)
+                if graph.loss is not None:
+                    self._losses.append(graph.loss)
+            self._joint = graph if self._reusable else None
+            with attention("math"):
+                parts = graph.product(
+                    {**inner, **outer}, w, self.tally, retain=self._reusable
+                )
+            sums = accumulate(sums, parts, list(w.values()), micro.weight)
+            used |= {n for n, g in graph.grads.items() if g is not None}
+        unused = set(problem.outer_params) - used
+        return self._handed_on(dict(zip(w, sums, strict=True)), unused)
+
     @property
     def _reusable(self) -> bool:
         return len(self.batches) == 1 and not self._single_use
@@ -269,29 +296,41 @@ class _ForwardOverReverse(BoundProduct):
 
     def compute(self, direction: Params, wanted: Params) -> Contribution:
         """Return the products by forward-over-reverse."""
+        return self._sum(direction, {}, wanted)
+
+    def push(self, inner: Params, outer: Params) -> Contribution:
+        """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ: the tangent of λ is pushed along."""
+        return self._sum(inner, outer, self.problem.inner_params)
+
+    def _sum(self, inner: Params, outer: Params, wanted: Params) -> Contribution:
         sums: list[Tensor] = []
         losses: list[Tensor] = []
         for micro in self.batches:
             with recording():
-                loss, both = self._one(replace(micro, attention="math"), direction)
+                loss, both = self._one(replace(micro, attention="math"), inner, outer)
             parts = [both[name] for name in wanted]
             sums = accumulate(sums, parts, list(wanted.values()), micro.weight)
             losses.append(loss)
-        unused = (self._unconnected or set()) & set(wanted)
+        unused = (self._unconnected or set()) & {*wanted, *outer}
         return Contribution(
             dict(zip(wanted, sums, strict=True)), total_loss(losses), unused
         )
 
-    def _one(self, micro: MicroBatch, direction: Params) -> tuple[Tensor, Params]:
+    def _one(
+        self, micro: MicroBatch, direction: Params, outer: Params
+    ) -> tuple[Tensor, Params]:
         problem = self.problem
         w = {n: p.detach() for n, p in problem.inner_params.items()}
         lam = {n: p.detach() for n, p in problem.outer_params.items()}
-        tangent = {n: direction[n].to(w[n].dtype) for n in w}
+        tangent = {
+            n: direction[n].to(t.dtype) if n in direction else torch.zeros_like(t)
+            for n, t in w.items()
+        }
         self.tally.n_forward += 1
         self.tally.n_backward += 1
         self.tally.n_hvp += 1
 
-        def gradient(at: Params) -> Any:
+        def gradient(at: Params, lam: Params) -> Any:
             # torch.func.grad would build the graph of its backward pass too, which
             # nothing here goes through: half of the memory. The value comes along to
             # be looked at: a loss that ignores its arguments has derivatives of zeros.
@@ -306,7 +345,14 @@ class _ForwardOverReverse(BoundProduct):
             refuse_recompute(),
             explain_second_order("Take product='exact', which needs no forward mode. "),
         ):
-            pushed: Any = torch.func.jvp(gradient, (w,), (tangent,))
+            if outer:
+                along = {
+                    n: outer[n].to(t.dtype) if n in outer else torch.zeros_like(t)
+                    for n, t in lam.items()
+                }
+                pushed: Any = torch.func.jvp(gradient, (w, lam), (tangent, along))
+            else:
+                pushed = torch.func.jvp(lambda at: gradient(at, lam), (w,), (tangent,))
             (_, loss), ((h, m), _) = pushed
         if loss.requires_grad:
             check_reads_its_arguments(problem, loss, ())
@@ -337,6 +383,6 @@ class _ForwardOverReverse(BoundProduct):
                 create_graph=False,
             )
         gone = {n for n, g in zip(wanted, grads, strict=True) if g is None}
-        if not gone:
+        if not gone - problem.beside_losses:
             problem.inspected.add(key)
-        return gone
+        return gone - problem.beside_losses

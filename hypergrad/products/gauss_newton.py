@@ -108,6 +108,18 @@ class GaussNewton(BoundProduct):
             dict(zip(wanted, sums, strict=True)), total_loss(losses), set()
         )
 
+    def push(self, inner: Params, outer: Params) -> Contribution:
+        """Return $J^T C J$ u, and the change of ∂g/∂w along μ."""
+        w = self.problem.inner_params
+        curved = self.compute(inner, w)
+        if not outer:
+            return curved
+        mixed = self.product.push(tree.zeros_like(w), outer)
+        losses = [c.loss for c in (curved, mixed) if c.loss is not None]
+        return Contribution(
+            tree.add(curved.values, mixed.values), total_loss(losses), mixed.unused
+        )
+
     def _by_differences(
         self, micro: MicroBatch, direction: Params, losses: list[Tensor]
     ) -> list[Tensor | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,16 @@ from hypergrad.products.tally import Tally
 from hypergrad.reducer import Contribution
 from hypergrad.tree import Params
 
-__all__ = ["Gradients", "InnerGraph", "gradients", "inner_graph", "local", "vjp_of"]
+__all__ = [
+    "Gradients",
+    "InnerGraph",
+    "gradients",
+    "inner_graph",
+    "jvp_of",
+    "local",
+    "value",
+    "vjp_of",
+]
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,43 @@ def gradients(
     )
 
 
+def value(
+    problem: BilevelProblem, level: Level, batches: Sequence[MicroBatch], tally: Tally
+) -> Tensor:
+    """Return one loss at the problem's present point, without a graph.
+
+    Args:
+        problem: the problem.
+        level: which loss.
+        batches: the data; weighted losses are added up.
+        tally: counts the evaluations, and looks whether the loss is finite.
+
+    Returns:
+        A tensor of one entry, averaged over ranks.
+    """
+    kind = functools.reduce(torch.promote_types, (t.dtype for t in problem.tensors))
+    first = problem.tensors[0]
+    # As a value and not as a message's loss, which float32 would do for.
+    like = {"loss": torch.zeros((), dtype=kind, device=first.device)}
+
+    def evaluate() -> Contribution:
+        total: Tensor | None = None
+        for micro in batches:
+            tally.n_forward += 1
+            with recording(), torch.no_grad(), replay(problem, micro):
+                loss = problem.loss(
+                    level, problem.inner_params, problem.outer_params, micro.batch
+                ).detach()
+            loss = loss if micro.weight == 1.0 else micro.weight * loss
+            total = loss if total is None else total + loss
+        return Contribution({} if total is None else {"loss": total})
+
+    with problem.guarded():
+        found = problem.reducer.together(like, evaluate).values["loss"]
+    tally.watch_loss(level, found)
+    return found
+
+
 def local(
     problem: BilevelProblem,
     level: Level,
@@ -233,7 +281,8 @@ class InnerGraph:
         """Return the product of `direction` with ∂²g/∂w∂(wanted), None for zeros.
 
         Args:
-            direction: u, by the names of `inner`.
+            direction: u, by the names of `inner`, and by those of λ where the graph has
+                its gradient.
             wanted: the leaves to differentiate in.
             tally: counts the evaluations.
             retain: whether the graph will be used again; it is freed otherwise.
@@ -260,24 +309,39 @@ class InnerGraph:
             )
             raise HypergradError(msg)
         tally.n_hvp += several or 1
-        starts = [self.grads[n] for n in self.inner]
+        # A graph that a product in both directions is taken from has ∂g/∂λ too.
+        names = [n for n in self.grads if n in direction]
+        starts = [self.grads[n] for n in names]
         if wanted and any(g is not None and g.requires_grad for g in starts):
             tally.n_backward += several or 1
         with recording():
             return differentiate(
                 starts,
                 list(wanted.values()),
-                [direction[n] for n in self.inner],
+                [direction[n] for n in names],
                 retain_graph=retain,
                 batched=several > 0,
             )
 
 
-def inner_graph(problem: BilevelProblem, micro: MicroBatch, tally: Tally) -> InnerGraph:
-    """Build the graph of ∂g/∂w on the problem's own tensors at the present point."""
+def inner_graph(
+    problem: BilevelProblem, micro: MicroBatch, tally: Tally, *, outer: bool = False
+) -> InnerGraph:
+    """Build the graph of ∂g/∂w on the problem's own tensors at the present point.
+
+    Args:
+        problem: the problem.
+        micro: the data.
+        tally: counts the evaluations.
+        outer: whether to have ∂g/∂λ in it too.
+
+    Returns:
+        The graph, whose loss nobody has looked at yet.
+    """
     w = problem.inner_params
-    loss, parts = derive(problem, "inner", w, w, micro, tally, create_graph=True)
-    return replace(_graph_of(problem, w, list(w), parts, micro), loss=loss)
+    wanted = {**w, **(problem.outer_params if outer else {})}
+    loss, parts = derive(problem, "inner", w, wanted, micro, tally, create_graph=True)
+    return replace(_graph_of(problem, w, list(wanted), parts, micro), loss=loss)
 
 
 def vjp_of(
@@ -299,6 +363,24 @@ def vjp_of(
         torch.zeros_like(t) if part is None else part.detach()
         for t, part in zip(inputs, parts, strict=True)
     ]
+
+
+def jvp_of(
+    fn: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the Jacobian-vector product of a function of tensors, by forward mode.
+
+    Example:
+        >>> import torch
+        >>> jvp_of(lambda x: [x**2], [torch.tensor(3.0)], [torch.tensor(1.0)])
+        [tensor(6.)]
+    """
+    with recording():
+        leaves = tuple(t.detach() for t in inputs)
+        pushed: Any = torch.func.jvp(fn, leaves, tuple(tangents))
+    return [t.detach() for t in pushed[1]]
 
 
 def _graph_of(

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from hypergrad.rules._many import Many
 from hypergrad.rules.adam import Adam, AdamW
-from hypergrad.rules.base import (
-    Counts,
-    ElementwiseRule,
-    ManySlots,
-    Pullback,
-    Rule,
-    State,
-)
+from hypergrad.rules.base import Pullback, Pushforward, Rule, State
 from hypergrad.rules.compose import Clipped, Grouped
+from hypergrad.rules.elementwise import Counts, ElementwiseRule, ManySlots
 from hypergrad.rules.optimizers import (
     SUPPORTED,
     check_supported,
@@ -35,6 +29,7 @@ __all__ = [
     "Many",
     "ManySlots",
     "Pullback",
+    "Pushforward",
     "Rule",
     "State",
     "TorchOptRule",

@@ -95,6 +95,10 @@ class Many:
         """Return entries of at most a number."""
         return Many(foreach.clamp_max(self.tensors, most))
 
+    def sums(self) -> list[Tensor]:
+        """Return the sum of each tensor's entries."""
+        return [t.sum() for t in self.tensors]
+
     def zeros(self) -> Many:
         """Return zeros of the same shapes."""
         return Many([torch.zeros_like(t) for t in self.tensors])

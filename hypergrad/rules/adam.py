@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hypergrad._checks import check_flag
 from hypergrad.rules._many import Many
-from hypergrad.rules.base import Counts, ElementwiseRule, ManySlots, check_settings
+from hypergrad.rules.base import check_settings
+from hypergrad.rules.elementwise import Counts, ElementwiseRule, ManySlots
 
 __all__ = ["Adam", "AdamW"]
 
@@ -52,6 +54,8 @@ class Adam(ElementwiseRule):
 
     kind: ClassVar[str] = "adam"
     counts_steps: ClassVar[bool] = True
+    _decouples: ClassVar[bool] = False
+    settings: ClassVar[frozenset[str]] = frozenset({"lr", "betas", "weight_decay"})
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -88,11 +92,11 @@ class Adam(ElementwiseRule):
 
     @property
     def _coupled(self) -> float:
-        return self.weight_decay
+        return 0.0 if self._decouples else self.weight_decay
 
     @property
     def _decoupled(self) -> float:
-        return 0.0
+        return self.weight_decay if self._decouples else 0.0
 
     def _moments(self, w: Many, slots: ManySlots, g: Many) -> tuple[Many, Many, Many]:
         # The same operations as torch.optim, so that they round alike.
@@ -137,11 +141,33 @@ class Adam(ElementwiseRule):
         slots_bar: ManySlots,
     ) -> tuple[Many, ManySlots, Many]:
         """Return the adjoints of tensors, of their slots and of their gradients."""
+        beta1, beta2 = self.betas
+        g, m_bar, v_bar, out = self._bars(w, slots, g, counts, w_bar, slots_bar)
+        g_bar = (1 - beta1) * m_bar + 2 * (1 - beta2) * g * v_bar
+        out["exp_avg"] = beta1 * m_bar
+        out["exp_avg_sq"] = beta2 * v_bar
+        if self._decoupled:
+            w_bar = w_bar * (1 - self.lr * self._decoupled)
+        if self._coupled:
+            w_bar = w_bar.plus(g_bar, self._coupled)
+        return w_bar, out, -g_bar if self.maximize else g_bar
+
+    def _bars(
+        self,
+        w: Many,
+        slots: ManySlots,
+        g: Many,
+        counts: Counts,
+        w_bar: Many,
+        slots_bar: ManySlots,
+    ) -> tuple[Many, Many, Many, ManySlots]:
+        """Return the gradient with decay, and adjoints.
+
+        They are those of the new moments, and that of the largest v so far.
+        """
         g, m, v = self._moments(w, slots, g)
         c1, c2 = self._corrections(counts)
-        beta1, beta2 = self.betas
-        known = slots.get("max_exp_avg_sq") if self.amsgrad else None
-        top = v if known is None else v.maximum(known)
+        top, newest = self._top(v, slots)
         s = (top / c2).sqrt()
         d = s + self.eps
         step = w_bar * [self.lr / c for c in c1]
@@ -154,8 +180,7 @@ class Adam(ElementwiseRule):
         if self.amsgrad:
             if "max_exp_avg_sq" in slots_bar:
                 through = through + slots_bar["max_exp_avg_sq"]
-            if known is not None:
-                newest = v.is_at_least(known)
+            if newest is not None:
                 out["max_exp_avg_sq"] = through - through * newest
                 through = through * newest
             else:
@@ -163,14 +188,120 @@ class Adam(ElementwiseRule):
         v_bar = through
         if "exp_avg_sq" in slots_bar:
             v_bar = v_bar + slots_bar["exp_avg_sq"]
-        g_bar = (1 - beta1) * m_bar + 2 * (1 - beta2) * g * v_bar
-        out["exp_avg"] = beta1 * m_bar
-        out["exp_avg_sq"] = beta2 * v_bar
-        if self._decoupled:
-            w_bar = w_bar * (1 - self.lr * self._decoupled)
+        return g, m_bar, v_bar, out
+
+    def _slopes(self, counts: Counts) -> tuple[list[float], list[float]]:
+        """Return the derivatives of both corrections in their betas."""
+        beta1, beta2 = self.betas
+        return (
+            [-(t + 1) * beta1**t for t in counts],
+            [-(t + 1) * beta2**t for t in counts],
+        )
+
+    def _top(self, v: Many, slots: ManySlots) -> tuple[Many, Many | None]:
+        """Return the second moment to divide by, and 1 where it is the new one."""
+        known = slots.get("max_exp_avg_sq") if self.amsgrad else None
+        if known is None:
+            return v, None
+        return v.maximum(known), v.is_at_least(known)
+
+    def pull_settings(
+        self,
+        w: Many,
+        slots: ManySlots,
+        g: Many,
+        counts: Counts,
+        w_bar: Many,
+        slots_bar: ManySlots,
+    ) -> dict[str, list[Tensor]]:
+        """Return the adjoints of learning rate, betas and weight decay."""
+        beta1, beta2 = self.betas
+        _, m, v = self._moments(w, slots, g)
+        g, m_bar, v_bar, _ = self._bars(w, slots, g, counts, w_bar, slots_bar)
+        (c1, c2), (slope1, slope2) = self._corrections(counts), self._slopes(counts)
+        s = (self._top(v, slots)[0] / c2).sqrt()
+        d = s + self.eps
+        each = range(len(counts))
+        along = w_bar * m / d  # times -lr/c1: what the step adds
+        lr_bar = along * [-1 / c for c in c1]
+        if self._decouples:
+            lr_bar = lr_bar - w_bar * w * self._decoupled
+            decay_bar = w_bar * w * -self.lr
+        else:
+            decay_bar = ((1 - beta1) * m_bar + 2 * (1 - beta2) * g * v_bar) * w
+        # A beta acts on its moment, and on the correction of its bias.
+        one = m_bar * (slots["exp_avg"] - g if "exp_avg" in slots else -g)
+        one = one + along * [self.lr * slope1[i] / c1[i] ** 2 for i in each]
+        two = v_bar * (
+            slots["exp_avg_sq"] - g * g if "exp_avg_sq" in slots else -(g * g)
+        )
+        halves = [self.lr / c1[i] * slope2[i] / (2 * c2[i]) for i in each]
+        two = two - along * s / d * halves
+        betas = zip(one.sums(), two.sums(), strict=True)
+        return {
+            "lr": lr_bar.sums(),
+            "betas": [torch.stack(pair) for pair in betas],
+            "weight_decay": decay_bar.sums(),
+        }
+
+    def push_many(
+        self,
+        w: Many,
+        slots: ManySlots,
+        g: Many,
+        counts: Counts,
+        w_dot: Many,
+        slots_dot: ManySlots,
+        g_dot: Many,
+        settings_dot: Mapping[str, Sequence[Any]],
+    ) -> tuple[Many, ManySlots]:
+        """Return the tangents of tensors and of their slots after a step."""
+        beta1, beta2 = self.betas
+        g, m, v = self._moments(w, slots, g)
+        (c1, c2), (slope1, slope2) = self._corrections(counts), self._slopes(counts)
+        zeros, each = w.zeros(), range(len(counts))
+        none = [0.0 for _ in each]
+        lr_dot = settings_dot.get("lr", none)
+        decay_dot = settings_dot.get("weight_decay", none)
+        betas_dot = settings_dot.get("betas", [(0.0, 0.0) for _ in each])
+        one_dot, two_dot = [b[0] for b in betas_dot], [b[1] for b in betas_dot]
+        g_dot = -g_dot if self.maximize else g_dot
         if self._coupled:
-            w_bar = w_bar.plus(g_bar, self._coupled)
-        return w_bar, out, -g_bar if self.maximize else g_bar
+            g_dot = g_dot.plus(w_dot, self._coupled)
+        if not self._decouples:
+            g_dot = g_dot + w * decay_dot
+        m_dot = slots_dot.get("exp_avg", zeros) * beta1 + g_dot * (1 - beta1)
+        m_dot = m_dot + (slots.get("exp_avg", zeros) - g) * one_dot
+        v_dot = slots_dot.get("exp_avg_sq", zeros) * beta2 + g * g_dot * (2 - 2 * beta2)
+        v_dot = v_dot + (slots.get("exp_avg_sq", zeros) - g * g) * two_dot
+        out: ManySlots = {"exp_avg": m_dot, "exp_avg_sq": v_dot}
+        top, newest = self._top(v, slots)
+        top_dot = v_dot
+        if newest is not None:
+            known_dot = slots_dot.get("max_exp_avg_sq", zeros)
+            top_dot = known_dot + (v_dot - known_dot) * newest
+        if self.amsgrad:
+            out["max_exp_avg_sq"] = top_dot
+        s = (top / c2).sqrt()
+        d = s + self.eps
+        # In the order of the adjoint: where s = 0, m is 0 too.
+        by_root = m / (d * d * s.at_least(_TINY) * [2 * c for c in c2])
+        along_dot = m_dot / d - by_root * top_dot
+        # A beta acts on its moment, and on the correction of its bias.
+        along_dot = along_dot + m / d * s / d * [
+            two_dot[i] * slope2[i] / (2 * c2[i]) for i in each
+        ]
+        moved = w_dot
+        if self._decouples:
+            shrunk = [
+                lr_dot[i] * self._decoupled + self.lr * decay_dot[i] for i in each
+            ]
+            moved = moved * (1 - self.lr * self._decoupled) - w * shrunk
+        rate_dot = [
+            lr_dot[i] / c1[i] - self.lr * one_dot[i] * slope1[i] / c1[i] ** 2
+            for i in each
+        ]
+        return moved - along_dot * [self.lr / c for c in c1] - m / d * rate_dot, out
 
 
 _TINY = 1e-150
@@ -206,12 +337,5 @@ class AdamW(Adam):
     """
 
     kind: ClassVar[str] = "adamw"
+    _decouples: ClassVar[bool] = True
     weight_decay: float = 0.01
-
-    @property
-    def _coupled(self) -> float:
-        return 0.0
-
-    @property
-    def _decoupled(self) -> float:
-        return self.weight_decay

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hypergrad._checks import check_number
+from hypergrad.errors import HypergradError
 from hypergrad.products.tally import Tally
-from hypergrad.rules._many import Many
 from hypergrad.tree import Params
 
-__all__ = ["ElementwiseRule", "Pullback", "Rule", "State"]
-
-_PART = 1 << 16
-"""Entries that are pulled back at a time."""
-_PART_OF_ACCELERATOR = 1 << 24
-"""The same where each operation has to be launched."""
+__all__ = ["Pullback", "Pushforward", "Rule", "State"]
 
 Slots = dict[str, Tensor]
 State = dict[str, Slots]
@@ -28,11 +22,6 @@ State = dict[str, Slots]
 
 An absent slot is one that the optimizer has not made yet: zeros, at step 0.
 """
-
-ManySlots = dict[str, Many]
-"""Slots of several parameters at once, by slot name; without the step count."""
-Counts = list[float]
-"""Steps taken before, for each of several parameters."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +32,34 @@ class Pullback:
         params: adjoint of w, same keys as w.
         state: adjoint of the floating point slots of the state.
         grads: adjoint of the gradient, before clipping.
+        settings: adjoints of the settings that were asked for: by parameter name, then
+            setting name. Of a setting that several parameters share, each has its part.
     """
 
     params: Params
     state: State
     grads: Params
+    settings: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pushforward:
+    """Tangents of what came out of one step.
+
+    Attributes:
+        params: tangent of w, same keys as w.
+        state: tangents of the floating point slots of the state.
+    """
+
+    params: Params
+    state: State
 
 
 class Rule(ABC):
-    r"""One step $(w_+, s_+) = U(w, s, g)$ and its adjoint.
+    r"""One step $(w_+, s_+) = U(w, s, g; \theta)$, with settings θ, and its derivative.
 
-    Laws: `apply` equals the optimizer's own step to rounding, and `pullback` is the
-    transpose of the Jacobian of `apply` in (w, s, g) together, not in w alone. Neither
+    Laws: `apply` equals the optimizer's own step to rounding; `pushforward` multiplies by
+    the Jacobian of `apply` in (w, s, g, θ) together, and `pullback` by its transpose. None
     changes its arguments.
     """
 
@@ -72,6 +77,7 @@ class Rule(ABC):
         grads: Params,
         params_bar: Params,
         state_bar: State,
+        settings: Collection[str] = (),
     ) -> Pullback:
         """Return the adjoints of what went into a step, from those of what came out.
 
@@ -81,10 +87,42 @@ class Rule(ABC):
             grads: g, before clipping.
             params_bar: adjoint of w after the step.
             state_bar: adjoint of s after the step; absent slots are zeros.
+            settings: names of settings to return the adjoints of, such as `"lr"`.
 
         Returns:
             Adjoints of w, s and g before the step.
         """
+
+    def pushforward(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_dot: Params,
+        state_dot: State,
+        grads_dot: Params,
+        settings_dot: Mapping[str, Slots] | None = None,
+    ) -> Pushforward:
+        """Return the tangents of what comes out of a step, from those of what goes in.
+
+        Args:
+            params: w before the step.
+            state: s before the step.
+            grads: g, before clipping.
+            params_dot: tangent of w.
+            state_dot: tangent of s; absent slots are zeros.
+            grads_dot: tangent of g, before clipping.
+            settings_dot: tangents of settings, by parameter name, then setting name.
+
+        Raises:
+            HypergradError: the rule has no forward direction.
+        """
+        del params, state, grads, params_dot, state_dot, grads_dot, settings_dot
+        raise HypergradError(NO_FORWARD.format(type(self).__name__, "pushforward"))
+
+    def differentiable(self, params: Mapping[str, Tensor]) -> dict[str, frozenset[str]]:
+        """Return the settings of each parameter that it has derivatives in."""
+        return dict.fromkeys(params, frozenset())
 
     @abstractmethod
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
@@ -108,182 +146,10 @@ class Rule(ABC):
         """Return the settings as plain values; `rule_from_config` reads them back."""
 
 
-class ElementwiseRule(Rule):
-    """A rule that treats each entry alone, with the same settings.
-
-    Its formulas are written for `Many` tensors at once.
-    """
-
-    kind: ClassVar[str]
-    lr: float
-
-    @abstractmethod
-    def step_many(
-        self, w: Many, slots: ManySlots, g: Many, counts: Counts
-    ) -> tuple[Many, ManySlots]:
-        """Return tensors and their slots after a step.
-
-        Args:
-            w: parameters before the step.
-            slots: their state; all of `w` have the same slots, the step count aside.
-            g: gradients.
-            counts: number of steps taken before, for each of `w`.
-        """
-
-    @abstractmethod
-    def pull_many(
-        self,
-        w: Many,
-        slots: ManySlots,
-        g: Many,
-        counts: Counts,
-        w_bar: Many,
-        slots_bar: ManySlots,
-    ) -> tuple[Many, ManySlots, Many]:
-        """Return the adjoints of tensors, of their slots and of their gradients."""
-
-    @torch.no_grad()
-    def apply(
-        self, params: Params, state: State, grads: Params
-    ) -> tuple[Params, State]:
-        """Return the parameters and state after one step."""
-        new_params: Params = {}
-        new_state: State = {}
-        for names in _alike(params, state):
-            w = Many(params[n].detach() for n in names)
-            g = Many(grads[n].detach().to(params[n].dtype) for n in names)
-            counts = _counts([state.get(n, {}) for n in names])
-            moved, slots = self.step_many(w, _slots_of(state, names), g, counts)
-            for i, name in enumerate(names):
-                new_params[name] = moved.tensors[i]
-                new_state[name] = {k: t.tensors[i] for k, t in slots.items()}
-                if self.counts_steps:
-                    new_state[name]["step"] = torch.tensor(counts[i] + 1.0)
-        return {n: new_params[n] for n in params}, new_state
-
-    counts_steps: ClassVar[bool] = False
-    """Whether the rule depends on how many steps were taken."""
-
-    @torch.no_grad()
-    def pullback(
-        self,
-        params: Params,
-        state: State,
-        grads: Params,
-        params_bar: Params,
-        state_bar: State,
-    ) -> Pullback:
-        """Return the adjoints of w, s and g before the step."""
-        found: dict[str, list[tuple[Tensor, Slots, Tensor]]] = {n: [] for n in params}
-        for names in _alike(params, state):
-            counts = dict(
-                zip(names, _counts([state.get(n, {}) for n in names]), strict=True)
-            )
-            slots, bars = _slots_of(state, names), _slots_of(state_bar, names)
-            for bundle in _bundles(params, names):
-                pieces = [(names.index(n), n, where) for n, where in bundle]
-                # 1/(sqrt(v) + eps)² spans more digits than float32 has.
-
-                def of(source: Params, pieces: Any = pieces) -> Many:
-                    return Many(_cut(source[n], i) for _, n, i in pieces).widened()
-
-                def all_of(given: ManySlots, pieces: Any = pieces) -> ManySlots:
-                    return {
-                        key: Many(_cut(t.tensors[k], i) for k, _, i in pieces).widened()
-                        for key, t in given.items()
-                    }
-
-                w_bar, slots_bar, g_bar = self.pull_many(
-                    of(params),
-                    all_of(slots),
-                    of(grads),
-                    [counts[n] for n, _ in bundle],
-                    of(params_bar),
-                    all_of(bars),
-                )
-                # Narrow again at once, but for the adjoint of the state.
-                like = Many(_cut(params[n].detach(), where) for n, where in bundle)
-                w_bar, g_bar = w_bar.like(like), g_bar.like(like)
-                for i, (name, _) in enumerate(bundle):
-                    rest = {k: t.tensors[i] for k, t in slots_bar.items()}
-                    found[name].append((w_bar.tensors[i], rest, g_bar.tensors[i]))
-        out = Pullback({}, {}, {})
-        for name, w in params.items():
-            pieces = found[name]
-            out.params[name] = _joined([p[0] for p in pieces], w)
-            out.state[name] = {
-                k: _joined([p[1][k] for p in pieces], w) for k in pieces[0][1]
-            }
-            out.grads[name] = _joined([p[2] for p in pieces], w)
-        return out
-
-    def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the learning rate of each parameter."""
-        return dict.fromkeys(params, self.lr)
-
-    def config(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
-
-
-_Piece = tuple[str, "slice | None"]
-
-
-def _alike(params: Params, state: State) -> list[list[str]]:
-    """Return names in groups of one device whose state has the same slots."""
-    groups: dict[Any, list[str]] = {}
-    for name, w in params.items():
-        key = w.device, frozenset(state.get(name, {})) - {"step"}
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
-
-
-def _slots_of(state: State, names: Sequence[str]) -> ManySlots:
-    keys = [k for k in state.get(names[0], {}) if k != "step"]
-    return {k: Many(state[n][k].detach() for n in names) for k in keys}
-
-
-def _counts(slots: Sequence[Slots]) -> Counts:
-    """Return how many steps were taken, read at once; torch keeps them on the host."""
-    held = [s["step"].reshape(()) for s in slots if "step" in s]
-    read = iter(torch.stack(held).tolist() if held else [])
-    return [next(read) if "step" in s else 0.0 for s in slots]
-
-
-def _bundles(params: Params, names: Sequence[str]) -> Iterator[list[_Piece]]:
-    """Yield pieces of tensors that are pulled back together.
-
-    An adjoint makes some twenty tensors on its way. Of a few small tensors, or of a part
-    of a large one, they are little next to the tensors themselves; of all, they would set
-    the memory.
-    """
-    on_host = params[names[0]].device.type == "cpu"
-    most = _PART if on_host else _PART_OF_ACCELERATOR
-    bundle: list[_Piece] = []
-    room = most
-    for name in names:
-        n = params[name].numel()
-        if n > most:
-            for start in range(0, n, most):
-                yield [(name, slice(start, start + most))]
-            continue
-        if n > room:
-            yield bundle
-            bundle, room = [], most
-        bundle.append((name, None))
-        room -= n
-    if bundle:
-        yield bundle
-
-
-def _cut(tensor: Tensor, where: slice | None) -> Tensor:
-    return tensor if where is None else tensor.reshape(-1)[where]
-
-
-def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
-    if len(pieces) == 1 and pieces[0].shape == like.shape:
-        return pieces[0]
-    return torch.cat([p.reshape(-1) for p in pieces]).reshape(like.shape)
+NO_FORWARD = (
+    "{0} has no forward direction: it implements no `{1}`. Write it, or take a rule that "
+    "has one: SGD, Adam, AdamW, or a TorchOptRule."
+)
 
 
 def watch_finite(tally: Tally, pulled: Pullback) -> None:

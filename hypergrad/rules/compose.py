@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from hypergrad import _foreach as foreach
 from hypergrad import tree
 from hypergrad._checks import check_number
 from hypergrad.rules._many import Many
-from hypergrad.rules.base import Pullback, Rule, State, check_rule
+from hypergrad.rules.base import (
+    Pullback,
+    Pushforward,
+    Rule,
+    Slots,
+    State,
+    check_rule,
+)
 from hypergrad.tree import Params
 
 __all__ = ["Clipped", "Grouped"]
@@ -77,15 +84,44 @@ class Clipped(Rule):
         grads: Params,
         params_bar: Params,
         state_bar: State,
+        settings: Collection[str] = (),
     ) -> Pullback:
-        """Return the adjoints of w, s and g before the step."""
-        n, c = self._factor(grads)
-        scaled = tree.scale(grads, c)
-        pulled = self.rule.pullback(params, state, scaled, params_bar, state_bar)
+        """Return the adjoints of w, s and g before the step, and of settings."""
+        clipped = tree.scale(grads, self._factor(grads)[1])
+        pulled = self.rule.pullback(
+            params, state, clipped, params_bar, state_bar, settings
+        )
+        return replace(pulled, grads=self._derived(grads, pulled.grads))
+
+    def pushforward(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_dot: Params,
+        state_dot: State,
+        grads_dot: Params,
+        settings_dot: Mapping[str, Slots] | None = None,
+    ) -> Pushforward:
+        """Return the tangents of w and s after the step."""
+        clipped = tree.scale(grads, self._factor(grads)[1])
+        moved = self._derived(grads, grads_dot)
+        return self.rule.pushforward(
+            params, state, clipped, params_dot, state_dot, moved, settings_dot
+        )
+
+    def differentiable(self, params: Mapping[str, Tensor]) -> dict[str, frozenset[str]]:
+        """Return those of the rule."""
+        return self.rule.differentiable(params)
+
+    @torch.no_grad()
+    def _derived(self, grads: Params, direction: Params) -> Params:
+        """Return the derivative of clipping along a direction, which is symmetric."""
         if not grads:
-            return pulled
+            return direction
+        n, c = self._factor(grads)
         g = Many(grads.values())
-        bar = Many(pulled.grads[n] for n in grads)  # a rule may group its answer
+        bar = Many(direction[n] for n in grads)  # a rule may group its answer
         wide = bar.widened()
         # By the unit vector g / N: powers of N itself leave the range of float32.
         unit = Many(foreach.div(g.widened().tensors, n + (n == 0)))
@@ -95,8 +131,7 @@ class Clipped(Rule):
         found = Many(foreach.mul(wide.tensors, c)) - Many(
             foreach.mul(unit.tensors, along)
         )
-        grads_bar = dict(zip(grads, found.like(bar).tensors, strict=True))
-        return Pullback(pulled.params, pulled.state, grads_bar)
+        return dict(zip(grads, found.like(bar).tensors, strict=True))
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the learning rate of each parameter."""
@@ -185,8 +220,9 @@ class Grouped(Rule):
         grads: Params,
         params_bar: Params,
         state_bar: State,
+        settings: Collection[str] = (),
     ) -> Pullback:
-        """Return the adjoints of w, s and g before the step."""
+        """Return the adjoints of w, s and g before the step, and of settings."""
         self._check_complete(params)
         out = Pullback({}, {}, {})
         for names, rule in self.groups:
@@ -196,11 +232,49 @@ class Grouped(Rule):
                 _part(grads, names),
                 _part(params_bar, names),
                 state_bar,
+                settings,
             )
             out.params.update(part.params)
             out.state.update(part.state)
             out.grads.update(part.grads)
+            out.settings.update(part.settings)
         return out
+
+    def pushforward(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_dot: Params,
+        state_dot: State,
+        grads_dot: Params,
+        settings_dot: Mapping[str, Slots] | None = None,
+    ) -> Pushforward:
+        """Return the tangents of w and s after the step."""
+        self._check_complete(params)
+        out = Pushforward({}, {})
+        for names, rule in self.groups:
+            theta = {n: t for n, t in (settings_dot or {}).items() if n in names}
+            part = rule.pushforward(
+                _part(params, names),
+                state,
+                _part(grads, names),
+                _part(params_dot, names),
+                state_dot,
+                _part(grads_dot, names),
+                theta,
+            )
+            out.params.update(part.params)
+            out.state.update(part.state)
+        return out
+
+    def differentiable(self, params: Mapping[str, Tensor]) -> dict[str, frozenset[str]]:
+        """Return those of each group's rule."""
+        return {
+            name: known
+            for names, rule in self.groups
+            for name, known in rule.differentiable(_part(params, names)).items()
+        }
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the learning rate of each parameter."""

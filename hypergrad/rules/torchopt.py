@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.errors import NonFiniteError
-from hypergrad.products import vjp_of
-from hypergrad.rules.base import Pullback, Rule, State, check_settings
+from hypergrad.errors import HypergradError, NonFiniteError
+from hypergrad.products import jvp_of, vjp_of
+from hypergrad.rules.base import (
+    Pullback,
+    Pushforward,
+    Rule,
+    Slots,
+    State,
+    check_settings,
+)
 from hypergrad.tree import Params
 
 __all__ = ["TorchOptRule"]
@@ -90,33 +97,19 @@ class TorchOptRule(Rule):
         grads: Params,
         params_bar: Params,
         state_bar: State,
+        settings: Collection[str] = (),
     ) -> Pullback:
         """Return the adjoints of w, s and g before the step.
 
         Raises:
+            HypergradError: a setting is asked for, which a transformation hides.
             NonFiniteError: TorchOpt's own derivative is NaN, as its Adam's is where a
                 gradient is exactly 0.
         """
+        _check_no_settings(settings)
         names = list(params)
         n = len(names)
-        kept, spec = self._unpack(params, state)
-        smooth = [
-            i
-            for i, leaf in enumerate(kept)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        ]
-
-        def step(*leaves: Tensor) -> list[Tensor]:
-            slots = list(kept)
-            for i, leaf in zip(smooth, leaves[2 * n :], strict=True):
-                slots[i] = leaf
-            moved, parts = self._step(names, [*leaves[: 2 * n], *slots], spec)
-            return [*moved, *(parts[i] for i in smooth)]
-
-        # In float64, as all rules: derivatives span more digits than float32 has.
-        inputs = [tree.wide(params[x]) for x in names]
-        inputs += [tree.wide(grads[x]) for x in names]
-        inputs += [tree.wide(kept[i]) for i in smooth]
+        step, inputs, kept, smooth = self._smooth_step(params, state, grads)
         bars = state_bar.get(_key(params), {})
         cotangents = [tree.wide(params_bar[x]) for x in names]
         cotangents += [
@@ -139,6 +132,70 @@ class TorchOptRule(Rule):
             {_key(params): slots},
             {x: bar.to(params[x].dtype) for x, bar in g_bars.items()},
         )
+
+    def pushforward(
+        self,
+        params: Params,
+        state: State,
+        grads: Params,
+        params_dot: Params,
+        state_dot: State,
+        grads_dot: Params,
+        settings_dot: Mapping[str, Slots] | None = None,
+    ) -> Pushforward:
+        """Return the tangents of w and s after the step, by forward mode.
+
+        Raises:
+            HypergradError: a tangent of a setting, which a transformation hides.
+        """
+        _check_no_settings(
+            {key for each in (settings_dot or {}).values() for key in each}
+        )
+        names = list(params)
+        n = len(names)
+        step, inputs, kept, smooth = self._smooth_step(params, state, grads)
+        dots = state_dot.get(_key(params), {})
+        tangents = [tree.wide(params_dot[x]) for x in names]
+        tangents += [tree.wide(grads_dot[x]) for x in names]
+        tangents += [
+            tree.wide(dots.get(str(i), torch.zeros_like(kept[i]))) for i in smooth
+        ]
+        parts = jvp_of(step, inputs, tangents)
+        moved = dict(zip(names, parts[:n], strict=True))
+        slots = {str(i): p for i, p in zip(smooth, parts[n:], strict=True)}
+        return Pushforward(
+            {x: dot.to(params[x].dtype) for x, dot in moved.items()},
+            {_key(params): slots},
+        )
+
+    def _smooth_step(
+        self, params: Params, state: State, grads: Params
+    ) -> tuple[Callable[..., list[Tensor]], list[Tensor], list[Any], list[int]]:
+        """Return the step as a function of what has derivatives, and the values of that.
+
+        With them the leaves of the state, and which of those are among the values.
+        """
+        names = list(params)
+        n = len(names)
+        kept, spec = self._unpack(params, state)
+        smooth = [
+            i
+            for i, leaf in enumerate(kept)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+
+        def step(*leaves: Tensor) -> list[Tensor]:
+            slots = list(kept)
+            for i, leaf in zip(smooth, leaves[2 * n :], strict=True):
+                slots[i] = leaf
+            moved, parts = self._step(names, [*leaves[: 2 * n], *slots], spec)
+            return [*moved, *(parts[i] for i in smooth)]
+
+        # In float64, as all rules: derivatives span more digits than float32 has.
+        inputs = [tree.wide(params[x]) for x in names]
+        inputs += [tree.wide(grads[x]) for x in names]
+        inputs += [tree.wide(kept[i]) for i in smooth]
+        return step, inputs, kept, smooth
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the learning rate of each parameter.
@@ -200,6 +257,20 @@ class TorchOptRule(Rule):
             kept.get(str(i), _tensor(leaf)).detach() for i, leaf in enumerate(leaves)
         ]
         return [_like(a, t) for a, t in zip(leaves, tensors, strict=True)], spec
+
+
+def _check_no_settings(settings: Collection[str]) -> None:
+    """Refuse settings, which a transformation keeps to itself.
+
+    Raises:
+        HypergradError: naming one.
+    """
+    if settings:
+        msg = (
+            f"a TorchOpt transformation hides its settings, so there is no derivative in "
+            f"{min(settings)!r}. Use hypergrad.rules.SGD, Adam or AdamW."
+        )
+        raise HypergradError(msg)
 
 
 def _key(params: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hypergrad.testing.closed_forms import quadratic, ridge
-from hypergrad.testing.contract import PROBLEMS, check_estimator
+from hypergrad.testing.contract import LAWS, PROBLEMS, Checked, check_estimator
 from hypergrad.testing.known import (
     DataLoss,
     KnownProblem,
@@ -19,8 +19,10 @@ from hypergrad.testing.learned import (
 from hypergrad.testing.structures import STRUCTURES, Structure, restructured
 
 __all__ = [
+    "LAWS",
     "PROBLEMS",
     "STRUCTURES",
+    "Checked",
     "DataLoss",
     "KnownProblem",
     "Structure",

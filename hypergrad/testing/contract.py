@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator
 from hypergrad.reporting import silenced
 from hypergrad.testing.closed_forms import quadratic, ridge
 from hypergrad.testing.known import KnownProblem
 from hypergrad.testing.laws import (
     EDGES,
+    BrokenLaw,
     Trial,
     on_direction,
     on_repeat,
@@ -30,7 +33,18 @@ from hypergrad.testing.learned import (
 )
 from hypergrad.testing.structures import STRUCTURES, Structure, restructured
 
-__all__ = ["PROBLEMS", "check_estimator"]
+__all__ = ["LAWS", "PROBLEMS", "Checked", "check_estimator"]
+
+LAWS: Mapping[str, str] = {
+    "scale": "c times the outer loss gives c times the hypergradient",
+    "direction": "where H is the identity, the indirect term points where the truth does",
+    "no outer gradient": "∂f/∂w = 0 gives an indirect term of exact zeros",
+    "unused lambda": "a λ that the inner loss does not use gives the direct term",
+    "unused levels": "an outer loss of constants, or two losses without λ, is an error",
+    "unused w": "an inner loss that does not depend on w is an error",
+}
+"""Laws that a kind of estimator may declare not to have, in `without_laws`. Form, function,
+no trace and errors of the losses are for all."""
 
 PROBLEMS: Mapping[str, Callable[..., KnownProblem]] = {
     "quadratic": quadratic,
@@ -59,7 +73,7 @@ def check_estimator(
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16),
     structures: Sequence[Structure] = STRUCTURES,
     device: torch.device | str | None = None,
-) -> None:
+) -> Checked:
     r"""Check the laws of `HypergradEstimator`, and the answer where it is known.
 
     - *Form*: names, shapes, dtypes and devices of the outer parameters, without a graph;
@@ -74,9 +88,12 @@ def check_estimator(
       that the inner loss does not use gives the direct term; a level that no loss uses
       raises `HypergradError`; a loss that is NaN or infinite raises `NonFiniteError`.
     - *Direction*: where H is a multiple of the identity, every approximation of its
-      inverse is one too, so the indirect term points where the truth does; zeros are
-      for an estimator that says so by `has_indirect`.
+      inverse is one too, so the indirect term points where the truth does.
     - *Truth*, with `exact_to`: both terms, and again from a warm start.
+
+    Not every law is true of every kind: a penalty method is not linear in the outer loss.
+    Such a kind says so in `without_laws`, by the names of `LAWS`. A law that was declared
+    away and holds all the same is an error too.
 
     Each problem is tried in each dtype: in the first one in every structure, in the
     others in two of them. Rounding is allowed for on top of `exact_to`: ten times what
@@ -101,20 +118,27 @@ def check_estimator(
         device: where the problems' tensors are; None for the host. Dtypes that it does
             not have are for the caller to leave out.
 
+    Returns:
+        Which laws held, and which the estimator declares not to have.
+
     Raises:
         AssertionError: naming the law that does not hold, and problem, dtype and
             structure.
 
     Example:
         >>> from hypergrad import make_estimator
-        >>> check_estimator(make_estimator("cg"), exact_to=1e-5)
+        >>> print(check_estimator(make_estimator("first-order")))
+        held: scale, no outer gradient, unused lambda, unused levels, unused w
+        declared not to hold: direction (it has no indirect term)
     """
+    laws = _Laws.of(estimator)
     # A warning is the estimator's to give; here it would be ours about our problem.
     with silenced():
         every = {**problems, **_LOW_PRECISION} if problems is PROBLEMS else problems
         place = {} if device is None else {"device": device}
         on_resolving(Trial(estimator, "the quadratic problem, float64"))
-        on_direction(Trial(estimator, f"an isotropic problem, {dtypes[0]}"), dtypes[0])
+        isotropic = Trial(estimator, f"an isotropic problem, {dtypes[0]}")
+        laws.check("direction", lambda: on_direction(isotropic, dtypes[0]))
         for nth, dtype in enumerate(dtypes):
             for number, (name, make) in enumerate(every.items()):
                 known = make(dtype=dtype, **place)
@@ -124,10 +148,74 @@ def check_estimator(
                     trial = Trial(estimator, f"{name}, {dtype}, {structure}")
                     _check(trial, goal, structure, thoroughly=structure == chosen[0])
                 if number == 0:
-                    on_scale(Trial(estimator, f"{name}, {dtype}"), goal.known)
-        for law in EDGES:
-            about = law.__name__.removeprefix("on_").replace("_", " ")
-            law(Trial(estimator, f"a problem for {about}, float64"))
+                    trial = Trial(estimator, f"{name}, {dtype}")
+                    laws.check("scale", partial(on_scale, trial, goal.known))
+        for about, law in EDGES.items():
+            trial = Trial(estimator, f"a problem for {about}, float64")
+            laws.check(about, partial(law, trial))
+    return laws.found()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_estimator` found, where nothing was broken.
+
+    Attributes:
+        held: names of laws that hold, of those that need not.
+        declared: laws that the estimator declares not to have, each with the reason; none
+            of them held.
+    """
+
+    held: tuple[str, ...]
+    declared: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"held: {', '.join(self.held)}"]
+        if self.declared:
+            away = (f"{law} ({why})" for law, why in self.declared.items())
+            lines.append(f"declared not to hold: {', '.join(away)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Laws:
+    """Check laws, but for those declared away, which must be broken somewhere."""
+
+    who: str
+    declared: Mapping[str, str]
+    broken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, estimator: HypergradEstimator) -> _Laws:
+        who, declared = type(estimator).__name__, dict(estimator.without_laws)
+        for law, why in declared.items():
+            if law not in LAWS or not why:
+                msg = (
+                    f"{who} declares to be without the law {law!r} (reason: {why!r}). "
+                    f"Name one of {', '.join(LAWS)}, and the reason."
+                )
+                raise AssertionError(msg)
+        return cls(who, declared)
+
+    def check(self, law: str, run: Callable[[], None]) -> None:
+        if law not in self.declared:
+            run()
+            return
+        try:
+            run()
+        except (BrokenLaw, HypergradError):
+            self.broken.add(law)
+
+    def found(self) -> Checked:
+        for law in self.declared:
+            if law not in self.broken:
+                msg = (
+                    f"{self.who} declares to be without the law {law!r}, and it held "
+                    "wherever it was tried. Take it out of `without_laws`."
+                )
+                raise AssertionError(msg)
+        held = tuple(law for law in LAWS if law not in self.declared)
+        return Checked(held, self.declared)
 
 
 @dataclass(frozen=True)
@@ -153,9 +241,10 @@ class _Goal:
     ) -> _Goal:
         if exact_to is None:
             return cls(known, None)
-        order = estimator.resolve(known.problem, None, estimator.virtual_rule()).order
+        chosen = estimator.resolve(known.problem, None, estimator.virtual_rule())
+        order = chosen.estimator.needs.order
         unit = max(torch.finfo(dtype).eps, known.unit)
-        unit **= 2 / 3 if order == 1 else 1
+        unit **= 2 / 3 if order < 2 else 1
         rounding = 10 * unit * _roundings(known, inverse or torch.linalg.inv)
         if known.unit > torch.finfo(dtype).eps:
             rounding = min(rounding, 0.5)

@@ -148,7 +148,7 @@ def test_an_estimator_that_looks_back_farther_steps_less_often(tmp_path: Path) -
         "estimator": "unrolled",
         "estimator_settings": {"num_steps": 6},
     }
-    assert make_estimator("unrolled", num_steps=6).lookback == 6
+    assert make_estimator("unrolled", num_steps=6).needs.lookback == 6
     assert every(**six) == every(budget="full", **six) == 6
     assert every(estimator="sama") == 4
     assert every(estimator="sama", budget="full") == 1

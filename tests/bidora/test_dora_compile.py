@@ -304,7 +304,7 @@ def test_order_two_is_refused_and_nothing_is_lost(
 ) -> None:
     settings = {"outer_every": None} if estimator == "unrolled" else {}
     opt = bidora(how(dora_net()), estimator, **settings)
-    every = max(1, opt.estimator.lookback)
+    every = max(1, opt.estimator.needs.lookback)
     for t in range(every - 1):
         opt.step(batch(2 * t), batch(2 * t + 1))
     before, state = values(opt), torch.get_rng_state()

@@ -101,7 +101,7 @@ def batch(seed: int, device: torch.device) -> dict[str, Tensor]:
 def optimizer_of(model: Any, estimator: Any, **settings: Any) -> BiDoRAOptimizer:
     made = make_estimator(estimator) if isinstance(estimator, str) else estimator
     given: dict[str, Any] = {
-        "outer_every": max(1, made.lookback),
+        "outer_every": max(1, made.needs.lookback),
         "outer_warmup": 0,
         "inner_weight_decay": 0.0,
         "orthogonality": 0.0,
@@ -157,7 +157,7 @@ def test_every_estimator_equals_the_cpu(name: str, device: torch.device) -> None
     run(there, 0, 6, device)
     assert here.n_outer_steps == there.n_outer_steps > 0
     # A difference over a radius of 6e-6 magnifies rounding by as much.
-    within = 1e-6 if here.estimator.order == 1 else 1e-9
+    within = 1e-6 if here.estimator.needs.order == 1 else 1e-9
     assert relative_error(moved(there, start), moved(here, start)) < within
 
 
@@ -293,7 +293,7 @@ def test_torch_sees_no_wait_that_was_not_counted(
     needs_cuda()
     opt = optimizer_of(bert_on(device), name, outer_every=1000)
     inner, outer = batch(0, device), batch(1, device)
-    for _ in range(max(2, opt.estimator.lookback)):
+    for _ in range(max(2, opt.estimator.needs.lookback)):
         opt.inner_step(inner)
     opt.outer_step(outer)
     for step in (partial(opt.inner_step, inner), partial(opt.outer_step, outer)):

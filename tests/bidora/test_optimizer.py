@@ -117,7 +117,7 @@ def test_trains_a_plain_peft_model_by_name_alone(name: str, make: Any) -> None:
         assert not stuck or i == 0
         n_outer += report.outer_step
         assert report.skipped is None
-    lookback = opt.estimator.lookback
+    lookback = opt.estimator.needs.lookback
     assert n_outer == len([i for i in range(10, 17) if i % max(4, lookback) == 0])
 
 

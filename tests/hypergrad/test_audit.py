@@ -105,7 +105,7 @@ def test_a_run_with_audits_is_the_run_without(name: str, reference: str) -> None
     assert not differences(*looks)  # random states and moments included
     assert [len(audits(r)) for r in reports] == [0, opt.n_outer_steps // 2]
     assert reports[0] == [replace(r, audit=None) for r in reports[1]]
-    lookback = plain.estimator.lookback
+    lookback = plain.estimator.needs.lookback
     seen = [len(opt.recorded_steps) for opt in (plain, audited)]
     assert seen == [lookback, lookback]
     if lookback:

@@ -487,7 +487,7 @@ def test_no_second_derivative(name: str) -> None:
 
     problem = make(fused)
     before = everything(problem)
-    if estimator(name).order == 1:
+    if estimator(name).needs.order == 1:
         assert run(name, problem).outer_grads["l"].isfinite().all()
     else:
         with pytest.raises(SecondOrderError, match=r'attn_implementation="eager"'):
@@ -498,7 +498,7 @@ def test_no_second_derivative(name: str) -> None:
 @every_with_inner
 def test_lookback_without_a_rule(name: str) -> None:
     bare = make_estimator(name)
-    if not bare.lookback:
+    if not bare.needs.lookback:
         return
     setting = "inner_lr" if name == "darts" else "rule"
     with pytest.raises(ValueError, match=rf"looks back .* set {setting}=") as caught:

@@ -42,9 +42,6 @@ OBJECTS = ["sgd", 3, object]
 ALLOWED: dict[tuple[str, str], list[Any]] = {
     ("SGD", "dampening"): [-1.0],  # torch takes either sign
 }
-# Not settings of a user: what `auto` remembers of its choice, among them a name that is
-# checked with its settings.
-INTERNAL = {("Auto", "settings"), ("Auto", "why"), ("Auto", "choice")}
 
 
 def bad_values(hint: Any) -> list[Any]:
@@ -77,7 +74,7 @@ def table(kinds: list[type]) -> Iterator[tuple[type, str, Any]]:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             key = (kind.__name__, field.name)
-            if key in INTERNAL or not field.init:
+            if not field.init:
                 continue
             for value in bad_values(hints[field.name]):
                 if value not in ALLOWED.get(key, []):
@@ -128,8 +125,7 @@ def test_the_table_has_every_estimator_solver_and_setting() -> None:
     assert len(SOLVERS) == len(solver_names())
     for kind in filter(dataclasses.is_dataclass, ESTIMATORS + SOLVERS + RULES):
         for field in dataclasses.fields(kind):
-            internal = (label(kind), field.name) in INTERNAL
-            assert (kind, field.name) in rows or internal, (kind, field.name)
+            assert (kind, field.name) in rows, (kind, field.name)
     assert len(rows) > 60
 
 

@@ -139,7 +139,7 @@ def test_every_estimator_equals_the_cpu(name: str, device: torch.device) -> None
     run(there, 0, 10, device)
     assert here.n_outer_steps == there.n_outer_steps > 0
     # A difference over a radius of 6e-6 magnifies rounding by as much.
-    within = 1e-6 if here.estimator.order == 1 else 1e-9
+    within = 1e-6 if here.estimator.needs.order == 1 else 1e-9
     assert relative_error(moved(there, start), moved(here, start)) < within
 
 
@@ -272,7 +272,7 @@ def test_resume_on_the_device(name: str, stop: int, device: torch.device) -> Non
         torch.cuda.set_rng_state(state[1], device)
     run(second, stop, 12, device)
     assert second.n_outer_steps == whole.n_outer_steps > 0
-    within = 1e-6 if whole.estimator.order == 1 else 1e-10
+    within = 1e-6 if whole.estimator.needs.order == 1 else 1e-10
     assert relative_error(values(second), values(whole)) < within
 
 
@@ -285,7 +285,7 @@ def test_resume_on_a_cpu(name: str, device: torch.device) -> None:
     assert {t.device.type for t in values_in_state(here)} == {"cpu"}
     run(there, 7, 12, device)
     run(here, 7, 12, CPU)
-    within = 1e-6 if here.estimator.order == 1 else 1e-9
+    within = 1e-6 if here.estimator.needs.order == 1 else 1e-9
     assert relative_error(values(here), values(there)) < within
 
 
@@ -319,7 +319,7 @@ def test_torch_sees_no_wait_that_was_not_counted(
     needs_cuda()
     opt = optimizer_on(device, make_estimator(name, **settings), outer_every=1000)
     inner, outer = batch(0, device), batch(1, device)
-    steps = max(1, opt.estimator.lookback)
+    steps = max(1, opt.estimator.needs.lookback)
     for _ in range(2):
         for _ in range(steps):
             opt.inner_step(inner)

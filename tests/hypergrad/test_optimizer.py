@@ -14,6 +14,7 @@ from torch import nn
 
 from hypergrad import (
     BilevelProblem,
+    Choice,
     HypergradError,
     HypergradEstimator,
     Indirect,
@@ -534,9 +535,9 @@ class Choosing(HypergradEstimator):
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> HypergradEstimator:
+    ) -> Choice:
         self.asked.append((inner_batch, rule))
-        return self.choice or self
+        return Choice(self.choice or self)
 
     def indirect(self, point: Point) -> Indirect:
         return FirstOrder().indirect(point)

@@ -118,10 +118,10 @@ def test_auto_takes_the_product_that_the_precision_allows(
 ) -> None:
     settings = {"inner_lr": 0.1} if name == "darts" else {"rule": SGD(0.1)}
     estimator = make_estimator(name, **settings)
-    chosen: Any = estimator.resolve(functional(compute), None, SGD(0.1))
+    chosen: Any = estimator.resolve(functional(compute), None, SGD(0.1)).estimator
     assert chosen.product == ("finite-difference" if compute == F32 else "exact")
-    assert chosen.order == (1 if compute == F32 else 2)
-    assert chosen.resolve(functional(compute), None, None) is chosen
+    assert chosen.needs.order == (1 if compute == F32 else 2)
+    assert chosen.resolve(functional(compute), None, None).estimator is chosen
     found, true = (
         estimator.estimate(problem, inner_batch=None, outer_batch=None).indirect
         for problem in (functional(compute), functional(F64, F64))
@@ -137,7 +137,8 @@ def test_auto_falls_back_on_differences_that_know_their_error() -> None:
 
     w = torch.linspace(-1, 1, 8)
     problem = BilevelProblem(loss, loss, {"w": leaf(w)}, {"m": leaf(torch.ones(()))})
-    chosen: Any = make_estimator("darts", inner_lr=0.1).resolve(problem, None, None)
+    darts = make_estimator("darts", inner_lr=0.1)
+    chosen: Any = darts.resolve(problem, None, None).estimator
     assert chosen.product == "finite-difference"
     product, why = as_product("auto").chosen(problem, as_micro_batches(None))
     assert product == FiniteDifference()

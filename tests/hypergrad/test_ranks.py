@@ -235,7 +235,7 @@ def of_a_step(row: Row) -> list[str]:
     if row.name == "auto":
         return ["W", "WL", "L"]  # one step unrolled
     codes = row.sends.split()
-    lookback = make_estimator(row.name, **row.settings).lookback
+    lookback = make_estimator(row.name, **row.settings).needs.lookback
     return [codes[0] if lookback else "W", *codes[lookback:]]
 
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from hypergrad import BilevelProblem, HypergradError, SecondOrderError, make_estimator
+from hypergrad import (
+    BilevelProblem,
+    Choice,
+    HypergradError,
+    SecondOrderError,
+    make_estimator,
+)
 from hypergrad.batches import as_micro_batches
 from hypergrad.estimators import Auto, auto
 from hypergrad.optimizer import BilevelOptimizer
@@ -114,9 +120,10 @@ def batch() -> Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 
 
-def chosen(made: BilevelProblem, rule: Rule | None) -> Auto:
+def chosen(made: BilevelProblem, rule: Rule | None) -> Choice:
     picked = Auto().resolve(made, batch(), rule)
-    assert isinstance(picked, Auto)
+    again = picked.estimator.resolve(made, batch(), rule)
+    assert again.estimator is picked.estimator
     return picked
 
 
@@ -137,13 +144,16 @@ def test_it_never_chooses_order_2_where_the_product_raises(
     except SecondOrderError:
         works = False
     assert works is KERNELS[kernel][1]
-    assert picked.order == (2 if works else 1)
+    assert picked.estimator.needs.order == (2 if works else 1)
     # What it chose runs, through an optimizer or alone.
     if RULES[rule] is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # curvature is negative far from a minimum
-            result = picked.estimate(made, inner_batch=batch(), outer_batch=batch())
-        assert result.info.reason.startswith(f"auto took {picked.choice}(")
+            given: Any = {"inner_batch": batch(), "outer_batch": batch()}
+            result = Auto().estimate(made, **given)
+            same = picked.estimator.estimate(made, **given)
+        assert result.info.reason == f"{picked.why} {same.info.reason}".strip()
+        assert picked.why.startswith(f"auto took {picked.estimator.name}(")
         assert all(t.isfinite().all() for t in result.outer_grads.values())
 
 
@@ -165,13 +175,14 @@ def test_the_table(
     kernel: str, rule: str, choice: str, settings: dict[str, Any]
 ) -> None:
     picked = chosen(problem(kernel), RULES[rule])
-    assert (picked.choice, picked.settings) == (choice, settings)
-    assert picked.resolve(problem(kernel), batch(), None) is picked
+    assert picked.estimator == make_estimator(choice, **settings)
+    shown = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    assert picked.why.startswith(f"auto took {choice}({shown}): ")
 
 
 def test_many_parameters_take_neumann(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "SMALL", 10)
-    assert chosen(problem(), None).choice == "neumann"
+    assert chosen(problem(), None).estimator.name == "neumann"
     assert "25 parameters are many" in chosen(problem(), None).why
 
 
@@ -186,13 +197,13 @@ def test_attention_that_would_not_fit_in_math_mode_stays_fused(
     # Six copies of 6 × 6 scores in float32.
     needed = 6 * 6 * 6 * 4
     monkeypatch.setattr(choice, "_free_memory", lambda problem: 2 * needed)
-    assert chosen(made, AdamW(0.1)).choice == "unrolled"
+    assert chosen(made, AdamW(0.1)).estimator.name == "unrolled"
     monkeypatch.setattr(choice, "_free_memory", lambda problem: 2 * needed - 1)
     picked = chosen(made, AdamW(0.1))
-    assert picked.choice == "sama"
+    assert picked.estimator.name == "sama"
     assert "attention in math mode" in picked.why
     monkeypatch.setattr(choice, "_free_memory", lambda problem: None)
-    assert chosen(made, AdamW(0.1)).choice == "unrolled"
+    assert chosen(made, AdamW(0.1)).estimator.name == "unrolled"
 
 
 def test_out_of_memory_means_first_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +212,7 @@ def test_out_of_memory_means_first_order(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(choice.DoubleBackward, "bind", fail)
     picked = chosen(problem(), AdamW(0.1))
-    assert picked.choice == "sama"
+    assert picked.estimator.name == "sama"
     assert "does not fit into memory" in picked.why
 
 
@@ -215,8 +226,7 @@ def test_a_product_that_is_not_finite_means_first_order() -> None:
 
     made = BilevelProblem(loss, loss, {"w": w}, {"lam": lam})
     picked = Auto().resolve(made, None, SGD(0.1))
-    assert isinstance(picked, Auto)
-    assert picked.choice == "darts"
+    assert picked.estimator.name == "darts"
     assert "is not finite where the gradient is" in picked.why
 
 
@@ -250,8 +260,7 @@ def test_the_problem_and_the_random_state_are_left_alone() -> None:
     )
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = torch.get_rng_state()
-    chosen_for = Auto().resolve(made, torch.randn(4, 3), AdamW(0.1))
-    assert chosen_for is not None
+    assert Auto().resolve(made, torch.randn(4, 3), AdamW(0.1)).why
     torch.set_rng_state(state)
     torch.randn(4, 3)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -292,7 +301,6 @@ def test_under_an_optimizer(kernel: str, kind: str) -> None:
 
     ours, (opt, report) = run("auto")
     picked = opt.estimator
-    assert isinstance(picked, Auto)
     looks_back = kind != "Rprop"  # for which there is no rule
     expected = {
         (True, "plain"): "unrolled",
@@ -300,10 +308,11 @@ def test_under_an_optimizer(kernel: str, kind: str) -> None:
         (False, "plain"): "cg",
         (False, "once"): "cg",
     }[looks_back, kernel]
-    assert picked.choice == expected
+    assert picked.name == expected
+    assert opt.why.startswith(f"auto took {expected}(")
     assert report.info is not None
     assert report.info.reason.startswith(f"auto took {expected}(")
-    theirs, _ = run(make_estimator(picked.choice, **picked.settings))
+    theirs, _ = run(picked)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -311,13 +320,11 @@ def test_groups_count_as_plain_sgd_where_all_are() -> None:
     head, rest = ("head.weight", "head.bias"), ("first.weight", "first.bias")
     made = problem("once")
     plain = Grouped(((head, SGD(0.1)), (rest, SGD(0.2))))
-    assert chosen(made, plain).choice == "darts"
+    assert chosen(made, plain).estimator.name == "darts"
     mixed = Grouped(((head, SGD(0.1)), (rest, SGD(0.2, momentum=0.5))))
-    assert chosen(made, mixed).choice == "sama"
+    assert chosen(made, mixed).estimator.name == "sama"
 
 
-def test_a_choice_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="'newton' is unknown"):
-        Auto("newton")
+def test_it_estimates_nothing_itself() -> None:
     with pytest.raises(HypergradError, match="has not chosen yet"):
-        Auto().indirect(None)  # pyright: ignore[reportArgumentType]
+        Auto().terms(None)  # pyright: ignore[reportArgumentType]

@@ -55,7 +55,7 @@ def test_float32_reaches_its_rounding() -> None:
 def test_finite_difference_products_through_cg() -> None:
     known = ridge(10)
     estimator = make_estimator("cg", product="finite-difference", rtol=1e-8)
-    assert estimator.order == 1
+    assert estimator.needs.order == 1
     result = estimator.estimate(known.problem, inner_batch=None, outer_batch=None)
     # g is cubic in (w, λ) together: central differences of it are exact to rounding,
     # about ε^(2/3), times κ

@@ -84,8 +84,8 @@ def test_under_an_optimizer_nothing_is_kept_that_cannot_serve() -> None:
     made = problem(losses)
     for product in ("exact", "finite-difference", FiniteDifference("forward")):
         estimator: Any = make_estimator("darts", product=product, product_fraction=0.5)
-        assert not estimator.needs_byproduct
-        assert not estimator.reuses_graph
+        assert not estimator.needs.byproduct
+        assert not estimator.needs.graph
         opt = BilevelOptimizer(
             made,
             estimator=estimator,

@@ -13,6 +13,7 @@ from hypergrad import (
     BilevelProblem,
     HypergradEstimator,
     Indirect,
+    Needs,
     Point,
     make_estimator,
     tree,
@@ -99,8 +100,8 @@ class Seen(HypergradEstimator):
     grads: ClassVar[dict[str, Tensor]] = {}
 
     @property
-    def lookback(self) -> int:
-        return 1
+    def needs(self) -> Needs:
+        return Needs(lookback=1)
 
     def indirect(self, point: Point) -> Indirect:
         self.grads.update(point.steps[-1].grads)

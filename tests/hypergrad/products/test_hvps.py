@@ -194,7 +194,7 @@ def test_registering_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
     register_product("mine", Mine)
     assert "mine" in product_names()
-    assert make_estimator("cg", product="mine").order == 1
+    assert make_estimator("cg", product="mine").needs.order == 1
     with pytest.raises(ValueError, match="'mine' is registered already"):
         register_product("mine", Mine)
     with pytest.raises(ValueError, match="lower-case letters"):

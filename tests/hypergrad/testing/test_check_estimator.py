@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import (
+    Choice,
     HypergradError,
     HypergradEstimator,
     Hypergradient,
@@ -25,7 +26,13 @@ from hypergrad import (
 )
 from hypergrad.products import FiniteDifference
 from hypergrad.rules import SGD
-from hypergrad.testing import check_estimator, quadratic, two_layer_network
+from hypergrad.testing import (
+    LAWS,
+    Checked,
+    check_estimator,
+    quadratic,
+    two_layer_network,
+)
 from hypergrad.tree import Params
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -53,9 +60,9 @@ class Good(HypergradEstimator):
         return result
 
 
-def check(estimator: HypergradEstimator, **more: Any) -> None:
+def check(estimator: HypergradEstimator, **more: Any) -> Checked:
     settings = {"problems": {"quadratic": quadratic}, "dtypes": (F64,), **more}
-    check_estimator(estimator, **{"structures": ("plain",), **settings})
+    return check_estimator(estimator, **{"structures": ("plain",), **settings})
 
 
 def test_a_good_one_passes() -> None:
@@ -426,16 +433,16 @@ class Adds(Good):
 class Restless(Good):
     """Resolves to another estimator each time."""
 
-    def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> HypergradEstimator:
-        return Restless()
+    def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> Choice:
+        return Choice(Restless())
 
 
 class MovingChoice(Good):
     """Leaves a trace where it chooses."""
 
-    def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> HypergradEstimator:
+    def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> Choice:
         torch.rand(())
-        return self
+        return Choice(self)
 
 
 @pytest.mark.parametrize(
@@ -593,3 +600,69 @@ def test_an_approximation_is_held_to_the_laws_alone() -> None:
     problems = {"two-layer network": two_layer_network}
     unrolled = make_estimator("unrolled", num_steps=2, rule=SGD(0.1))
     check_estimator(unrolled, problems=problems, dtypes=(F64,), structures=("plain",))
+
+
+# -- laws that are declared away ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Squared(Good):
+    """Not linear in the outer loss: v is weighted by its own norm."""
+
+    without_laws: ClassVar[Mapping[str, str]] = {"scale": "v is weighted by its norm"}
+
+    def indirect(self, point: Point) -> Indirect:
+        found = super().indirect(point)
+        return Indirect(tree.scale(found.grads, tree.norm(point.v)))
+
+
+class Undeclared(Squared):
+    without_laws: ClassVar[Mapping[str, str]] = {}
+
+
+class Overdeclared(Good):
+    without_laws: ClassVar[Mapping[str, str]] = {
+        "direction": "it is thought to point anywhere"
+    }
+
+
+class Misspelled(Good):
+    without_laws: ClassVar[Mapping[str, str]] = {"linearity": "no such law"}
+
+
+class Unreasoned(Squared):
+    without_laws: ClassVar[Mapping[str, str]] = {"scale": ""}
+
+
+class Tracked(Squared):
+    """Breaks what may not be declared away, where the declared law is tried."""
+
+    def after(self, problem: Any, result: Hypergradient) -> Hypergradient:
+        for p in problem.inner_params.values():
+            with torch.no_grad():
+                p.add_(1e-9)
+        return result
+
+
+def test_a_declared_law_is_reported_and_not_skipped() -> None:
+    found = check(Squared())
+    assert found.declared == {"scale": "v is weighted by its norm"}
+    assert set(found.held) == LAWS.keys() - {"scale"}
+    assert "declared not to hold: scale (v is weighted by its norm)" in str(found)
+    assert check(Good()).declared == {}
+    assert str(check(Good())).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "text"),
+    [
+        (Undeclared(), "times the outer loss does not give as many times the indirect"),
+        (Overdeclared(), "without the law 'direction', and it held wherever"),
+        (Misspelled(), "'linearity'.*Name one of scale, direction"),
+        (Unreasoned(), "'scale' .reason: ''.*and the reason"),
+        (Tracked(), "the estimate changed the parameter 'w'"),
+    ],
+)
+def test_declarations_that_are_wrong(estimator: Good, text: str) -> None:
+    with pytest.raises(AssertionError, match=text):
+        check(estimator)
