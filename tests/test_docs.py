@@ -62,6 +62,7 @@ ESTIMATORS = (
     "cg",
     "nystrom",
     "implicit",
+    "penalty",
     "auto",
 )
 PAGES = (

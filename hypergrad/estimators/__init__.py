@@ -9,6 +9,7 @@ from hypergrad.estimators.first_order import FirstOrder
 from hypergrad.estimators.implicit import Implicit, ImplicitEstimator
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
+from hypergrad.estimators.penalty import Penalty
 from hypergrad.estimators.registry import (
     estimator_names,
     make_estimator,
@@ -26,6 +27,7 @@ __all__ = [
     "ImplicitEstimator",
     "Neumann",
     "Nystrom",
+    "Penalty",
     "Sama",
     "Unrolled",
     "estimator_names",

@@ -15,6 +15,7 @@ from hypergrad.estimators.first_order import FirstOrder
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
+from hypergrad.estimators.penalty import Penalty
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
 
@@ -35,6 +36,7 @@ _registry: dict[str, Factory] = {
         Neumann,
         Nystrom,
         Sama,
+        Penalty,
     )
 }
 

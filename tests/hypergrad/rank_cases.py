@@ -351,6 +351,15 @@ FAMILIES: dict[str, dict[str, Row]] = {
     },
     "one step unrolled": unrolled(1),
     "three steps unrolled": unrolled(3),
+    "penalty": {
+        "": Row(
+            "penalty",
+            {"num_steps": 2},
+            {"rule": RULE},
+            # v; the first step of both; the others; ∂g/∂λ at both ends, ∂f/∂λ at one.
+            sends="WL W W W W L L L",
+        ),
+    },
     "auto": {"": Row("auto", sends="WL WL WL … L")},
 }
 TABLE = {

@@ -39,11 +39,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neumann": {"num_terms": 1, "damping": 10.0},
     "nystrom": {"rank": 1, "damping": 1.0},
     "implicit": {"solver": CGSolver(1, damping=10.0)},
+    "penalty": {"num_steps": 2},
 }
 VIRTUAL: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.1},
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1)},
+    "penalty": {"rule": SGD(0.1)},
 }
 
 

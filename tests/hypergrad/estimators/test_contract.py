@@ -142,6 +142,16 @@ TABLE = [
     Row("nystrom", {"rank": 20, "kind": "columns", "every": 3}, 1e-12, damped(0.01)),
     Row("nystrom", {"rank": 2}),
     Row("implicit", {"solver": "dense"}, 1e-12),
+    # On the quadratic f has the Hessian I: damping by γ. Rounding is divided by γ.
+    Row(
+        "penalty",
+        {"gamma": 0.5, "num_steps": 4, "rule": SGD(0.2)},
+        1e-12,
+        lambda h: step(0.2, 4)(h + 0.5 * torch.eye(len(h)).to(h)),
+        {"problems": {"quadratic": quadratic}, "dtypes": (F64,)},
+    ),
+    Row("penalty", {"num_steps": 3, "rule": SGD(0.1)}),
+    Row("penalty", {"num_steps": 2, "rule": AdamW(0.1)}, more={"problems": FEW}),
     Row("auto", {}, 25e-6),
 ]
 
