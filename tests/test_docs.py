@@ -63,6 +63,8 @@ ESTIMATORS = (
     "nystrom",
     "implicit",
     "penalty",
+    "f2sa",
+    "pbgd-free",
     "auto",
 )
 PAGES = (

@@ -35,7 +35,7 @@ class Penalty(HypergradEstimator):
 
     Args:
         gamma: γ, how much f weighs beside g.
-        num_steps: K. The source takes 10.
+        num_steps: K.
         rule: what the steps do, from a fresh optimizer state; None to go on as the last
             inner step, with the state after it.
 

@@ -11,10 +11,12 @@ from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
+from hypergrad.estimators.f2sa import F2SA
 from hypergrad.estimators.first_order import FirstOrder
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
+from hypergrad.estimators.pbgd_free import PBGDFree
 from hypergrad.estimators.penalty import Penalty
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
@@ -37,6 +39,8 @@ _registry: dict[str, Factory] = {
         Nystrom,
         Sama,
         Penalty,
+        F2SA,
+        PBGDFree,
     )
 }
 
