@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._answer_checks import check_state
 from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import HypergradEstimator
@@ -80,10 +81,12 @@ class Checkpointer:
             levels: level of each of the optimizer's parameter groups.
 
         Raises:
+            TypeError: it holds something else than tensors as state.
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         saved = _check_saved(state_dict, self._asked, levels)
         chosen = saved.get("chosen")
+        check_state(saved["estimator_state"], "the checkpoint")
         window = tuple(self._unpack_step(s) for s in saved["window"])
         last = self._unpack_batches(saved["last"])
         left = saved.get("left")
