@@ -9,7 +9,8 @@ docs/images/benchmarks/estimator_accuracy.png.
 Three kinds of problem, each with several seeds, in float64 and float32:
 
 - *ridge*: regression with a penalty for each feature, at its minimum; the truth is the
-  closed form. For what differentiates the minimum: cg, neumann, nystrom.
+  closed form. For what differentiates the minimum: cg, neumann, nystrom,
+  penalty, f2sa.
 - *quadratic*: likewise, with a Hessian of 100 rows whose eigenvalues are prescribed, in a
   random basis: spread evenly over four decades, or ten large ones over a flat rest.
 - *network*: two layers, some steps of a real torch optimizer; the truth is plain
@@ -19,7 +20,7 @@ Three kinds of problem, each with several seeds, in float64 and float32:
   steps before.
 
 The error is the relative L2 distance of the indirect term, the one that is hard. (That
-of `first-order` is 1 by definition.) The worst seed counts.
+of `first-order` and `pbgd-free` is 1 by definition.) The worst seed counts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from hypergrad import (
     testing,
 )
 from hypergrad.products import FiniteDifference
+from hypergrad.rules import SGD as SGDRule
 
 QUESTION = "How far is each estimator from a truth in float64?"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -108,6 +110,7 @@ DIFFERENCE = {"product": "finite-difference"}
 FORWARD = {"product": FiniteDifference(scheme="forward")}
 RICHARDSON = {"product": FiniteDifference(scheme="richardson")}
 EXACT = {"product": "exact"}
+DESCENT = {"rule": SGDRule(0.3), "num_steps": 300}
 FULL = {"rank": 30, "damping": 1e-6}
 ROWS = (
     Row(MINIMUM, "cg (20 iterations)", "cg"),
@@ -119,6 +122,24 @@ ROWS = (
     ),
     Row(MINIMUM, "nystrom (rank 10, δ = 0.01)", "nystrom"),
     Row(MINIMUM, "nystrom, rank 30, δ = 1e-6", "nystrom", FULL),
+    *(
+        Row(
+            MINIMUM,
+            f"penalty, γ = {gamma:g}, 300 steps",
+            "penalty",
+            {**DESCENT, "gamma": gamma},
+        )
+        for gamma in (0.1, 0.01)
+    ),
+    *(
+        Row(
+            MINIMUM,
+            f"f2sa, p = {p}, ν = 0.1, 300 steps",
+            "f2sa",
+            {**DESCENT, "sigma": 10.0, "growth": 0.0, "num_points": p},
+        )
+        for p in (1, 2, 4)
+    ),
     *(
         Row(group, label, name, settings, spectrum=spectrum)
         for group, spectrum in SPECTRA.items()

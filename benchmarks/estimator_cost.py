@@ -103,9 +103,9 @@ def measure(size: str, arguments: argparse.Namespace, bar: Any) -> dict[str, Any
     steps = optimizer.recorded_steps
     estimators = {
         # `auto` makes its choice here and not in the timed runs.
-        label: make_estimator(name, **settings).resolve(
-            optimizer.problem, batches[-2], steps[-1].rule
-        )
+        label: make_estimator(name, **settings)
+        .resolve(optimizer.problem, batches[-2], steps[-1].rule)
+        .estimator
         for label, name, settings in _model.estimator_variants()
     }
     compared = compare_estimators(

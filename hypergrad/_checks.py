@@ -17,6 +17,7 @@ __all__ = [
     "check_names",
     "check_new_name",
     "check_number",
+    "check_positive",
     "check_scalar",
     "check_tensor",
     "some",
@@ -53,6 +54,24 @@ def check_number(name: str, value: object) -> None:
             "plain float."
         )
         raise TypeError(msg)
+
+
+def check_positive(name: str, value: float, about: str) -> None:
+    """Refuse a setting that is not a positive finite number.
+
+    Args:
+        name: of the setting.
+        value: what was passed.
+        about: what the setting is, and what to pass.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: zero, negative, infinite or NaN.
+    """
+    check_number(name, value)
+    if not 0 < value < float("inf"):
+        msg = f"{name}={value} must be positive and finite: {about}"
+        raise ValueError(msg)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

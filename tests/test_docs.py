@@ -62,6 +62,9 @@ ESTIMATORS = (
     "cg",
     "nystrom",
     "implicit",
+    "penalty",
+    "f2sa",
+    "pbgd-free",
     "auto",
 )
 PAGES = (

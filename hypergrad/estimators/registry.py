@@ -11,10 +11,13 @@ from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
+from hypergrad.estimators.f2sa import F2SA
 from hypergrad.estimators.first_order import FirstOrder
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
+from hypergrad.estimators.pbgd_free import PBGDFree
+from hypergrad.estimators.penalty import Penalty
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
 
@@ -35,6 +38,9 @@ _registry: dict[str, Factory] = {
         Neumann,
         Nystrom,
         Sama,
+        Penalty,
+        F2SA,
+        PBGDFree,
     )
 }
 

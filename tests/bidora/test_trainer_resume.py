@@ -104,6 +104,9 @@ CASES = [
     estimator("darts"),
     estimator("darts", product_fraction=0.5),
     estimator("first-order"),
+    estimator("penalty", num_steps=2),
+    estimator("f2sa", num_points=2),
+    estimator("pbgd-free"),
     estimator("unrolled", num_steps=2),
     # In the second epoch, in which the order of the groups is another.
     case(

@@ -210,6 +210,8 @@ class Row:
             for as many W as `info.n_hvp` leaves open, ' for a single number more.
         scheme: of its finite differences; empty for an exact product.
         whole: whether one process may be given the data of all as one batch.
+        trains: what a training step with an outer one sends, where it is not the inner
+            step and then `sends` but for virtual steps.
     """
 
     name: str
@@ -218,6 +220,7 @@ class Row:
     sends: str = ""
     scheme: str = ""
     whole: bool = True
+    trains: str = ""
 
 
 def one_step(name: str, virtual: dict[str, Any]) -> dict[str, Row]:
@@ -351,6 +354,34 @@ FAMILIES: dict[str, dict[str, Row]] = {
     },
     "one step unrolled": unrolled(1),
     "three steps unrolled": unrolled(3),
+    "penalty": {
+        "": Row(
+            "penalty",
+            {"num_steps": 2},
+            {"rule": RULE},
+            # v; the first step of both; the others; ∂g/∂λ at both ends, ∂f/∂λ at one.
+            sends="WL W W W W L L L",
+            trains="W WL W W W W L L L",
+        ),
+    },
+    "f2sa": {
+        "": Row(
+            "f2sa",
+            {"num_steps": 1},
+            {"rule": RULE},
+            sends="W WL W L L L",
+            # Its own sequence takes the step along ∂g/∂w and ∂f/∂w.
+            trains="W W W WL L L L",
+        ),
+        "four points": Row(
+            "f2sa",
+            {"num_steps": 1, "num_points": 4},
+            {"rule": RULE},
+            sends="W WL W L L L L L L L L",
+            trains="W W W W W W W W W WL L L L L L L L L",
+        ),
+    },
+    "pbgd-free": {"": Row("pbgd-free", sends="L", trains="W W L")},
     "auto": {"": Row("auto", sends="WL WL WL … L")},
 }
 TABLE = {

@@ -38,13 +38,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.1},
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1), "num_steps": 3},
+    "penalty": {"rule": SGD(0.1), "num_steps": 3},
+    "f2sa": {"rule": SGD(0.1), "num_steps": 3},
     "cg": {"on_failure": "return", "damping": 0.1, "max_iter": 4},
     "neumann": {"on_failure": "return"},
     "nystrom": {"on_failure": "return", "damping": 0.1, "rank": 4},
     "implicit": {"solver": CGSolver(4, damping=0.1, on_failure="return")},
 }
-# The direct term is all that it computes: it never calls the inner loss.
-WITH_INNER = [name for name in NAMES if name != "first-order"]
+# The direct term is all that these compute: they never call the inner loss.
+WITH_INNER = [name for name in NAMES if name not in ("first-order", "pbgd-free")]
 
 every = pytest.mark.parametrize("name", NAMES)
 every_with_inner = pytest.mark.parametrize("name", WITH_INNER)
@@ -184,7 +186,7 @@ def test_w_unused_by_the_outer_loss_has_no_indirect_term(name: str) -> None:
     result = run(name, problem)
     assert torch.equal(result.outer_grads["l"], result.direct["l"])
     assert not result.indirect["l"].any()
-    if name != "first-order":  # which does not ask for ∂f/∂w
+    if name in WITH_INNER:  # the others do not ask for ∂f/∂w
         assert "outer_loss: w" in result.info.unused
 
 
@@ -202,7 +204,7 @@ def test_part_of_w_unused_is_zeros(name: str) -> None:
     plain, more = run(name, build()), run(name, build(idle=leaf(1.0, 2.0, 3.0)))
     if name != "neumann":  # its scale is learned along v, whatever its size
         assert error(more.outer_grads, plain.outer_grads) < tol(F64, 1e3)
-    if name != "first-order":
+    if name in WITH_INNER:
         assert "outer_loss: idle" in more.info.unused
 
 

@@ -39,11 +39,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neumann": {"num_terms": 1, "damping": 10.0},
     "nystrom": {"rank": 1, "damping": 1.0},
     "implicit": {"solver": CGSolver(1, damping=10.0)},
+    "penalty": {"num_steps": 2},
+    "f2sa": {"num_steps": 1, "num_points": 2},
 }
 VIRTUAL: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.1},
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1)},
+    "penalty": {"rule": SGD(0.1)},
+    "f2sa": {"rule": SGD(0.1)},
 }
 
 
@@ -124,7 +128,7 @@ def build(estimator: HypergradEstimator, *, warm: int = 3, **settings: Any) -> A
         for p in opt.problem.tensors:
             p.grad = torch.ones_like(p)
         for i in range(warm):
-            opt.inner_step(batch(i))
+            opt.inner_step(batch(i), batch(6))
         return opt.problem, opt
 
     return make

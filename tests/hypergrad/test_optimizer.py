@@ -101,7 +101,7 @@ def test_outer_parameters_move_in_outer_steps_alone(name: str) -> None:
     for _ in range(7):
         gate = opt.problem.outer_params["gate"].clone()
         inner = {n: p.clone() for n, p in opt.problem.inner_params.items()}
-        opt.inner_step(next(data))
+        opt.inner_step(next(data), batches()[0])
         assert torch.equal(opt.problem.outer_params["gate"], gate)
         assert not any(
             torch.equal(p, inner[n]) for n, p in opt.problem.inner_params.items()

@@ -234,6 +234,8 @@ def of_a_step(row: Row) -> list[str]:
     """Return what a step with an outer one sends."""
     if row.name == "auto":
         return ["W", "WL", "L"]  # one step unrolled
+    if row.trains:
+        return row.trains.split()
     codes = row.sends.split()
     lookback = make_estimator(row.name, **row.settings).needs.lookback
     return [codes[0] if lookback else "W", *codes[lookback:]]
@@ -257,6 +259,9 @@ SHORT = (
     "one step unrolled exact",
     "three steps unrolled exact",
     "three steps unrolled finite-difference",
+    "penalty",
+    "f2sa four points",
+    "pbgd-free",
     "auto",
 )
 

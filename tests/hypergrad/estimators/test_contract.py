@@ -42,8 +42,12 @@ def step(rate: float, times: int = 1) -> Callable[[Tensor], Tensor]:
     return inverse
 
 
+def shifted(h: Tensor, by: float) -> Tensor:
+    return h + by * torch.eye(len(h)).to(h)
+
+
 def damped(damping: float) -> Callable[[Tensor], Tensor]:
-    return lambda h: torch.linalg.inv(h + damping * torch.eye(len(h)).to(h))
+    return lambda h: torch.linalg.inv(shifted(h, damping))
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,33 @@ TABLE = [
     Row("nystrom", {"rank": 20, "kind": "columns", "every": 3}, 1e-12, damped(0.01)),
     Row("nystrom", {"rank": 2}, more=VARIANT),
     Row("implicit", {"solver": "dense"}, 1e-12),
+    # On the quadratic f has the Hessian I: damping by γ. Rounding is divided by γ.
+    Row(
+        "penalty",
+        {"gamma": 0.5, "num_steps": 4, "rule": SGD(0.2)},
+        1e-12,
+        lambda h: step(0.2, 4)(shifted(h, 0.5)),
+        {"problems": {"quadratic": quadratic}, "dtypes": (F64,)},
+    ),
+    Row("penalty", {"num_steps": 3, "rule": SGD(0.1)}),
+    Row("penalty", {"num_steps": 2, "rule": AdamW(0.1)}, more={"problems": FEW}),
+    # Central: half of the damping by ν and by -ν.
+    Row(
+        "f2sa",
+        {
+            "sigma": 2.0,
+            "num_points": 2,
+            "num_steps": 4,
+            "rule": SGD(0.2),
+        },
+        1e-12,
+        lambda h: (step(0.2, 4)(shifted(h, 0.5)) + step(0.2, 4)(shifted(h, -0.5))) / 2,
+        {"problems": {"quadratic": quadratic}, "dtypes": (F64,)},
+    ),
+    Row("f2sa", {"num_steps": 2, "rule": SGD(0.1)}),
+    Row("f2sa", {"num_steps": 2, "num_points": 3, "rule": SGD(0.1)}),
+    Row("f2sa", {"num_steps": 1, "rule": AdamW(0.1)}, more={"problems": FEW}),
+    Row("pbgd-free", {}, 1e-12, lambda h: 0 * h),
     Row("auto", {}, 25e-6),
 ]
 
