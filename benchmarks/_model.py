@@ -26,6 +26,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "sama": [{}, {"product": "exact"}],
     "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
+    "forward": [{"num_steps": 5, "num_directions": 1}, {"num_steps": 5}],
     "implicit": [],
 }
 # What is adapted, and PEFT's name of the task: with SEQ_CLS the head is trained too.
@@ -101,4 +102,6 @@ def estimator_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _told(setting: str, value: Any) -> str:
     if isinstance(value, FiniteDifference):
         return value.scheme
-    return {"product": "{} product", "num_steps": "K = {}"}[setting].format(value)
+    return {"product": "{} product", "num_steps": "K = {}", "num_directions": "m = {}"}[
+        setting
+    ].format(value)

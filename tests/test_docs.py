@@ -58,6 +58,7 @@ ESTIMATORS = (
     "darts",
     "sama",
     "unrolled",
+    "forward",
     "neumann",
     "cg",
     "nystrom",

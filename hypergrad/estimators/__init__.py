@@ -6,6 +6,7 @@ from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit, ImplicitEstimator
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
@@ -22,6 +23,7 @@ __all__ = [
     "ConjugateGradient",
     "Darts",
     "FirstOrder",
+    "Forward",
     "Implicit",
     "ImplicitEstimator",
     "Neumann",

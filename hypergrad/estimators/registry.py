@@ -12,6 +12,7 @@ from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
@@ -30,6 +31,7 @@ _registry: dict[str, Factory] = {
         FirstOrder,
         Darts,
         Unrolled,
+        Forward,
         Implicit,
         ConjugateGradient,
         Neumann,

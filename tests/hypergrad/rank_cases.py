@@ -282,6 +282,17 @@ def unrolled(steps: int) -> dict[str, Row]:
     }
 
 
+def forward(steps: int, directions: int | str) -> Row:
+    entries = sum(math.prod(shape) for shape in OUTER.values())
+    count = directions if isinstance(directions, int) else entries
+    return Row(
+        "forward",
+        {"num_steps": steps, "num_directions": directions},
+        {"rule": RULE},
+        "W " * steps + "WL" + " W" * (count * steps),
+    )
+
+
 RULE = SGD(0.2, momentum=0.8, weight_decay=0.1)
 N_INNER = sum(math.prod(shape) for shape in INNER.values())
 QUIET: dict[str, Any] = {"on_failure": "return"}
@@ -351,6 +362,7 @@ FAMILIES: dict[str, dict[str, Row]] = {
     },
     "one step unrolled": unrolled(1),
     "three steps unrolled": unrolled(3),
+    "two steps forward": {"all": forward(2, "all"), "random": forward(2, 3)},
     "auto": {"": Row("auto", sends="WL WL WL … L")},
 }
 TABLE = {

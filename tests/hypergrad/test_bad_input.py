@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.1},
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1), "num_steps": 3},
+    "forward": {"rule": SGD(0.1), "num_steps": 3, "num_directions": 2},
     "cg": {"on_failure": "return", "damping": 0.1, "max_iter": 4},
     "neumann": {"on_failure": "return"},
     "nystrom": {"on_failure": "return", "damping": 0.1, "rank": 4},

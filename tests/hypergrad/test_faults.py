@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 # products wherever it is.
 SETTINGS: dict[str, dict[str, Any]] = {
     "unrolled": {"num_steps": 2},
+    "forward": {"num_steps": 2, "num_directions": 1},
     "cg": {"max_iter": 1, "damping": 10.0},
     "neumann": {"num_terms": 1, "damping": 10.0},
     "nystrom": {"rank": 1, "damping": 1.0},
@@ -44,6 +45,7 @@ VIRTUAL: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.1},
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1)},
+    "forward": {"rule": SGD(0.1)},
 }
 
 

@@ -257,6 +257,7 @@ SHORT = (
     "one step unrolled exact",
     "three steps unrolled exact",
     "three steps unrolled finite-difference",
+    "two steps forward random",
     "auto",
 )
 

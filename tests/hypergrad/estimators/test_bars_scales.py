@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.05},
     "sama": {"rule": RULE},
     "unrolled": {"rule": RULE, "num_steps": 3},
+    "forward": {"rule": RULE, "num_steps": 3, "num_directions": 3},
     # Not at a minimum: H is indefinite.
     "cg": {"damping": 3.0},
     "neumann": {"damping": 3.0},
