@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
-from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimator import HypergradEstimator, check_state
 from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Product, make_product
@@ -53,6 +53,7 @@ class Checkpointer:
             "last": self._pack_batches(run.last),
             "estimator_state": dict(run.estimator_state),
             "why": run.why,
+            "began": run.began,
             "rank": (reducer.rank, reducer.ranks),
         }
 
@@ -79,10 +80,12 @@ class Checkpointer:
             levels: level of each of the optimizer's parameter groups.
 
         Raises:
+            TypeError: it holds something else than tensors as state.
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         saved = _check_saved(state_dict, self._asked, levels)
         chosen = saved.get("chosen")
+        check_state(saved["estimator_state"], "the checkpoint")
         window = tuple(self._unpack_step(s) for s in saved["window"])
         last = self._unpack_batches(saved["last"])
         left = saved.get("left")
@@ -101,6 +104,7 @@ class Checkpointer:
             saved.get("resolved", True),
             None if left is None else left.to(self._device),
             saved.get("why", ""),
+            saved.get("began", 0),
         )
         return run, foreign
 
@@ -147,6 +151,7 @@ class Checkpointer:
             "grad_norm": step.grad_norm,
             "follows": step.follows,
             "directed": step.directed,
+            "number": step.number,
         }
 
     def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:

@@ -32,6 +32,7 @@ class Run:
         left: size of w and the inner optimizer's state after the last inner step, where
             not every step is kept whole: by it a change by hand shows.
         why: why this estimator, where it was chosen.
+        began: inner steps taken before the present inner run began.
     """
 
     estimator: HypergradEstimator
@@ -46,6 +47,7 @@ class Run:
     resolved: bool = False
     left: Tensor | None = None
     why: str = ""
+    began: int = 0
 
     @property
     def recorded_steps(self) -> tuple[InnerStep, ...]:

@@ -18,6 +18,7 @@ from hypergrad._snapshots import LEAST, spacing
 from hypergrad.batches import MicroBatch, as_micro_batches
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import Hypergradient, Needs
+from hypergrad.learned import learned_groups, start_of
 from hypergrad.point import fixed, versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
@@ -153,16 +154,17 @@ class Stepper:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
         record = None
-        if n or followed:
-            asked = needs.gradients or directed or not n
-            kept = grads if keeps_grads(problem, asked, batches) else {}
-            record = self._record(run, g, kept, before, follows=gaps == [0.0])
-            record = replace(record, directed=directed)
-        if n and record is not None:
-            run = replace(run, window=(*run.window, record))
-        # An embedding with max_norm moves w in the forward pass.
-        still = versions == [t._version for t in problem.inner_params.values()]
-        apply_gradients(self.inner, problem.inner_params, clipped)
+        with learned_groups(self.inner, problem, run.n_inner_steps - run.began):
+            if n or followed:
+                asked = needs.gradients or directed or not n
+                kept = grads if keeps_grads(problem, asked, batches) else {}
+                record = self._record(run, g, kept, before, follows=gaps == [0.0])
+                record = replace(record, directed=directed)
+            if n and record is not None:
+                run = replace(run, window=(*run.window, record))
+            # An embedding with max_norm moves w in the forward pass.
+            still = versions == [t._version for t in problem.inner_params.values()]
+            apply_gradients(self.inner, problem.inner_params, clipped)
         if n:
             run = self._trimmed(run, n, still=still)
         own = None
@@ -217,6 +219,7 @@ class Stepper:
             outer_versions=versions,
             grad_norm=g.inner_norm,
             follows=follows and last is not None,
+            number=run.n_inner_steps - run.began,
         )
 
     def _trimmed(self, run: Run, n: int, *, still: bool) -> Run:
@@ -278,6 +281,24 @@ class Stepper:
                     "new device and load it there."
                 )
                 raise HypergradError(msg)
+
+    def begin_run(self, run: Run, rollback: Rollback) -> Run:
+        """Return the run where another inner run begins, with w at its start.
+
+        Args:
+            run: where the run stands.
+            rollback: copies what changes.
+        """
+        problem = self.problem
+        rollback.level(self.inner, problem.inner_params, keep=False)
+        start = start_of(problem)
+        own = [problem.inner_params[name] for name in start]
+        with torch.inference_mode(mode=False):
+            tree.copy(own, list(start.values()))
+        for parameter in own:
+            self.inner.state.pop(parameter, None)
+        began = run.n_inner_steps
+        return replace(run, began=began, window=(), estimator_state={}, left=None)
 
     # -- outer steps ----------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ class HypergradEstimator:
     """
 
     name: ClassVar[str] = ""
+    reaches: ClassVar[frozenset[str]] = frozenset()
+    """Where λ may act beside the losses: `"settings"` of the inner optimizer, `"start"`."""
     without_laws: ClassVar[Mapping[str, str]] = {}
     """Laws of `hypergrad.testing.LAWS` that this kind does not have, each with why."""
 
@@ -258,6 +260,7 @@ class HypergradEstimator:
         steps: Sequence[InnerStep] | None,
         state: Mapping[str, Any] | None,
     ) -> Hypergradient:
+        check_reaches(self, problem)
         tally = Tally()
         recorded, end = self._steps(problem, inner_batches, steps, tally)
         point = Point(
@@ -416,6 +419,28 @@ _LARGEST_FD_ERROR = 0.1
 """Estimated relative error of a finite difference above which it is warned of."""
 
 
+def check_reaches(estimator: HypergradEstimator, problem: BilevelProblem) -> None:
+    """Refuse an estimator that does not see where λ acts.
+
+    Raises:
+        HypergradError: naming the outer parameters, and estimators that do.
+    """
+    acts = {"settings": list(problem.inner_settings)}
+    acts["start"] = list(problem.inner_start.values())
+    for where, names in acts.items():
+        if names and where not in estimator.reaches:
+            what = (
+                "settings of the inner optimizer" if where == "settings" else "starts"
+            )
+            msg = (
+                f"{type(estimator).__name__} cannot answer for {', '.join(names[:4])}: "
+                f"these are {what}, which act in inner steps and not in the losses, and "
+                "it does not differentiate the steps in them. Take "
+                "Unrolled(num_steps=K), K the steps of an inner run."
+            )
+            raise HypergradError(msg)
+
+
 def check_state(given: Any, who: str) -> None:
     """Refuse a state that cannot be carried on, saved and put back.
 
@@ -494,7 +519,8 @@ def _check_depends(point: Point) -> None:
     """
     problem, unused = point.problem, point.unused("outer")
     key = "the outer loss depends on w"
-    if not problem.outer_params.keys() <= unused or key in problem.inspected:
+    lam = problem.outer_params.keys() - problem.beside_losses
+    if not lam <= unused or key in problem.inspected or not point.asked("outer"):
         return
     if not problem.inner_params.keys() <= point.asked("outer"):
         # Whether it depends on w tells zeros from a mistake: a look, once for a problem,
@@ -513,7 +539,7 @@ def _check_depends(point: Point) -> None:
 
 
 def _check_acts(point: Point) -> None:
-    outer = set(point.problem.outer_params)
+    outer = set(point.problem.outer_params)  # what acts in steps counts as used
     if outer <= point.unused("outer") and outer <= point.unused("inner"):
         msg = (
             f"no outer parameter ({', '.join(list(outer)[:4])}) acts on the outer loss, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,11 +21,12 @@ from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
-from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimator import HypergradEstimator, check_reaches
 from hypergrad.estimators import make_estimator
+from hypergrad.learned import check_learned
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
-from hypergrad.rules import check_supported
+from hypergrad.rules import check_supported, rule_of
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
@@ -71,6 +72,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
             inner optimizer has no rule.
         audit_window: inner steps that are recorded for a reference that unrolls; None
             for all since the last outer step.
+        inner_settings: with a module: settings of the inner optimizer that are learned;
+            see `BilevelProblem`.
+        learn_start: with a module: whether w at the start of an inner run is learned;
+            likewise.
 
     Raises:
         TypeError: an estimator or optimizer of a kind that does not work here.
@@ -114,14 +119,27 @@ class BilevelOptimizer(torch.optim.Optimizer):
         audit_every: int | None = None,
         audit_reference: str | HypergradEstimator = "auto",
         audit_window: int | None = None,
+        inner_settings: Mapping[str, Any] | None = None,
+        learn_start: bool | str | Sequence[str] = False,
     ) -> None:
-        problem = _make_problem(problem_or_model, loss_fn, outer, outer_loss_fn)
+        problem = _make_problem(
+            problem_or_model,
+            loss_fn=loss_fn,
+            outer=outer,
+            outer_loss_fn=outer_loss_fn,
+            inner_settings=inner_settings,
+            learn_start=learn_start,
+        )
         chosen = _make_estimator(estimator)
         _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
         if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
             check_supported(inner)
+        check_reaches(chosen, problem)
+        if problem.inner_settings:
+            check_supported(inner)
+            check_learned(rule_of(inner, problem.inner_params), problem)
         if audit_every and audit_reference in ("dense", "cg"):
             choose_reference(problem, None, audit_reference)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
@@ -320,6 +338,16 @@ class BilevelOptimizer(torch.optim.Optimizer):
             )
             return report
 
+    def begin_run(self) -> None:
+        """Begin an inner run anew: at the learned start, with a fresh optimizer state.
+
+        w goes where `learn_start` says, and stays where it is elsewhere; momentum and
+        moments, recorded steps and the estimator's state are forgotten; a learned schedule
+        starts over. The counts of steps go on.
+        """
+        with self._whole() as rollback:
+            self._run = self._stepper.begin_run(self._run, rollback)
+
     def freeze_outer(self) -> None:
         """End the search: the outer parameters keep their values and take no gradient."""
         self._run = replace(
@@ -480,10 +508,7 @@ def _is_plain(step: InnerStep) -> bool:
 
 
 def _make_problem(
-    given: BilevelProblem | nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    outer: Any,
-    outer_loss_fn: Callable[[Any, Any], Tensor] | None,
+    given: BilevelProblem | nn.Module, **of_module: Any
 ) -> BilevelProblem:
     """Return the problem that was given, or make it of a module.
 
@@ -491,10 +516,12 @@ def _make_problem(
         TypeError: neither a problem nor a module, or arguments for the other.
     """
     if isinstance(given, BilevelProblem):
-        if loss_fn is not None or outer is not None or outer_loss_fn is not None:
+        if any(
+            value is not None and value is not False for value in of_module.values()
+        ):
             msg = (
-                "loss_fn, outer and outer_loss_fn go with a module; this problem has its"
-                " losses and outer parameters already. Leave them out."
+                f"{', '.join(of_module)} go with a module; this problem has its losses "
+                "and outer parameters already. Leave them out."
             )
             raise TypeError(msg)
         return given
@@ -504,12 +531,11 @@ def _make_problem(
             f"{type(given).__name__}."
         )
         raise TypeError(msg)
-    if loss_fn is None or outer is None:
+    beside = of_module["inner_settings"] or of_module["learn_start"]
+    if of_module["loss_fn"] is None or (of_module["outer"] is None and not beside):
         msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
         raise TypeError(msg)
-    return BilevelProblem.from_module(
-        given, loss_fn, outer=outer, outer_loss_fn=outer_loss_fn
-    )
+    return BilevelProblem.from_module(given, **of_module)
 
 
 def _make_estimator(given: Any) -> HypergradEstimator:

@@ -249,7 +249,9 @@ class Point:
         self, level: Level, asked: Collection[str], unused: Collection[str]
     ) -> None:
         self._asked.setdefault(level, set()).update(asked)
-        self._used.setdefault(level, set()).update(set(asked) - set(unused))
+        # What acts in inner steps is not expected in a loss.
+        missing = set(unused) - self.problem.beside_losses
+        self._used.setdefault(level, set()).update(set(asked) - missing)
 
     def _record_product(self, made: BoundProduct) -> None:
         if made.unused is not None:

@@ -20,6 +20,7 @@ from hypergrad._checks import (
     some,
 )
 from hypergrad._session import Session
+from hypergrad.learned import make_settings, make_start
 from hypergrad.modules import ModuleLoss, select_parameters
 from hypergrad.reducer import Reducer
 from hypergrad.tree import Params
@@ -43,14 +44,25 @@ class BilevelProblem:
         outer_loss: f, same signature.
         inner_params: w, leaf tensors that require grad, by name. May be empty: the
             indirect term is then 0.
-        outer_params: λ, likewise; at least one.
+        outer_params: λ, likewise; at least one, or a learned setting or start.
         inner_outputs: for Gauss-Newton curvature: `(inner_params, outer_params, batch)
             -> outputs`, the predictions that `inner_criterion` scores.
         inner_criterion: `(outputs, batch) -> scalar`, so that
             `inner_loss = inner_criterion(inner_outputs(...), batch)`.
+        inner_settings: settings of the inner optimizer that are learned, with start
+            values: `{"lr": 1e-3, "weight_decay": 0.1}`. Of `lr`, `weight_decay` and
+            `momentum` a number, or a list with one for each parameter group; of `betas` a
+            pair, or a list of pairs; of `schedule` a list with a factor of the learning
+            rate for each step of the inner run. Each becomes an outer parameter on a log
+            scale, `log_lr`, or a logit scale, `logit_momentum`, and replaces what the
+            inner optimizer was made with; a scheduler's factor stays.
+        learn_start: whether w at the start of an inner run is learned, or names or
+            patterns of the inner parameters for which it is. Each becomes an outer
+            parameter, `start of NAME`.
         group: process group whose ranks each evaluate the losses on their own data, and
             average; None for all ranks, where torch.distributed is initialised.
 
+    What is learned of the inner optimizer or the start is not handed to the losses.
     A tensor under two names in one set is kept once, under its first name; the other
     name is recorded in `aliases` and the losses still find it in their dictionary.
 
@@ -93,6 +105,8 @@ class BilevelProblem:
         inner_outputs: Callable[[Params, Params, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
         *,
+        inner_settings: Mapping[str, Any] | None = None,
+        learn_start: bool | str | Sequence[str] = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, fn in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
@@ -112,6 +126,15 @@ class BilevelProblem:
         check_names(inner_params, outer_params)
         self.inner_params = self._own("inner_params", inner_params)
         self.outer_params = self._own("outer_params", outer_params)
+        like = list(self.inner_params.values())
+        self.inner_settings, settings = make_settings(inner_settings, like)
+        """Learned settings of the inner optimizer, by outer parameter."""
+        self.inner_start, start = make_start(learn_start, self.inner_params)
+        """Which outer parameter an inner one starts from, where that is learned."""
+        check_names(self.outer_params, {**settings, **start})
+        self.outer_params |= {**settings, **start}
+        self.beside_losses = frozenset({*settings, *start})
+        """Outer parameters that act in inner steps alone."""
         if not self.outer_params:
             msg = (
                 "outer_params is empty: there is nothing to take a hypergradient of. "
@@ -139,10 +162,16 @@ class BilevelProblem:
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         *,
-        outer: str | Sequence[str] | type[nn.Module] | Callable[[str, Tensor], bool],
+        outer: str
+        | Sequence[str]
+        | type[nn.Module]
+        | Callable[[str, Tensor], bool]
+        | None = None,
         outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
         inner_outputs: Callable[[Any, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
+        inner_settings: Mapping[str, Any] | None = None,
+        learn_start: bool | str | Sequence[str] = False,
         group: dist.ProcessGroup | None = None,
     ) -> BilevelProblem:
         """Split the trainable parameters of a module into inner and outer ones.
@@ -152,11 +181,14 @@ class BilevelProblem:
             loss_fn: `(model, batch) -> scalar`, the inner loss.
             outer: which parameters are outer: names or shell-style patterns of names
                 (`"*.magnitude"`), a module type (all its parameters), or a predicate
-                `(name, parameter) -> bool`.
+                `(name, parameter) -> bool`; None for none, where settings of the inner
+                optimizer or the start are what is learned.
             outer_loss_fn: the outer loss; `loss_fn` where None.
             inner_outputs: for Gauss-Newton curvature: `(model, batch) -> outputs`, the
                 predictions that `inner_criterion` scores, such as logits.
             inner_criterion: `(outputs, batch) -> scalar`.
+            inner_settings: as for the class.
+            learn_start: likewise.
             group: process group to average over; None for all ranks.
 
         Returns:
@@ -188,7 +220,15 @@ class BilevelProblem:
                 raise TypeError(msg)
         every = dict(model.named_parameters(remove_duplicate=False))
         trainable = {n: p for n, p in every.items() if p.requires_grad}
-        chosen = select_parameters(model, trainable, outer)
+        beside = inner_settings or learn_start
+        if outer is None and not beside:
+            msg = (
+                "outer says which parameters of the module are outer ones, and it is "
+                "None: there is nothing to learn. Pass names or patterns, or "
+                "inner_settings or learn_start."
+            )
+            raise TypeError(msg)
+        chosen = [] if outer is None else select_parameters(model, trainable, outer)
         # A tied weight has several names; if one of them is outer, all are.
         outer_ids = {id(trainable[name]) for name in chosen}
         inner = {n: p for n, p in trainable.items() if id(p) not in outer_ids}
@@ -205,6 +245,8 @@ class BilevelProblem:
             outer_params,
             predict,
             inner_criterion,
+            inner_settings=inner_settings,
+            learn_start=learn_start,
             group=group,
         )
         problem.module = model
@@ -450,7 +492,9 @@ class BilevelProblem:
         return kept
 
     def _named(self, inner: Params, outer: Params) -> tuple[Params, Params]:
-        """Return both sets as a functional problem's callables expect them."""
+        """Return both sets as the losses expect them."""
+        if self.beside_losses:
+            outer = {n: t for n, t in outer.items() if n not in self.beside_losses}
         if self.module is None and self.aliases:
             return self._with_aliases(inner), self._with_aliases(outer)
         return inner, outer

@@ -13,6 +13,7 @@ from hypergrad import _snapshots as snapshots_of
 from hypergrad import rng, tree
 from hypergrad._checks import check_count
 from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.learned import learned_rule, start_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import InnerGraph, Tally, gradients
 from hypergrad.reporting import report
@@ -66,6 +67,7 @@ class InnerStep:
             where they were changed by hand in between.
         directed: whether `grads` is a direction of the estimator's own, in the place of
             ∂g/∂w; it is then kept in any case.
+        number: which step of its inner run it was, from 0; None where that is not known.
     """
 
     inner_params: Params
@@ -80,6 +82,7 @@ class InnerStep:
     grad_norm: float | None = None
     follows: bool = False
     directed: bool = False
+    number: int | None = None
 
     @property
     def is_snapshot(self) -> bool:
@@ -99,6 +102,9 @@ def take_steps(
     snapshots: SnapshotLimit = "all",
 ) -> tuple[list[InnerStep], Params]:
     """Take virtual inner steps from the present w, and leave the problem as it was.
+
+    Where the start is learned, from that; where settings are, by those in the place of
+    the rule's own.
 
     Args:
         problem: the problem.
@@ -129,7 +135,7 @@ def take_steps(
         (1.0, 2.0, 4.0)
     """
     tally = tally or Tally()
-    w = tree.clone(problem.inner_params)
+    w = start_of(problem)
     lam = tree.clone(problem.outer_params)
     state = dict(state or {})
     records: list[InnerStep] = []
@@ -144,6 +150,7 @@ def take_steps(
             with problem.at(w):
                 g = gradients(problem, "inner", micro, tally, outer=byproduct)
             found = g.inner or {}
+            taken = learned_rule(rule, problem, i)
             kept = found if keeps_grads(problem, grads, micro) else {}
             records.append(
                 InnerStep(
@@ -152,13 +159,14 @@ def take_steps(
                     state,
                     micro,
                     kept,
-                    rule,
+                    taken,
                     outer_grads=g.outer,
                     grad_norm=g.inner_norm,
                     follows=bool(records),
+                    number=i,
                 )
             )
-            w, state = rule.apply(w, state, found)
+            w, state = taken.apply(w, state, found)
             if i == 0:
                 slots = [t for held in state.values() for t in held.values()]
                 size = bytes_of([*w.values(), *slots, *kept.values()])

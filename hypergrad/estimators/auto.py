@@ -63,6 +63,7 @@ class Auto(HypergradEstimator):
     """
 
     name: ClassVar[str] = "auto"
+    reaches: ClassVar[frozenset[str]] = frozenset({"settings", "start"})
 
     @property
     def needs(self) -> Needs:
@@ -81,6 +82,9 @@ class Auto(HypergradEstimator):
                 them.
         """
         n = sum(t.numel() for t in problem.inner_params.values())
+        if problem.beside_losses and rule is not None:
+            why = "what is learned acts in inner steps, which can be looked back at"
+            return _chosen(why, "unrolled", num_steps=1)
         if not n:
             return _chosen("there are no inner parameters", "first-order")
         failure = second_order_failure(problem, as_micro_batches(inner_batch))

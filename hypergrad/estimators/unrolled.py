@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from hypergrad import tree
 from hypergrad._checks import check_count
+from hypergrad.errors import HypergradError
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.estimators._window import moved_within
+from hypergrad.learned import adjoint_of_settings, wanted_settings
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
@@ -81,6 +83,7 @@ class Unrolled(HypergradEstimator):
     """
 
     name: ClassVar[str] = "unrolled"
+    reaches: ClassVar[frozenset[str]] = frozenset({"settings", "start"})
     num_steps: int = 5
     _: KW_ONLY
     rule: Rule | None = None
@@ -127,27 +130,56 @@ class Unrolled(HypergradEstimator):
         return with_chosen_product(self, self.product, problem, inner_batch)
 
     def indirect(self, point: Point) -> Indirect:
-        """Return the sum of the steps' contributions."""
+        """Return the sum of the steps' contributions.
+
+        Raises:
+            HypergradError: the start of the inner run is learned, and the oldest of the
+                steps is not its first.
+        """
+        problem = point.problem
         adjoint: tuple[Params, State] = point.v, {}
         total: Params = {}
         info: dict[str, Any] = {}
+        settings = wanted_settings(problem)
         walk = point.steps_back(self.num_steps, self.snapshots)
         for left in reversed(range(self.num_steps)):
             step, oldest = next(walk), not left
             with point.product_at(step, self.product) as product:
                 grads = step.grads or product.gradient()
-                pulled = step.rule.pullback(
-                    step.inner_params, step.state, grads, *adjoint
-                )
+                given = step.inner_params, step.state, grads, *adjoint
+                if settings:
+                    pulled = step.rule.pullback(*given, settings)
+                    learned = adjoint_of_settings(
+                        problem, step.rule, step.number, pulled.settings
+                    )
+                else:
+                    pulled, learned = step.rule.pullback(*given), {}
                 watch_finite(point.tally, pulled)
                 # The product takes most memory: what it does not need is let go.
                 adjoint = pulled.params, pulled.state
-                del grads, step
-                curved, mixed = product.vjp(pulled.grads, inner=not oldest)
+                starts = bool(problem.inner_start) and oldest
+                if starts:
+                    self._check_first(step.number)
+                del given, grads, step
+                inner = starts or not oldest
+                curved, mixed = product.vjp(pulled.grads, inner=inner)
             info = product.info
+            mixed |= {n: mixed[n] + t for n, t in learned.items()}
             total = tree.add(total, mixed) if total else mixed
-            if not oldest:
+            if inner:
                 adjoint = tree.add(pulled.params, curved), pulled.state
             del pulled, curved  # before others are reached
+        total |= {lam: adjoint[0][w] for w, lam in problem.inner_start.items()}
         reason = moved_within(point, point.steps[-self.num_steps :])
         return Indirect(total, info={**info, "reason": reason})
+
+    def _check_first(self, number: int | None) -> None:
+        if number != 0:
+            at = "an unknown one" if number is None else f"number {number + 1}"
+            msg = (
+                f"the start of the inner run is learned, and the oldest of the "
+                f"{self.num_steps} steps that Unrolled looks back at is {at} of the "
+                "run, not its first. Take outer steps after as many inner steps as "
+                "num_steps, and call `begin_run` after each."
+            )
+            raise HypergradError(msg)

@@ -106,7 +106,11 @@ def derive(
                     [loss], list(wanted.values()), create_graph=create_graph
                 )
             _refuse_underived(underived)
-        missing = [n for n, p in zip(wanted, parts, strict=True) if p is None]
+        missing = [
+            n
+            for n, p in zip(wanted, parts, strict=True)
+            if p is None and n not in problem.beside_losses
+        ]
         if missing:
             fresh = {f"{kind}: {name}" for name in missing} - problem.inspected
             if fresh:

@@ -385,6 +385,6 @@ class _ForwardOverReverse(BoundProduct):
                 create_graph=False,
             )
         gone = {n for n, g in zip(wanted, grads, strict=True) if g is None}
-        if not gone:
+        if not gone - problem.beside_losses:
             problem.inspected.add(key)
-        return gone
+        return gone - problem.beside_losses

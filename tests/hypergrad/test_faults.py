@@ -269,8 +269,16 @@ def saved_and_fresh() -> tuple[dict[str, Any], BilevelProblem, BilevelOptimizer]
 def torn(saved: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return copies of a checkpoint, each with something missing or of another kind."""
     out = []
+    newer = (
+        "chosen",
+        "resolved",
+        "rank",
+        "left",
+        "why",
+        "began",
+    )  # older ones lack them
     for key in saved["bilevel"]:
-        if key not in ("chosen", "resolved", "rank", "left"):  # which older ones lack
+        if key not in newer:
             less = copy.deepcopy(saved)
             del less["bilevel"][key]
             out.append((f"without {key}", less))
