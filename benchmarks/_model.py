@@ -27,6 +27,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sama": [{}, {"product": "exact"}],
     "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
     "forward": [{"num_steps": 5, "num_directions": 1}, {"num_steps": 5}],
+    "zeroth-order": [{"num_steps": 5, "num_directions": 1}],
     "implicit": [],
 }
 # What is adapted, and PEFT's name of the task: with SEQ_CLS the head is trained too.

@@ -59,6 +59,7 @@ ESTIMATORS = (
     "sama",
     "unrolled",
     "forward",
+    "zeroth-order",
     "neumann",
     "cg",
     "nystrom",

@@ -60,6 +60,10 @@ def outer_step_cost(estimator: Any) -> float:
         directions = estimator.num_directions
         count = 8 if directions == "all" else directions
         return 1.0 + revisited * (1.0 + 1.25 * count)
+    if name == "zeroth-order":  # the steps on either side, and four values
+        directions = estimator.num_directions
+        count = 8 if directions == "all" else directions
+        return count * (2.0 * revisited + 2.0)
     return 3.0 + products + 2.25 * revisited
 
 

@@ -17,6 +17,7 @@ from hypergrad.estimators.registry import (
 )
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.estimators.zeroth_order import ZerothOrder
 
 __all__ = [
     "Auto",
@@ -30,6 +31,7 @@ __all__ = [
     "Nystrom",
     "Sama",
     "Unrolled",
+    "ZerothOrder",
     "estimator_names",
     "make_estimator",
     "register_estimator",

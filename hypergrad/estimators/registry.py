@@ -18,6 +18,7 @@ from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.estimators.zeroth_order import ZerothOrder
 
 __all__ = ["estimator_names", "make_estimator", "register_estimator"]
 
@@ -37,6 +38,7 @@ _registry: dict[str, Factory] = {
         Neumann,
         Nystrom,
         Sama,
+        ZerothOrder,
     )
 }
 

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 SETTINGS: dict[str, dict[str, Any]] = {
     "unrolled": {"num_steps": 2},
     "forward": {"num_steps": 2, "num_directions": 1},
+    "zeroth-order": {"num_steps": 2, "num_directions": 1},
     "cg": {"max_iter": 1, "damping": 10.0},
     "neumann": {"num_terms": 1, "damping": 10.0},
     "nystrom": {"rank": 1, "damping": 1.0},
@@ -46,6 +47,7 @@ VIRTUAL: dict[str, dict[str, Any]] = {
     "sama": {"rule": SGD(0.1)},
     "unrolled": {"rule": SGD(0.1)},
     "forward": {"rule": SGD(0.1)},
+    "zeroth-order": {"rule": SGD(0.1)},
 }
 
 

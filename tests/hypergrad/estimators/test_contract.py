@@ -141,6 +141,24 @@ TABLE = [
     ),
     # Random directions: laws alone.
     Row("forward", {"num_directions": 1, "rule": AdamW(0.1)}, more={"problems": FEW}),
+    Row(
+        "zeroth-order",
+        {"num_steps": 1, "rule": SGD(0.1), "num_directions": "all"},
+        1e-6,
+        step(0.1),
+        {"dtypes": (F64,), "problems": FEW},
+    ),
+    Row(
+        "zeroth-order",
+        {"num_steps": 3, "rule": SGD(0.1, momentum=0.9), "snapshots": 3},
+        more={"problems": FEW},
+    ),
+    Row(
+        "zeroth-order",
+        {"num_steps": 1, "num_directions": 1, "rule": SGD(0.1)},
+        more={"problems": FEW},
+    ),
+    Row("zeroth-order", {"num_steps": 0}, more={"problems": FEW}),
     Row("cg", {"max_iter": 40, "rtol": 1e-14}, 1e-12),
     # A relative residual of rtol is an error of at most rtol·κ, and κ is below 25.
     Row("cg", {"max_iter": 40}, 25e-6),
