@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._answer_checks import check_state
 from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
-from hypergrad.estimator import HypergradEstimator, check_state
+from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Product, make_product

@@ -17,6 +17,7 @@ __all__ = [
     "check_names",
     "check_new_name",
     "check_number",
+    "check_scalar",
     "check_tensor",
     "some",
 ]
@@ -195,6 +196,28 @@ def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
     else:
         return
     raise ValueError(msg)
+
+
+def check_scalar(name: str, value: Any) -> Tensor:
+    """Return a loss, unless it is none.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it is not a scalar.
+    """
+    if not isinstance(value, Tensor):
+        msg = (
+            f"{name} returned {type(value).__name__}, not a tensor. Return the scalar "
+            "loss tensor itself (not .item(), not a model output)."
+        )
+        raise TypeError(msg)
+    if value.dim() != 0:
+        msg = (
+            f"{name} returned a tensor of shape {tuple(value.shape)}, not a scalar: a "
+            "loss per example, perhaps. Reduce it, e.g. loss.mean()."
+        )
+        raise ValueError(msg)
+    return value
 
 
 def check_disjoint(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._answer_checks import check_like, check_state
 from hypergrad._run import Run
 from hypergrad.answer import EstimatorState, Info
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
-from hypergrad.estimator import HypergradEstimator, Point, check_like, check_state
+from hypergrad.estimator import HypergradEstimator, Point
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Tally
 from hypergrad.reporting import once_for

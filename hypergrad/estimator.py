@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hypergrad import tree
+from hypergrad._answer_checks import check_like, check_state
 from hypergrad.answer import EstimatorState, Hypergradient, Indirect, Info, Terms
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
@@ -133,6 +134,7 @@ class HypergradEstimator:
                 "like the outer parameters."
             )
             raise TypeError(msg)
+        check_like("grads", part.grads, problem.outer_params, type(self).__name__)
         return Terms(f.outer or {}, part.grads, part.state, part.info)
 
     def inner_direction(self, point: Point, gradient: Params) -> Params:
@@ -439,76 +441,6 @@ def check_reaches(estimator: HypergradEstimator, problem: BilevelProblem) -> Non
                 "Unrolled(num_steps=K), K the steps of an inner run."
             )
             raise HypergradError(msg)
-
-
-def check_state(given: Any, who: str) -> None:
-    """Refuse a state that cannot be carried on, saved and put back.
-
-    Args:
-        given: what an estimator returned.
-        who: names it.
-
-    Raises:
-        TypeError: it is not made of dictionaries, by strings, and of tensors.
-    """
-    if not isinstance(given, Mapping) or not all(isinstance(n, str) for n in given):
-        msg = (
-            f"{who} returned a {type(given).__name__} as state. Return a dictionary of "
-            "tensors by name, or of such dictionaries."
-        )
-        raise TypeError(msg)
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            check_state(value, who)
-        elif not isinstance(value, Tensor) or value.requires_grad:
-            what = "a tensor with a graph" if isinstance(value, Tensor) else repr(value)
-            msg = (
-                f"{who} returned {what} as state {name!r}: it goes into checkpoints, "
-                "which hold tensors alone. Return a detached tensor, e.g. "
-                "torch.tensor(number)."
-            )
-            raise TypeError(msg)
-
-
-def check_like(
-    what: str, given: Any, like: Params, who: str, level: str = "outer"
-) -> None:
-    """Refuse a result that is not a dictionary of tensors like a level's parameters.
-
-    Args:
-        what: names the result.
-        given: the result.
-        like: the parameters.
-        who: names who returned it.
-        level: names the parameters.
-
-    Raises:
-        TypeError: another kind, or a value that is not a tensor.
-        ValueError: other names or shapes.
-    """
-    if not isinstance(given, Mapping):
-        msg = (
-            f"{who} returned {what} of type {type(given).__name__}. Return a dictionary "
-            f"of tensors with the names of the {level} parameters."
-        )
-        raise TypeError(msg)
-    if given.keys() != like.keys():
-        msg = (
-            f"{who} returned {what} for {sorted(given)}; the {level} parameters are "
-            f"{sorted(like)}. Return a tensor for each of them, zeros where it has none."
-        )
-        raise ValueError(msg)
-    for name, t in like.items():
-        value = given[name]
-        if not isinstance(value, Tensor):
-            msg = f"{who} returned a {type(value).__name__} for {name!r}, not a tensor."
-            raise TypeError(msg)
-        if value.shape != t.shape:
-            msg = (
-                f"{who} returned shape {tuple(value.shape)} for {name!r}, whose shape "
-                f"is {tuple(t.shape)}."
-            )
-            raise ValueError(msg)
 
 
 def _check_depends(point: Point) -> None:

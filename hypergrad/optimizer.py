@@ -19,10 +19,10 @@ from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
+from hypergrad._setup import check_settings, make_estimator_of, make_problem
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, check_reaches
-from hypergrad.estimators import make_estimator
 from hypergrad.learned import check_learned
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
@@ -122,7 +122,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         inner_settings: Mapping[str, Any] | None = None,
         learn_start: bool | str | Sequence[str] = False,
     ) -> None:
-        problem = _make_problem(
+        problem = make_problem(
             problem_or_model,
             loss_fn=loss_fn,
             outer=outer,
@@ -130,8 +130,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
             inner_settings=inner_settings,
             learn_start=learn_start,
         )
-        chosen = _make_estimator(estimator)
-        _check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
+        chosen = make_estimator_of(estimator)
+        check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
         if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
@@ -505,83 +505,3 @@ def _is_plain(step: InnerStep) -> bool:
     """
     on_host = all(t.device.type == "cpu" for t in step.inner_params.values())
     return on_host or all(m.attention == "math" for m in step.micro_batches)
-
-
-def _make_problem(
-    given: BilevelProblem | nn.Module, **of_module: Any
-) -> BilevelProblem:
-    """Return the problem that was given, or make it of a module.
-
-    Raises:
-        TypeError: neither a problem nor a module, or arguments for the other.
-    """
-    if isinstance(given, BilevelProblem):
-        if any(
-            value is not None and value is not False for value in of_module.values()
-        ):
-            msg = (
-                f"{', '.join(of_module)} go with a module; this problem has its losses "
-                "and outer parameters already. Leave them out."
-            )
-            raise TypeError(msg)
-        return given
-    if not isinstance(given, nn.Module):
-        msg = (
-            "the first argument must be a BilevelProblem or a torch.nn.Module, got "
-            f"{type(given).__name__}."
-        )
-        raise TypeError(msg)
-    beside = of_module["inner_settings"] or of_module["learn_start"]
-    if of_module["loss_fn"] is None or (of_module["outer"] is None and not beside):
-        msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
-        raise TypeError(msg)
-    return BilevelProblem.from_module(given, **of_module)
-
-
-def _make_estimator(given: Any) -> HypergradEstimator:
-    """Return the estimator that was given, or make it of its name.
-
-    Raises:
-        TypeError: neither a name nor an estimator.
-    """
-    if isinstance(given, str):
-        return make_estimator(given)
-    if not isinstance(given, HypergradEstimator):
-        msg = (
-            f"estimator must be a name or a HypergradEstimator, got {given!r}. Pass e.g. "
-            "estimator='neumann'."
-        )
-        raise TypeError(msg)
-    return given
-
-
-def _check_settings(
-    outer_every: int | None,
-    outer_warmup: int,
-    max_grad_norm: float | None,
-    reuse_graph: Any,
-) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        TypeError: a count that is not a whole number.
-        ValueError: naming the setting and its value.
-    """
-    counts = [("outer_warmup", outer_warmup, 0)]
-    if outer_every is not None:
-        counts.append(("outer_every", outer_every, 1))
-    for name, value, least in counts:
-        if not isinstance(value, int) or isinstance(value, bool):
-            msg = f"{name}={value!r} must be a whole number of inner steps."
-            raise TypeError(msg)
-        if value < least:
-            msg = f"{name}={value} must be at least {least} inner steps."
-            raise ValueError(msg)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        msg = (
-            f"max_grad_norm={max_grad_norm} must be positive, or None for no clipping."
-        )
-        raise ValueError(msg)
-    if reuse_graph not in (True, False, "auto"):
-        msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
-        raise ValueError(msg)

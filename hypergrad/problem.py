@@ -16,6 +16,7 @@ from hypergrad._checks import (
     check_disjoint,
     check_module,
     check_names,
+    check_scalar,
     check_tensor,
     some,
 )
@@ -220,15 +221,9 @@ class BilevelProblem:
                 raise TypeError(msg)
         every = dict(model.named_parameters(remove_duplicate=False))
         trainable = {n: p for n, p in every.items() if p.requires_grad}
-        beside = inner_settings or learn_start
-        if outer is None and not beside:
-            msg = (
-                "outer says which parameters of the module are outer ones, and it is "
-                "None: there is nothing to learn. Pass names or patterns, or "
-                "inner_settings or learn_start."
-            )
-            raise TypeError(msg)
-        chosen = [] if outer is None else select_parameters(model, trainable, outer)
+        beside = bool(inner_settings or learn_start)
+        none = outer is None and beside
+        chosen = set() if none else select_parameters(model, trainable, outer)
         # A tied weight has several names; if one of them is outer, all are.
         outer_ids = {id(trainable[name]) for name in chosen}
         inner = {n: p for n, p in trainable.items() if id(p) not in outer_ids}
@@ -274,7 +269,7 @@ class BilevelProblem:
         """
         fn = self._losses[level]
         value: Any = fn(*self._named(inner_params, outer_params), batch)
-        return _scalar(f"{level}_loss", value)
+        return check_scalar(f"{level}_loss", value)
 
     def inner_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
         """Evaluate g; see `loss`."""
@@ -325,7 +320,7 @@ class BilevelProblem:
                 "Pass inner_outputs and inner_criterion to it."
             )
             raise ValueError(msg)
-        return _scalar("inner_criterion", self.inner_criterion(outputs, batch))
+        return check_scalar("inner_criterion", self.inner_criterion(outputs, batch))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -503,22 +498,6 @@ class BilevelProblem:
         out = dict(params)
         out.update({a: params[n] for a, n in self.aliases.items() if n in params})
         return out
-
-
-def _scalar(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        msg = (
-            f"{name} returned {type(value).__name__}, not a tensor. Return the scalar "
-            "loss tensor itself (not .item(), not a model output)."
-        )
-        raise TypeError(msg)
-    if value.dim() != 0:
-        msg = (
-            f"{name} returned a tensor of shape {tuple(value.shape)}, not a scalar: a "
-            "loss per example, perhaps. Reduce it, e.g. loss.mean()."
-        )
-        raise ValueError(msg)
-    return value
 
 
 def _storage(tensor: Tensor) -> int:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad import tree
+from hypergrad._answer_checks import check_state
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import (
     EstimatorState,
     HypergradEstimator,
     Hypergradient,
-    check_state,
 )
 from hypergrad.problem import BilevelProblem, Level
 from hypergrad.testing.closed_forms import quadratic

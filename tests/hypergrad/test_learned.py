@@ -554,7 +554,7 @@ BAD: list[tuple[Callable[[], Any], Any, str]] = [
     (
         lambda: BilevelProblem.from_module(Line(), loss),
         TypeError,
-        "outer says which parameters.*inner_settings or learn_start",
+        "outer must be names, a module type",
     ),
 ]
 

@@ -1,0 +1,91 @@
+"""What a `BilevelOptimizer` is made of, read and checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hypergrad.estimator import HypergradEstimator
+from hypergrad.estimators import make_estimator
+from hypergrad.problem import BilevelProblem
+
+__all__ = ["check_settings", "make_estimator_of", "make_problem"]
+
+
+def make_problem(given: BilevelProblem | nn.Module, **of_module: Any) -> BilevelProblem:
+    """Return the problem that was given, or make it of a module.
+
+    Raises:
+        TypeError: neither a problem nor a module, or arguments for the other.
+    """
+    if isinstance(given, BilevelProblem):
+        if any(
+            value is not None and value is not False for value in of_module.values()
+        ):
+            msg = (
+                f"{', '.join(of_module)} go with a module; this problem has its losses "
+                "and outer parameters already. Leave them out."
+            )
+            raise TypeError(msg)
+        return given
+    if not isinstance(given, nn.Module):
+        msg = (
+            "the first argument must be a BilevelProblem or a torch.nn.Module, got "
+            f"{type(given).__name__}."
+        )
+        raise TypeError(msg)
+    beside = of_module["inner_settings"] or of_module["learn_start"]
+    if of_module["loss_fn"] is None or (of_module["outer"] is None and not beside):
+        msg = "with a module, pass loss_fn and outer (which parameters are outer) too."
+        raise TypeError(msg)
+    return BilevelProblem.from_module(given, **of_module)
+
+
+def make_estimator_of(given: Any) -> HypergradEstimator:
+    """Return the estimator that was given, or make it of its name.
+
+    Raises:
+        TypeError: neither a name nor an estimator.
+    """
+    if isinstance(given, str):
+        return make_estimator(given)
+    if not isinstance(given, HypergradEstimator):
+        msg = (
+            f"estimator must be a name or a HypergradEstimator, got {given!r}. Pass e.g. "
+            "estimator='neumann'."
+        )
+        raise TypeError(msg)
+    return given
+
+
+def check_settings(
+    outer_every: int | None,
+    outer_warmup: int,
+    max_grad_norm: float | None,
+    reuse_graph: Any,
+) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        TypeError: a count that is not a whole number.
+        ValueError: naming the setting and its value.
+    """
+    counts = [("outer_warmup", outer_warmup, 0)]
+    if outer_every is not None:
+        counts.append(("outer_every", outer_every, 1))
+    for name, value, least in counts:
+        if not isinstance(value, int) or isinstance(value, bool):
+            msg = f"{name}={value!r} must be a whole number of inner steps."
+            raise TypeError(msg)
+        if value < least:
+            msg = f"{name}={value} must be at least {least} inner steps."
+            raise ValueError(msg)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        msg = (
+            f"max_grad_norm={max_grad_norm} must be positive, or None for no clipping."
+        )
+        raise ValueError(msg)
+    if reuse_graph not in (True, False, "auto"):
+        msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
+        raise ValueError(msg)
