@@ -26,6 +26,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "sama": [{}, {"product": "exact"}],
     "unrolled": [{"num_steps": 1}, {"num_steps": 5}],
+    "forward": [{"num_steps": 5, "num_directions": 1}, {"num_steps": 5}],
+    "zeroth-order": [{"num_steps": 5, "num_directions": 1}],
     "implicit": [],
     "f2sa": [{}, {"num_points": 2}],
 }
@@ -102,6 +104,10 @@ def estimator_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _told(setting: str, value: Any) -> str:
     if isinstance(value, FiniteDifference):
         return value.scheme
-    return {"product": "{} product", "num_steps": "K = {}", "num_points": "p = {}"}[
-        setting
-    ].format(value)
+    told = {
+        "product": "{} product",
+        "num_steps": "K = {}",
+        "num_points": "p = {}",
+        "num_directions": "m = {}",
+    }
+    return told[setting].format(value)

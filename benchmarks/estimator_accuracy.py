@@ -15,9 +15,9 @@ Three kinds of problem, each with several seeds, in float64 and float32:
   random basis: spread evenly over four decades, or ten large ones over a flat rest.
 - *network*: two layers, some steps of a real torch optimizer; the truth is plain
   autograd in float64 through the optimizers written out in `_truth.py`. For what
-  differentiates steps: darts, sama, unrolled. The truth starts from the numbers that the
-  real run had before the window, so that the error is the estimator's, not that of the
-  steps before.
+  differentiates steps: darts, sama, unrolled, forward, and zeroth-order by values. The
+  truth starts from the numbers that the real run had before the window, so that the error
+  is the estimator's, not that of the steps before.
 
 The error is the relative L2 distance of the indirect term, the one that is hard. (That
 of `first-order` and `pbgd-free` is 1 by definition.) The worst seed counts.
@@ -160,6 +160,25 @@ ROWS = (
     *(
         Row(ADAMW, f"unrolled, K = {k}", "unrolled", {"num_steps": k}, k, "adamw")
         for k in (1, 5, 20)
+    ),
+    *(
+        Row(
+            ADAMW,
+            f"forward, K = {k}",
+            "forward",
+            {"num_steps": k, "num_directions": "all"},
+            k,
+            "adamw",
+        )
+        for k in (5, 20)
+    ),
+    Row(
+        ADAMW,
+        "zeroth-order, K = 5",
+        "zeroth-order",
+        {"num_steps": 5, "num_directions": "all"},
+        5,
+        "adamw",
     ),
     Row(ADAMW, "darts, exact product (assumes SGD)", "darts", EXACT, 1, "adamw"),
     Row(MOMENTUM, "unrolled, K = 5", "unrolled", {"num_steps": 5}, 5, "momentum"),

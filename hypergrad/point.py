@@ -166,7 +166,11 @@ class Point:
 
     @contextmanager
     def product_at(
-        self, step: InnerStep, product: ProductLike = "exact"
+        self,
+        step: InnerStep,
+        product: ProductLike = "exact",
+        *,
+        single_use: bool = True,
     ) -> Iterator[BoundProduct]:
         """Yield products at the w, λ, data and random state of a past inner step.
 
@@ -176,14 +180,18 @@ class Point:
         Args:
             step: the step to go back to.
             product: which product, or its name.
+            single_use: whether one product is all that will be asked for. Where False,
+                what it is taken from is held until the block ends, and no kept graph is
+                used.
 
         Yields:
-            The product; it serves once.
+            The product.
         """
         product = as_product(product)
         place: Any = self.problem.at(step.inner_params, step.outer_params)
-        hints = Hints(base=step.outer_grads, single_use=True)
-        if product.continues_graph and step.graph is not None and self._unmoved(step):
+        hints = Hints(base=step.outer_grads, single_use=single_use)
+        continues = single_use and product.continues_graph and step.graph is not None
+        if continues and self._unmoved(step):
             hints = replace(hints, kept=step.graph)
             # The graph holds its own w; copying λ onto itself would void it.
             place = nullcontext()

@@ -29,6 +29,7 @@ __all__ = [
     "n_snapshots",
     "since_snapshot",
     "steps_back",
+    "take_again",
     "take_steps",
     "with_grads",
     "without_snapshot",
@@ -294,17 +295,23 @@ def steps_back(
         held = snapshots_of.enough(n_steps)
 
     def advance(i: int, step: InnerStep) -> InnerStep:
-        w, state = _taken_again(problem, step, tally)
+        w, state = take_again(problem, step, tally)
         return replace(steps[i + 1], inner_params=w, state=state)
 
     kept = [step if step.is_snapshot else None for step in steps]
     yield from islice(snapshots_of.walk_back(kept, held, advance), n_steps)
 
 
-def _taken_again(
+def take_again(
     problem: BilevelProblem, step: InnerStep, tally: Tally
 ) -> tuple[Params, State]:
-    """Return w and the state after a step."""
+    """Return w and the state after a step, which is taken once more as it was.
+
+    Args:
+        problem: the problem; it is left as it was.
+        step: the record, with w and the state before it.
+        tally: counts the evaluations.
+    """
     if step.grads:
         return step.rule.apply(step.inner_params, step.state, step.grads)
     with problem.at(step.inner_params, step.outer_params):

@@ -58,6 +58,8 @@ ESTIMATORS = (
     "darts",
     "sama",
     "unrolled",
+    "forward",
+    "zeroth-order",
     "neumann",
     "cg",
     "nystrom",

@@ -53,8 +53,18 @@ def outer_step_cost(estimator: Any) -> float:
         estimator, "max_iter", 0
     )
     revisited = getattr(estimator, "num_steps", 0)
-    is_first_order = getattr(estimator, "name", "") == "first-order"
-    return 1.0 if is_first_order else 3.0 + products + 2.25 * revisited
+    name = getattr(estimator, "name", "")
+    if name == "first-order":
+        return 1.0
+    if name == "forward":  # a graph for each step, and a product for each direction
+        directions = estimator.num_directions
+        count = 8 if directions == "all" else directions
+        return 1.0 + revisited * (1.0 + 1.25 * count)
+    if name == "zeroth-order":  # the steps on either side, and four values
+        directions = estimator.num_directions
+        count = 8 if directions == "all" else directions
+        return count * (2.0 * revisited + 2.0)
+    return 3.0 + products + 2.25 * revisited
 
 
 def memory_in_use(device: torch.device) -> int:

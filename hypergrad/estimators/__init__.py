@@ -7,6 +7,7 @@ from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.f2sa import F2SA
 from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit, ImplicitEstimator
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
@@ -19,6 +20,7 @@ from hypergrad.estimators.registry import (
 )
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.estimators.zeroth_order import ZerothOrder
 
 __all__ = [
     "F2SA",
@@ -26,6 +28,7 @@ __all__ = [
     "ConjugateGradient",
     "Darts",
     "FirstOrder",
+    "Forward",
     "Implicit",
     "ImplicitEstimator",
     "Neumann",
@@ -34,6 +37,7 @@ __all__ = [
     "Penalty",
     "Sama",
     "Unrolled",
+    "ZerothOrder",
     "estimator_names",
     "make_estimator",
     "register_estimator",

@@ -13,6 +13,7 @@ from hypergrad.estimators.cg import ConjugateGradient
 from hypergrad.estimators.darts import Darts
 from hypergrad.estimators.f2sa import F2SA
 from hypergrad.estimators.first_order import FirstOrder
+from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.neumann import Neumann
 from hypergrad.estimators.nystrom import Nystrom
@@ -20,6 +21,7 @@ from hypergrad.estimators.pbgd_free import PBGDFree
 from hypergrad.estimators.penalty import Penalty
 from hypergrad.estimators.sama import Sama
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.estimators.zeroth_order import ZerothOrder
 
 __all__ = ["estimator_names", "make_estimator", "register_estimator"]
 
@@ -33,6 +35,7 @@ _registry: dict[str, Factory] = {
         FirstOrder,
         Darts,
         Unrolled,
+        Forward,
         Implicit,
         ConjugateGradient,
         Neumann,
@@ -41,6 +44,7 @@ _registry: dict[str, Factory] = {
         Penalty,
         F2SA,
         PBGDFree,
+        ZerothOrder,
     )
 }
 

@@ -10,8 +10,8 @@ from hypergrad._checks import check_count
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._one_step import with_chosen_product
+from hypergrad.estimators._window import moved_within
 from hypergrad.learned import adjoint_of_settings, wanted_settings
-from hypergrad.point import versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
@@ -170,7 +170,7 @@ class Unrolled(HypergradEstimator):
                 adjoint = tree.add(pulled.params, curved), pulled.state
             del pulled, curved  # before others are reached
         total |= {lam: adjoint[0][w] for w, lam in problem.inner_start.items()}
-        reason = _MOVED.format(self.num_steps) if self._moved(point) else ""
+        reason = moved_within(point, point.steps[-self.num_steps :])
         return Indirect(total, info={**info, "reason": reason})
 
     def _check_first(self, number: int | None) -> None:
@@ -183,18 +183,3 @@ class Unrolled(HypergradEstimator):
                 "num_steps, and call `begin_run` after each."
             )
             raise HypergradError(msg)
-
-    def _moved(self, point: Point) -> bool:
-        """Return whether λ is not what it was at every step."""
-        now, steps = versions_of(point.problem), point.steps[-self.num_steps :]
-        if all(step.outer_versions == now for step in steps):
-            return False
-        # Counted moves may lead back to the same values, and copies have no count.
-        return any(point.tally.read(*point.moved(steps)))
-
-
-_MOVED = (
-    "the outer parameters moved within the last {0} inner steps: this is the derivative "
-    "for a common shift of all their values. For that of the last alone, take outer steps "
-    "every {0} inner ones."
-)

@@ -123,8 +123,8 @@ class BoundProduct(ABC):
         self.batches = batches
         self.tally = tally
         self.unused: set[str] | None = None
-        """Outer parameters that the last product in λ was not connected to; None before
-        there was one."""
+        """Outer parameters that the last product in λ was not connected to; None where it
+        cannot tell, and before there was one."""
         self.info: dict[str, Any] = {}
         """Fields of `Info` that the last product knows; numbers may be tensors."""
 

@@ -169,16 +169,17 @@ class _FiniteDifference(BoundProduct):
         """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ by differences; w and λ move together."""
         self._agree()
         found = super().jvp(inner, outer)
-        # Where the first graph shows that the loss computes more coarsely than it said.
-        return self.jvp(inner, outer) if self._agree() else found
+        if self._agree():
+            # The first graph shows that the loss computes more coarsely than it said.
+            return self.jvp(inner, outer)
+        self.unused = None  # λ moves, and nothing is differentiated in it
+        return found
 
     def push(self, inner: Params, outer: Params) -> Contribution:
         """Return this rank's part of it."""
         self.tally.n_hvp += 1
         found = self._compute({**inner, **outer}, self.problem.inner_params, {})
-        return replace(
-            found, unused=set()
-        )  # λ moves, and nothing is differentiated in it
+        return replace(found, unused=set())
 
     def compute(self, direction: Params, wanted: Params) -> Contribution:
         """Return the products without a judgement."""

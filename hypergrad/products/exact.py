@@ -114,8 +114,10 @@ class _DoubleBackward(BoundProduct):
             if len(self.batches) != 1:
                 return self._sum_of_gradients()
             (micro,) = self._plain
-            self._ensure_graph(micro)
-            grads = self._graph.grads if self._graph is not None else {}
+            if self._joint is None:
+                self._ensure_graph(micro)
+            graph = self._joint or self._graph
+            grads = graph.grads if graph is not None else {}
             parts = [grads.get(n) for n in w]
             sums = accumulate([], parts, list(w.values()), micro.weight)
             return self._handed_on(dict(zip(w, sums, strict=True)), set())

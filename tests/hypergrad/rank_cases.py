@@ -206,8 +206,9 @@ class Row:
         settings: its settings.
         virtual: those that it needs besides where no steps are given.
         sends: what `estimate` sends: W and L for a value for each entry of the inner and
-            the outer parameters, with the number of them that are stacked. "…" stands
-            for as many W as `info.n_hvp` leaves open, ' for a single number more.
+            the outer parameters, with the number of them that are stacked; V for a loss.
+            "…" stands for as many W as `info.n_hvp` leaves open, ' for a single number
+            more.
         scheme: of its finite differences; empty for an exact product.
         whole: whether one process may be given the data of all as one batch.
         trains: what a training step with an outer one sends, where it is not the inner
@@ -283,6 +284,28 @@ def unrolled(steps: int) -> dict[str, Row]:
         )
         for product in ("exact", "forward-over-reverse", "finite-difference")
     }
+
+
+def forward(steps: int, directions: int | str) -> Row:
+    entries = sum(math.prod(shape) for shape in OUTER.values())
+    count = directions if isinstance(directions, int) else entries
+    return Row(
+        "forward",
+        {"num_steps": steps, "num_directions": directions},
+        {"rule": RULE},
+        "W " * steps + "WL" + " W" * (count * steps),
+    )
+
+
+def zeroth_order(steps: int, directions: int) -> Row:
+    side = " W" * steps + " V V" if steps else " V"
+    return Row(
+        "zeroth-order",
+        # Far, so that sums in another order lose little.
+        {"num_steps": steps, "num_directions": directions, "radius": 0.5},
+        {"rule": RULE} if steps else {},
+        "W " * steps + "V" + 2 * directions * side,
+    )
 
 
 RULE = SGD(0.2, momentum=0.8, weight_decay=0.1)
@@ -382,6 +405,8 @@ FAMILIES: dict[str, dict[str, Row]] = {
         ),
     },
     "pbgd-free": {"": Row("pbgd-free", sends="L", trains="W W L")},
+    "zeroth-order": {"": zeroth_order(0, 2), "two steps": zeroth_order(2, 3)},
+    "two steps forward": {"all": forward(2, "all"), "random": forward(2, 3)},
     "auto": {"": Row("auto", sends="WL WL WL … L")},
 }
 TABLE = {

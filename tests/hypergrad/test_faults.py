@@ -35,6 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 # products wherever it is.
 SETTINGS: dict[str, dict[str, Any]] = {
     "unrolled": {"num_steps": 2},
+    "forward": {"num_steps": 2, "num_directions": 1},
+    "zeroth-order": {"num_steps": 2, "num_directions": 1},
     "cg": {"max_iter": 1, "damping": 10.0},
     "neumann": {"num_terms": 1, "damping": 10.0},
     "nystrom": {"rank": 1, "damping": 1.0},
@@ -48,6 +50,8 @@ VIRTUAL: dict[str, dict[str, Any]] = {
     "unrolled": {"rule": SGD(0.1)},
     "penalty": {"rule": SGD(0.1)},
     "f2sa": {"rule": SGD(0.1)},
+    "forward": {"rule": SGD(0.1)},
+    "zeroth-order": {"rule": SGD(0.1)},
 }
 
 

@@ -32,6 +32,8 @@ def test_timing_leaves_no_trace(finished: Callable[[str], Any]) -> None:
         ("darts", {}, 3.0),
         ("neumann", {"num_terms": 5}, 8.0),
         ("cg", {"max_iter": 20}, 23.0),
+        ("zeroth-order", {"num_steps": 3, "num_directions": 2}, 16.0),
+        ("forward", {"num_steps": 2, "num_directions": 4}, 13.0),
     ],
 )
 def test_outer_costs_follow_the_number_of_products(

@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "darts": {"inner_lr": 0.05},
     "sama": {"rule": RULE},
     "unrolled": {"rule": RULE, "num_steps": 3},
+    "forward": {"rule": RULE, "num_steps": 3, "num_directions": 3},
+    "zeroth-order": {"rule": RULE, "num_steps": 3},
     # Not at a minimum: H is indefinite.
     "cg": {"damping": 3.0},
     "neumann": {"damping": 3.0},
@@ -68,7 +70,7 @@ def test_outer_losses_of_all_sizes(
     ]
     # A difference takes its step from the direction's length, and rounds anew.
     differences = settings.get("product", "") == "finite-difference" or (
-        name in ("darts", "sama") and "product" not in settings
+        name in ("darts", "sama", "zeroth-order") and "product" not in settings
     )
     bound = tol(dtype, 10, "difference") if differences else tol(dtype, 10)
     for size, result in zip((1e20, 1e-20), results[1:], strict=True):

@@ -133,6 +133,43 @@ TABLE = [
         1e-6,
         more={"problems": {"quadratic": quadratic}, "dtypes": (F64,)},
     ),
+    Row(
+        "forward",
+        {"num_steps": 1, "rule": SGD(0.1), "num_directions": "all"},
+        1e-12,
+        step(0.1),
+    ),
+    Row(
+        "forward",
+        {"num_steps": 4, "rule": SGD(0.2), "num_directions": "all", "snapshots": 3},
+        1e-12,
+        step(0.2, 4),
+    ),
+    Row(
+        "forward",
+        {"num_steps": 2, "rule": SGD(0.2), "product": "finite-difference"},
+        more={"problems": FEW},
+    ),
+    # Random directions: laws alone.
+    Row("forward", {"num_directions": 1, "rule": AdamW(0.1)}, more={"problems": FEW}),
+    Row(
+        "zeroth-order",
+        {"num_steps": 1, "rule": SGD(0.1), "num_directions": "all"},
+        1e-6,
+        step(0.1),
+        {"dtypes": (F64,), "problems": FEW},
+    ),
+    Row(
+        "zeroth-order",
+        {"num_steps": 3, "rule": SGD(0.1, momentum=0.9), "snapshots": 3},
+        more={"problems": FEW},
+    ),
+    Row(
+        "zeroth-order",
+        {"num_steps": 1, "num_directions": 1, "rule": SGD(0.1)},
+        more={"problems": FEW},
+    ),
+    Row("zeroth-order", {"num_steps": 0}, more={"problems": FEW}),
     Row("cg", {"max_iter": 40, "rtol": 1e-14}, 1e-12),
     # A relative residual of rtol is an error of at most rtol·κ, and κ is below 25.
     Row("cg", {"max_iter": 40}, 25e-6, more=VARIANT),

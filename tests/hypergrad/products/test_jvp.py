@@ -82,7 +82,8 @@ def test_it_is_the_transpose_of_vjp(name: str, data: str) -> None:
     with made.untouched():
         product = bind_product(name, made, DATA[data], tally)
         pushed = product.jvp(u, mu)
-        assert product.unused == set()
+        # A difference moves λ, and does not differentiate in it.
+        assert product.unused == (set() if name in EXACT else None)
         hvp, mixed = product.vjp(v)
         tally.read()
     there = tree.dot(v, pushed)
