@@ -141,7 +141,7 @@ def test_open_settings_follow_the_model_and_the_given_ones() -> None:
     assert TrainSettings(method="lora", model=BUNDLED_MODEL) == lora
     assert TrainSettings(model="x/y").rate == defaults.OTHER_LEARNING_RATE
     assert TrainSettings(model="x/y", learning_rate=1e-3).rate == 1e-3
-    full = {"method": "full"}
+    full: dict[str, Any] = {"method": "full"}
     assert TrainSettings(**full).rate == defaults.FULL_LEARNING_RATE
     other = TrainSettings(model="x/y", **full).rate
     assert other == defaults.OTHER_FULL_LEARNING_RATE
