@@ -33,6 +33,7 @@ __all__ = [
     "make_settings",
     "make_start",
     "start_of",
+    "tangents_of_settings",
     "values_at",
     "wanted_settings",
 ]
@@ -412,6 +413,45 @@ def adjoint_of_settings(
             else:
                 total += added
         found[name] = total
+    return found
+
+
+def tangents_of_settings(
+    problem: BilevelProblem, rule: Rule, number: int | None, outer: Mapping[str, Tensor]
+) -> State:
+    """Return how the settings of one step change along a direction of λ.
+
+    The transpose of `adjoint_of_settings`.
+
+    Args:
+        problem: the problem.
+        rule: of the step.
+        number: of the step in its inner run.
+        outer: the direction; a name that is left out stays where it is.
+
+    Returns:
+        Tangents by parameter, then setting, as `Rule.pushforward` takes them.
+    """
+    found: State = {}
+    parts = list(_parts(rule, problem.inner_params))
+    for name, s in problem.inner_settings.items():
+        if name not in outer:
+            continue
+        held = outer[name].detach()
+        key = "lr" if s.setting == "schedule" else s.setting
+        for group, (names, part) in enumerate(parts):
+            moved = held
+            if s.setting == "schedule":
+                moved = held[_step_of(s, held, number)]
+            elif s.groups is not None:
+                moved = held[group]
+            at = torch.tensor(
+                getattr(part, key), dtype=moved.dtype, device=moved.device
+            )
+            dot = moved * (at if SCALES[s.setting] == "log" else at * (1 - at))
+            for n in names:
+                before = found.setdefault(n, {}).get(key)
+                found[n][key] = dot if before is None else before + dot
     return found
 
 

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from hypergrad.errors import HypergradError
 from hypergrad.point import Point, versions_of
 from hypergrad.rules import State
 from hypergrad.steps import InnerStep, take_again
 from hypergrad.tree import Params
 
-__all__ = ["MOVED", "moved_within", "start_of"]
+__all__ = ["check_first", "moved_within", "start_of"]
 
-MOVED = (
+_MOVED = (
     "the outer parameters moved within the last {0} inner steps: this is the derivative "
     "for a common shift of all their values. For that of the last alone, take outer steps "
     "every {0} inner ones."
@@ -27,7 +28,7 @@ def moved_within(point: Point, steps: Sequence[InnerStep]) -> str:
         return ""
     # Counted moves may lead back to the same values, and copies have no count.
     moved = any(point.tally.read(*point.moved(steps)))
-    return MOVED.format(len(steps)) if moved else ""
+    return _MOVED.format(len(steps)) if moved else ""
 
 
 def start_of(point: Point, num_steps: int) -> tuple[Params, State]:
@@ -48,3 +49,25 @@ def start_of(point: Point, num_steps: int) -> tuple[Params, State]:
         step = replace(step, inner_params=w, state=state)
         w, state = take_again(point.problem, step, point.tally)
     return w, state
+
+
+def check_first(who: object, num_steps: int, number: int | None) -> None:
+    """Refuse a window that does not begin where the inner run does.
+
+    Args:
+        who: the estimator.
+        num_steps: the steps of its window.
+        number: of the oldest of them in its inner run.
+
+    Raises:
+        HypergradError: naming what to do.
+    """
+    if number != 0:
+        at = "an unknown one" if number is None else f"number {number + 1}"
+        msg = (
+            f"the start of the inner run is learned, and the oldest of the {num_steps} "
+            f"steps that {type(who).__name__} looks back at is {at} of the run, not its "
+            "first. Take outer steps after as many inner steps as num_steps, and call "
+            "`begin_run` after each."
+        )
+        raise HypergradError(msg)

@@ -19,7 +19,8 @@ from hypergrad.estimators._directions import (
     check_directions,
 )
 from hypergrad.estimators._one_step import with_chosen_product
-from hypergrad.estimators._window import moved_within, start_of
+from hypergrad.estimators._window import check_first, moved_within, start_of
+from hypergrad.learned import tangents_of_settings
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, Tally, as_product
 from hypergrad.rules import Rule, State
@@ -97,6 +98,7 @@ class Forward(HypergradEstimator):
     """
 
     name: ClassVar[str] = "forward"
+    reaches: ClassVar[frozenset[str]] = frozenset({"settings", "start"})
     num_steps: int = 5
     _: KW_ONLY
     num_directions: NumDirections = 8
@@ -146,7 +148,12 @@ class Forward(HypergradEstimator):
         return with_chosen_product(self, self.product, problem, inner_batch)
 
     def indirect(self, point: Point) -> Indirect:
-        """Return the slopes of f through w, put together along the directions."""
+        """Return the slopes of f through w, put together along the directions.
+
+        Raises:
+            HypergradError: the start of the inner run is learned, and the oldest of the
+                steps is not its first.
+        """
         directions = Directions.of(
             point.problem.outer_params, self.num_directions, self.seed, point.state
         )
@@ -162,8 +169,9 @@ class Forward(HypergradEstimator):
             # Differences do not tell whether λ acts on the inner gradient at all.
             point.gradients("inner", "outer")
         total = directions.sum(found)
+        acting = point.problem.beside_losses
         for name in point.unused("inner"):  # exactly 0, and not so by random directions
-            if name in total:
+            if name in total and name not in acting:
                 total[name].zero_()
         reason = moved_within(point, point.steps[-self.num_steps :])
         return Indirect(total, directions.state, {**info, "reason": reason})
@@ -171,20 +179,23 @@ class Forward(HypergradEstimator):
     def _push(self, point: Point, tangents: Sequence[_Tangent]) -> dict[str, Any]:
         """Take tangents through all steps; return what the product knows of itself."""
         info: dict[str, Any] = {}
+        problem = point.problem
         w, state = start_of(point, self.num_steps)
-        for tangent in tangents:
-            tangent.params = tree.zeros_like(w)
         steps = point.steps[-self.num_steps :]
+        if problem.inner_start:
+            check_first(self, self.num_steps, steps[0].number)
+        for tangent in tangents:
+            tangent.begin(problem, w)
         for left, recorded in zip(reversed(range(len(steps))), steps, strict=True):
             step = recorded
             if not step.is_snapshot:
                 step = replace(step, inner_params=w, state=state)
             with point.product_at(step, self.product, single_use=False) as product:
-                changes = [product.jvp(t.params, t.outer) for t in tangents]
+                changes = [product.jvp(t.params, t.in_losses) for t in tangents]
                 grads = step.grads or product.gradient()
                 info |= product.info
             for tangent, change in zip(tangents, changes, strict=True):
-                tangent.step(step, grads, change, point.tally)
+                tangent.step(problem, step, grads, change, point.tally)
             if left:
                 w, state = step.rule.apply(step.inner_params, step.state, grads)
         return info
@@ -196,20 +207,45 @@ class _Tangent:
 
     Attributes:
         outer: the direction.
+        in_losses: the part of it that acts in the losses.
         params: tangent of w.
         state: tangents of the state.
     """
 
     outer: Params
+    in_losses: Params = field(default_factory=dict)
     params: Params = field(default_factory=dict)
     state: State = field(default_factory=dict)
 
+    def begin(self, problem: BilevelProblem, w: Params) -> None:
+        """Start where the window does, where w moves only if its start is learned."""
+        beside = problem.beside_losses
+        self.in_losses = {n: t for n, t in self.outer.items() if n not in beside}
+        starts = problem.inner_start
+        self.params = {
+            n: self.outer[starts[n]].to(t)
+            if starts.get(n) in self.outer
+            else torch.zeros_like(t)
+            for n, t in w.items()
+        }
+
     def step(
-        self, step: InnerStep, grads: Params, change: Params, tally: Tally
+        self,
+        problem: BilevelProblem,
+        step: InnerStep,
+        grads: Params,
+        change: Params,
+        tally: Tally,
     ) -> None:
         """Go through a step whose gradient changes by `change`."""
         pushed = step.rule.pushforward(
-            step.inner_params, step.state, grads, self.params, self.state, change
+            step.inner_params,
+            step.state,
+            grads,
+            self.params,
+            self.state,
+            change,
+            tangents_of_settings(problem, step.rule, step.number, self.outer),
         )
         tally.watch_finite(
             list(pushed.params),

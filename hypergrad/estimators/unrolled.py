@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 from hypergrad import tree
 from hypergrad._checks import check_count
-from hypergrad.errors import HypergradError
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._one_step import with_chosen_product
-from hypergrad.estimators._window import moved_within
+from hypergrad.estimators._window import check_first, moved_within
 from hypergrad.learned import adjoint_of_settings, wanted_settings
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
@@ -159,7 +158,7 @@ class Unrolled(HypergradEstimator):
                 adjoint = pulled.params, pulled.state
                 starts = bool(problem.inner_start) and oldest
                 if starts:
-                    self._check_first(step.number)
+                    check_first(self, self.num_steps, step.number)
                 del given, grads, step
                 inner = starts or not oldest
                 curved, mixed = product.vjp(pulled.grads, inner=inner)
@@ -172,14 +171,3 @@ class Unrolled(HypergradEstimator):
         total |= {lam: adjoint[0][w] for w, lam in problem.inner_start.items()}
         reason = moved_within(point, point.steps[-self.num_steps :])
         return Indirect(total, info={**info, "reason": reason})
-
-    def _check_first(self, number: int | None) -> None:
-        if number != 0:
-            at = "an unknown one" if number is None else f"number {number + 1}"
-            msg = (
-                f"the start of the inner run is learned, and the oldest of the "
-                f"{self.num_steps} steps that Unrolled looks back at is {at} of the "
-                "run, not its first. Take outer steps after as many inner steps as "
-                "num_steps, and call `begin_run` after each."
-            )
-            raise HypergradError(msg)

@@ -32,6 +32,8 @@ from tests.hypergrad.estimators.truths import (
     reweighting_case,
     warm,
 )
+from tests.hypergrad.test_learned import SETUPS, worst
+from tests.hypergrad.test_learned import problem as problem_of
 from tests.tolerances import error
 
 F64 = torch.float64
@@ -105,6 +107,45 @@ def test_moved_outer_parameters_are_told_of() -> None:
     assert error(found.indirect, truth.indirect) <= 1e-12
     assert found.info.reason == truth.info.reason
     assert "common shift" in found.info.reason
+
+
+# -- λ in the optimizer and in the start ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [*((name, "exact") for name in SETUPS), ("momentum", "finite-difference")],
+)
+def test_learned_settings_and_starts(name: str, product: str) -> None:
+    case, setup = network_case(), SETUPS[name]
+    more: dict[str, Any] = {"learned": {"schedule": [1.0, 0.7, 0.4]}}
+    made = problem_of(case, setup, learn_start="bias", **more)
+    # Not from the first step: Adam's does not depend on its betas.
+    settings = {"num_steps": 3, "rule": setup.rule(), "product": product}
+    found = make_estimator("forward", num_directions="all", **settings).estimate(
+        made, inner_batch=case.batch(0), outer_batch=case.outer_batch
+    )
+    known = make_estimator("unrolled", **{**settings, "product": "exact"}).estimate(
+        made, inner_batch=case.batch(0), outer_batch=case.outer_batch
+    )
+    assert {"log_schedule", "start of bias"} <= set(found.indirect)
+    # From nothing, Adam's first step cancels terms of its own size.
+    bar = 1e-9 if product == "exact" else 1e-6
+    assert worst(found.indirect, known.indirect) <= bar
+    assert found.info.unused == known.info.unused
+
+
+def test_a_window_that_does_not_begin_where_the_start_is_learned() -> None:
+    case = network_case()
+    made = problem_of(case, SETUPS["sgd"], learn_start=True)
+    steps, end = take_steps(made, [case.batch(0)] * 3, SGD(0.1))
+    with (
+        made.at(end),
+        pytest.raises(HypergradError, match="Forward looks back at is num"),
+    ):
+        make_estimator("forward", num_steps=2).estimate(
+            made, inner_batch=None, outer_batch=case.outer_batch, steps=steps
+        )
 
 
 # -- cost -------------------------------------------------------------------------------

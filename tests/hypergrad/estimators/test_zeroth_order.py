@@ -200,10 +200,11 @@ class Noisy(nn.Module):
 def test_both_sides_see_the_same_dropout() -> None:
     torch.manual_seed(0)
     problem = BilevelProblem.from_module(Noisy(), lambda m, x: m(x), outer="scale")
-    data = {"inner_batch": torch.ones(6, dtype=F64)}
-    data["outer_batch"] = data["inner_batch"]
+    x = torch.ones(6, dtype=F64)
     found, truth = (
-        make_estimator(name, num_steps=2, rule=SGD(0.1)).estimate(problem, **data)
+        make_estimator(name, num_steps=2, rule=SGD(0.1)).estimate(
+            problem, inner_batch=x, outer_batch=x
+        )
         for name in ("zeroth-order", "unrolled")
     )
     assert error(found.direct, truth.direct) <= 1e-8
