@@ -48,7 +48,7 @@ BUDGET = "economical"
 ESTIMATOR = "darts"
 """That of every budget, and of `BiDoRAOptimizer`."""
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 6e-4
 """AdamW's rate of directions, head and magnitudes for the bundled encoder."""
 
 OTHER_LEARNING_RATE = 5e-4

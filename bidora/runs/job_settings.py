@@ -149,9 +149,9 @@ class JobSettings(Declared):
         shown="as the model was trained, where it says so, else head",
         metavar="{" + ",".join(defaults.POOLINGS) + "}",
     )
-    lora_r: int = option(8, "rank of the change of a weight", ADAPTER)
+    lora_r: int = option(32, "rank of the change of a weight", ADAPTER)
     lora_alpha: float = option(
-        16.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
+        64.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
     )
     lora_dropout: float = option(0.0, "dropout in front of the change", ADAPTER)
     target_modules: tuple[str, ...] | None = option(
