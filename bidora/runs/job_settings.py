@@ -262,7 +262,7 @@ class JobSettings(Declared):
             UserError: If `max_length` is more than the model takes.
 
         Example:
-            >>> TrainSettings(task="reviews.csv").tokens_kept(64)
+            >>> JobSettings(task="reviews.csv").tokens_kept(64)
             64
         """
         if self.max_length is None:

@@ -25,7 +25,7 @@ from bidora import BiDoRAOptimizer
 from hypergrad import make_estimator
 
 # Reads of what lies on the host: random states, and step counts that torch keeps there.
-HOST = ("hypergrad/rng.py", "hypergrad/rules/base.py")
+HOST = ("hypergrad/rng.py", "hypergrad/rules/elementwise.py")
 # On a CPU every exact DoRA layer looks for cancelled rows, and on accelerators none does.
 ON_A_CPU_ALONE = ("bidora/dora/norms.py",)
 
@@ -33,7 +33,7 @@ BARS: dict[str, tuple[float, int]] = {
     "darts": (4.6, 4),
     "darts, exact": (5.7, 4),
     "sama": (4.7, 4),
-    "unrolled, K = 5": (23.0, 4),
+    "unrolled, K = 5": (23.2, 4),
     "neumann, 5 terms": (19.8, 4 + 5),
     "cg, 5 iterations": (19.8, 4 + 5),
 }

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 ALL = METHODS.names()
 SEARCHES = tuple(name for name in ALL if name.startswith("bidora"))
 HEAD = 16 * 3 + 3  # hidden size times classes, and a bias
-RANK = 8
+RANK = 32
 # Four layers of 16 × 16 in attention, one of 16 × 32 and one of 32 × 16, twice, and the
 # pooler's 16 × 16: A and B of each, and a magnitude for each output.
 LORA = (2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 + 16) * RANK
@@ -103,7 +103,7 @@ def test_only_the_exact_forward_is_exact(finished: Run) -> None:
 
 
 def test_rank_stabilised_scale_is_alpha_over_the_root(finished: Run) -> None:
-    for name, scale in (("lora", 16 / 8), ("rslora", 16 / 8**0.5)):
+    for name, scale in (("lora", 64 / 32), ("rslora", 64 / 32**0.5)):
         layer = finished(name).job.model.base_model.model.bert.encoder.layer[0]
         assert layer.attention.self.query.scaling == {"default": scale}
 

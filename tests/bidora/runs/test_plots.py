@@ -50,7 +50,7 @@ def test_curves_differ_without_colour(drawn: list[Any], tmp_path: Path) -> None:
     (figure,) = drawn
     assert len(figure.axes) == 6
     for ax in figure.axes[:4]:
-        lines = [line for line in ax.get_lines() if "inner" not in line.get_label()]
+        lines = [line for line in ax.get_lines() if "batch" not in line.get_label()]
         assert len(lines) == 3
         for style in ("get_linestyle", "get_marker", "get_color"):
             assert len({getattr(line, style)() for line in lines}) == 3

@@ -59,6 +59,7 @@ def of_task(
     def run(task: str) -> Finished:
         if task not in runs:
             given = {**small_job, "method": "lora", "task_type": task, "max_steps": 2}
+            given |= {"learning_rate": 1e-3}  # answers near the labels
             if task == "tagging":
                 file = place / "tags.conll"
                 file.write_text(column_file)
