@@ -296,11 +296,11 @@ class _Part:
 
         1/(sqrt(v) + eps)² spans more digits than float32 has.
         """
-        return Many(_cut(source[n].detach(), i) for n, i in self.pieces).widened()
+        return Many(_cut(source[n], i) for n, i in self.pieces).widened()
 
     def narrow(self) -> Many:
         """Return the pieces of the parameters in their own dtype."""
-        return Many(_cut(self.params[n].detach(), i) for n, i in self.pieces)
+        return Many(_cut(self.params[n], i) for n, i in self.pieces)
 
     def slots(self, source: State) -> ManySlots:
         """Return the pieces of slots; zeros where one parameter lacks what another has."""

@@ -59,7 +59,7 @@ def of_task(
     def run(task: str) -> Finished:
         if task not in runs:
             given = {**small_job, "method": "lora", "task_type": task, "max_steps": 2}
-            given |= {"learning_rate": 1e-3}  # answers near the labels
+            given |= {"start": "random"}  # a fitted head is sure to all digits
             if task == "tagging":
                 file = place / "tags.conll"
                 file.write_text(column_file)
@@ -133,7 +133,7 @@ def test_other_tasks_answer_in_their_words(
         for row in own:
             shares = [float(v) for k, v in row.items() if k.startswith("p(")]
             assert len(shares) == 2
-            assert all(0 <= share <= 1 for share in shares)  # rounded, at large logits
+            assert all(0 < share < 1 for share in shares)
     if task == "tagging":
         for words, row in zip(texts, values, strict=True):
             tags = row[0] if suffix == ".jsonl" else json.loads(row[0])
