@@ -91,6 +91,18 @@ class Method(ABC):
     )
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS)
 
+    @classmethod
+    def useless(cls, settings: TrainSettings) -> list[str]:
+        """Return the given settings that would do nothing.
+
+        Args:
+            settings: Of the run.
+        """
+        given = settings.given()
+        if settings.early_stopping_patience is not None and not cls.searches:
+            given -= {"validation_fraction"}  # what is held back decides when to stop
+        return [name for name in cls.ignores if name in given]
+
     def check(self, settings: TrainSettings) -> None:
         """Refuse settings that would do nothing, or that the method fixes.
 
@@ -100,10 +112,8 @@ class Method(ABC):
         Raises:
             UserError: If one of them was changed.
         """
-        changed = settings.differs()
-        useless = [name for name in self.ignores if name in changed]
-        if settings.early_stopping_patience is not None and not self.searches:
-            useless = [name for name in useless if name != "validation_fraction"]
+        changed = settings.given()
+        useless = self.useless(settings)
         if useless:
             raise UserError(
                 f"{_options(useless)} has no meaning with --method {self.name}, which is "

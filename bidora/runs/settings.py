@@ -246,16 +246,16 @@ class TrainSettings(JobSettings):
 
         That of the bundled encoder, unless a setting is given that means nothing to it.
         """
-        useless = set(METHODS.get(defaults.METHOD).ignores) & self._given()
-        suits = self.is_bundled and not useless
+        suits = self.is_bundled and not METHODS.get(defaults.METHOD).useless(self)
         return defaults.METHOD if suits else defaults.OTHER_METHOD
 
     def differs(self) -> set[str]:
         """Return the names of the settings that are not at their defaults."""
-        found = self._given()
+        found = self.given()
         return found - {"method"} if self.method == self.usual_method else found
 
-    def _given(self) -> set[str]:
+    def given(self) -> set[str]:
+        """Return the names of the settings that are not what their fields begin with."""
         return {
             f.name
             for f in dataclasses.fields(self)

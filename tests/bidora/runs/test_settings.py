@@ -155,6 +155,8 @@ def test_open_settings_follow_the_model_and_the_given_ones() -> None:
     [
         ({}, "full"),
         ({"learning_rate": 1e-3, "weight_decay": 0.0, "seed": 3}, "full"),
+        ({"early_stopping_patience": 2, "validation_fraction": 0.3}, "full"),
+        ({"validation_fraction": 0.3}, "bidora"),
         ({"model": "x/y"}, "bidora"),
         ({"lora_r": 4}, "bidora"),
         ({"budget": "full"}, "bidora"),
