@@ -67,7 +67,7 @@ def draw_curves(
         records = [record for record in history if record["phase"] == phase]
         loss, score = axes[0][column], axes[1][column]
         loss.set_title(TITLES.get(phase, phase), fontsize=11)
-        loss.legend(handles=_draw_steps(loss, records), loc="upper right", fontsize=8)
+        loss.legend(handles=_draw_steps(loss, records), loc="center right", fontsize=8)
         _draw_evaluations(loss, records, phase, "loss")
         _draw_evaluations(score, records, phase, metric)
         _draw_test(score, records, probe, metric)
