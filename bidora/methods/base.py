@@ -92,16 +92,26 @@ class Method(ABC):
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS)
 
     @classmethod
-    def useless(cls, settings: TrainSettings) -> list[str]:
-        """Return the given settings that would do nothing.
+    def unused(cls, settings: TrainSettings) -> set[str]:
+        """Return the names of the settings that do nothing, given or not.
 
         Args:
             settings: Of the run.
         """
-        given = settings.given()
+        names = set(cls.ignores)
         if settings.early_stopping_patience is not None and not cls.searches:
-            given -= {"validation_fraction"}  # what is held back decides when to stop
-        return [name for name in cls.ignores if name in given]
+            names -= {"validation_fraction"}  # what is held back decides when to stop
+        return names
+
+    @classmethod
+    def useless(cls, settings: TrainSettings) -> list[str]:
+        """Return the given settings that would do nothing, in order.
+
+        Args:
+            settings: Of the run.
+        """
+        idle = cls.unused(settings) & settings.given()
+        return [name for name in cls.ignores if name in idle]
 
     def check(self, settings: TrainSettings) -> None:
         """Refuse settings that would do nothing, or that the method fixes.

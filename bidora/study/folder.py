@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bidora._files import write_whole
 from bidora.errors import UserError
+from bidora.methods.registry import METHODS
 from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid
@@ -162,15 +163,18 @@ class StudyFolder:
             records: What is there.
 
         Raises:
-            UserError: If a setting differs; it names the first.
+            UserError: If a setting that the method uses differs; it names the first.
         """
         usual = as_recorded(TrainSettings())
         for record in records:
             cell = record.cell
             if not grid.has(cell.task, cell.method):
                 continue
-            wanted = as_recorded(grid.settings_of(cell))
-            ignored = {*UNIMPORTANT, *(["max_steps"] if cell.purpose == "time" else [])}
+            settings = grid.settings_of(cell)
+            wanted = as_recorded(settings)
+            ignored = {*UNIMPORTANT, *METHODS.get(settings.method).unused(settings)}
+            if cell.purpose == "time":
+                ignored.add("max_steps")
             for name, value in wanted.items():
                 found = record.settings.get(name, usual[name])
                 if name not in ignored and found != value:

@@ -306,6 +306,20 @@ def test_a_grid_that_changes_what_was_run_is_refused(
     assert set(files(tmp_path / "out").values()).isdisjoint(before.values())
 
 
+def test_a_setting_that_a_method_does_not_use_is_no_change_of_the_grid(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    grid = small_grid(methods={"full": {}, "lora": {}})
+    first = run(grid)
+    for path in (tmp_path / "out" / "runs" / "words" / "full").iterdir():
+        record = json.loads(path.read_text())
+        record["settings"]["lora_r"] += 1  # as written when the default was another
+        path.write_text(json.dumps(record))
+    before = files(tmp_path / "out")
+    assert len(run(grid).records) == len(first.records)
+    assert files(tmp_path / "out") == before
+
+
 def test_steps_of_equal_time_are_no_change_of_the_grid(
     run: Callable[..., Study], small_grid: Grid
 ) -> None:
