@@ -25,6 +25,7 @@ class Registry:
         group: The group of entry points.
         ours: Where ours are, as `module:Class`, by name.
         base: What each must derive from, as `module:Class`.
+        chosen_by: A word that users may give in place of a name, to have it chosen.
 
     Example:
         >>> kinds = Registry(
@@ -38,12 +39,19 @@ class Registry:
     """
 
     def __init__(
-        self, kind: str, group: str, ours: dict[str, str], *, base: str
+        self,
+        kind: str,
+        group: str,
+        ours: dict[str, str],
+        *,
+        base: str,
+        chosen_by: str | None = None,
     ) -> None:
         self.kind = kind
         self.group = group
         self._homes = dict(ours)
         self._base = base
+        self._chosen_by = chosen_by
 
     def names(self) -> tuple[str, ...]:
         """Return the known names, ours first."""
@@ -88,7 +96,7 @@ class Registry:
                 (e.load() for e in entry_points(group=self.group, name=name)), None
             )
         if found is None:
-            known = self.names()
+            known = (*([self._chosen_by] if self._chosen_by else []), *self.names())
             near = get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(

@@ -28,6 +28,7 @@ METHODS = Registry(
         "bidora-one-split": "bidora.methods.bidora:OneSplit",
     },
     base="bidora.methods.base:Method",
+    chosen_by="auto",
 )
 
 

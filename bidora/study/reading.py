@@ -63,6 +63,11 @@ def read_grid(path: str | Path) -> Grid:
     path = Path(path).expanduser()
     try:
         values = yaml.load(path.read_text("utf-8"), Loader=_loader())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no grid {path}. Name a YAML file that lists tasks and methods; "
+            "the page on comparing methods has one to begin with."
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"the grid {path} cannot be read: {error}") from error
     return grid_from_dict(values, where=str(path), folder=path.parent)

@@ -124,7 +124,7 @@ def test_options_reach_the_comparison(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere.yaml"], "the grid nowhere.yaml cannot be read"),
+        (["nowhere.yaml"], "there is no grid nowhere.yaml. Name a YAML file"),
         (["GRID", "--only-methods", "lorra"], "the grid has no such name"),
         (["GRID", "--time-limit", "-3"], "--time-limit is -3.0; give minutes"),
         (["GRID", "--processes", "0"], "--processes is 0"),

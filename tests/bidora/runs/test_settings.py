@@ -101,7 +101,7 @@ def test_help_tells_the_default_of_every_setting() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "adora"}, "'adora'; choose one of bidora, dora.*'dora'"),
+        ({"method": "adora"}, "'adora'; choose one of auto, bidora, dora.*'dora'"),
         ({"budget": "cheap"}, "--budget 'cheap'; choose one of economical, full"),
         ({"retrain": "cold"}, "--retrain 'cold'; choose one of fresh, warm, none"),
         ({"quoting": "loud"}, "--quoting 'loud'; choose one of auto, csv, none"),

@@ -192,7 +192,7 @@ def test_what_is_wrong_is_named_by_key_and_file(
 
 def test_a_file_that_is_no_grid_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
-    with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"there is no grid .*Name a YAML file"):
         read_grid(path)
     for text, said in (
         ("a: [", "cannot be read"),
