@@ -19,6 +19,7 @@ __all__ = [
     "OUTER_WARMUP",
     "POOLINGS",
     "PRODUCT_FRACTION",
+    "PROTEIN_MODEL",
     "RETRAIN_SHARE",
     "SEARCH_SHARE",
     "STARTS",
@@ -29,6 +30,9 @@ __all__ = [
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
+
+PROTEIN_MODEL = "antiberty"
+"""Name of the protein model that the extra `protein` installs: AntiBERTy, of antibodies."""
 
 POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 """What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""

@@ -215,6 +215,7 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
             "allow_empty",
             "min_examples_per_class",
             "scheme",
+            "proteins",
         )
         if getattr(settings, k) is not None and k not in fields
     ]

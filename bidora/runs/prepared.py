@@ -89,6 +89,7 @@ def prepare(
 
     task, schema = examples.task, examples.schema
     tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
+    tokenizer = task.fit_processor(tokenizer, schema)
     base = load_base(
         source,
         tokenizer,
