@@ -1,4 +1,4 @@
-"""The command line: `bidora train`, `predict`, `compare` and `estimators`."""
+"""The command line: `bidora train`, `predict`, `export`, `compare` and `estimators`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bidora._threads import brief_waiting
 from bidora.cli.compare import add_compare, run_compare
+from bidora.cli.export import add_export, run_export
 from bidora.cli.lists import list_methods, list_recipes
 from bidora.cli.options import add_settings, literal, pairs
 from bidora.errors import UserError
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[[dict[str, Any]], int]] = {
         "train": _train,
         "predict": _predict,
+        "export": _export,
         "compare": _compare,
         "estimators": _estimators,
     }
@@ -224,6 +226,11 @@ def _predict(options: dict[str, Any]) -> int:
         sys.stdout.write(f"left out: {line}\n")
     sys.stdout.write(f"{done.rows} row(s) scored in {done.output}\n")
     return 0
+
+
+def _export(options: dict[str, Any]) -> int:
+    with _known_failures(), _quiet_libraries():
+        return run_export(options)
 
 
 def _compare(options: dict[str, Any]) -> int:
@@ -393,6 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_train(commands)
     _add_predict(commands)
+    add_export(commands)
     add_compare(commands)
     _add_estimators(commands)
     return parser

@@ -10,6 +10,7 @@ import pytest
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
+from bidora.models import find_model, load_tokenizer
 from bidora.tasks.classification import Classification
 from bidora.tasks.labels import BadValueError
 from bidora.tasks.proteins import RESIDUES, by_residue, read_residues
@@ -123,6 +124,25 @@ def test_the_division_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
     assert again(texts).data == by_residue(known)(texts).data
     tokens = again.convert_ids_to_tokens(again("MK")["input_ids"])
     assert tokens == ["[CLS]", "M", "K", "[SEP]"]
+
+
+def test_a_packaged_model_has_its_tokens_in_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "antiberty"
+    (package / "trained_models" / "AntiBERTy_md_smooth").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('never imported')")
+    (package / "trained_models" / "AntiBERTy_md_smooth" / "config.json").write_text(
+        "{}"
+    )
+    tokenizer_of(list(RESIDUES), package / "trained_models")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = find_model("antiberty")
+    assert source.is_local
+    assert source.hub_name == source.location
+    tokenizer = by_residue(load_tokenizer(source))
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("MKV")["input_ids"])
+    assert tokens == ["[CLS]", "M", "K", "V", "[SEP]"]
 
 
 def test_a_model_of_words_is_refused(tmp_path: Path) -> None:
