@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -244,7 +245,7 @@ class Stepper:
         window: list[InnerStep] = []
         for i, step in enumerate(run.window, start=newest + 1 - len(run.window)):
             chosen = (i + shift) % period % every == 0
-            if step.follows and not chosen and i <= own:
+            if step.is_snapshot and step.follows and not chosen and i <= own:
                 step = without_snapshot(self.problem, step)
             window.append(step)
         w = self.problem.inner_params
@@ -303,7 +304,12 @@ class Stepper:
     # -- outer steps ----------------------------------------------------------------------
 
     def outer_step(
-        self, run: Run, outer_batch: Any, inner_batch: Any, rollback: Rollback
+        self,
+        run: Run,
+        outer_batch: Any,
+        inner_batch: Any,
+        rollback: Rollback,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Run, StepReport]:
         """Take an outer step.
 
@@ -312,6 +318,7 @@ class Stepper:
             outer_batch: data of the outer loss.
             inner_batch: data of the inner loss; None for none.
             rollback: copies what the step may change.
+            on_progress: hears of the inner steps that the estimator goes through.
 
         Returns:
             Where it then stands, and what was done; where a loss or the hypergradient is
@@ -345,6 +352,7 @@ class Stepper:
                 outer_batch=outer_batch,
                 steps=steps if lookback else None,
                 state=run.estimator_state,
+                on_progress=on_progress,
             )
         except NonFiniteError as error:
             run = replace(run, n_skipped=run.n_skipped + 1)
