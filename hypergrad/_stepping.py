@@ -65,6 +65,7 @@ class Stepper:
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
         self._spacings: dict[Any, int] = {}
+        self._settled: tuple[int, ...] = ()
 
     @property
     def has_rule(self) -> bool:
@@ -242,12 +243,16 @@ class Stepper:
         period, shift = (
             (run.outer_every, n) if run.outer_every >= n else (newest + 1, 0)
         )
-        window: list[InnerStep] = []
-        for i, step in enumerate(run.window, start=newest + 1 - len(run.window)):
-            chosen = (i + shift) % period % every == 0
-            if step.is_snapshot and step.follows and not chosen and i <= own:
-                step = without_snapshot(self.problem, step)
-            window.append(step)
+        window, first = list(run.window), newest + 1 - len(run.window)
+        # The step before this one left the older records as they are to be, so that a
+        # step of a long run does not go through all of them.
+        by = every, n, run.outer_every, newest - own
+        settled = self._settled == (*by, newest - 1)
+        self._settled = (*by, newest)
+        for i in range(max(first, own) if settled else first, own + 1):
+            step, chosen = window[i - first], (i + shift) % period % every == 0
+            if step.is_snapshot and step.follows and not chosen:
+                window[i - first] = without_snapshot(self.problem, step)
         w = self.problem.inner_params
         left = tree.size(moments(self.inner, w)) if still else None
         return replace(run, window=since_snapshot(window, n), left=left)
