@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -155,18 +156,21 @@ class Stepper:
         if self.max_grad_norm is not None:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
-        record = None
+        record, recorded = None, bool(n or followed)
         with learned_groups(self.inner, problem, run.n_inner_steps - run.began):
-            if n or followed:
-                asked = needs.gradients or directed or not n
-                kept = grads if keeps_grads(problem, asked, batches) else {}
-                record = self._record(run, g, kept, before, follows=gaps == [0.0])
-                record = replace(record, directed=directed)
-            if n and record is not None:
-                run = replace(run, window=(*run.window, record))
             # An embedding with max_norm moves w in the forward pass.
             still = versions == [t._version for t in problem.inner_params.values()]
-            apply_gradients(self.inner, problem.inner_params, clipped)
+            with self._rule_taken() if recorded else nullcontext([]) as rules:
+                apply_gradients(self.inner, problem.inner_params, clipped)
+        if recorded:
+            asked = needs.gradients or directed or not n
+            kept = grads if keeps_grads(problem, asked, batches) else {}
+            record = self._record(
+                run, g, kept, before, rules[-1], follows=gaps == [0.0]
+            )
+            record = replace(record, directed=directed)
+        if n and record is not None:
+            run = replace(run, window=(*run.window, record))
         if n:
             run = self._trimmed(run, n, still=still)
         own = None
@@ -176,6 +180,27 @@ class Stepper:
             own = hooks.cost
         run = replace(run, last=g.batches, n_inner_steps=run.n_inner_steps + 1)
         return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm, own=own)
+
+    @contextmanager
+    def _rule_taken(self) -> Iterator[list[Rule]]:
+        """Yield a list that gets the rule of the step that is taken in the block.
+
+        Hooks of the optimizer may change its settings at the last moment, as schedulers do
+        between steps; what is registered last runs after them.
+        """
+        rules: list[Rule] = []
+
+        def look(*_: Any) -> None:
+            rules.append(rule_of(self.inner, w, self.max_grad_norm))
+
+        w = self.problem.inner_params
+        hook = self.inner.register_step_pre_hook(look)
+        try:
+            yield rules
+        finally:
+            hook.remove()
+        if not rules:  # a `step` that somebody replaced runs no hooks
+            look()
 
     def _outer(self, needs: Needs, outer_batch: Any) -> tuple[MicroBatch, ...]:
         """Return the outer data of an inner step; none where it is not needed.
@@ -201,6 +226,7 @@ class Stepper:
         g: Gradients,
         grads: Params,
         before: LevelCopy,
+        rule: Rule,
         *,
         follows: bool,
     ) -> InnerStep:
@@ -215,7 +241,7 @@ class Stepper:
             before.state,
             g.batches,
             grads,
-            rule_of(self.inner, problem.inner_params, self.max_grad_norm),
+            rule,
             outer_grads=g.outer,
             graph=g.graph,
             outer_versions=versions,
