@@ -494,6 +494,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
             "outer_optimizer": f"{type(self.outer).__name__} {self.outer.defaults}",
             "parameters": f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})",
         }
+        if self.problem.inner_settings:  # in the place of the optimizer's own
+            held = self.problem.outer_params
+            learned = {n: held[n].tolist() for n in self.problem.inner_settings}
+            settings["learned"] = learned
         shown = ", ".join(f"{key}={value}" for key, value in settings.items())
         return re.sub(r" at 0x[0-9a-f]+", "", f"{self._asked!r}, {shown}")
 
