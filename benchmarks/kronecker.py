@@ -2,7 +2,7 @@
 
     python -m benchmarks.kronecker
 
-from the root of the repository; about five minutes on one busy core. Writes
+from the root of the repository; some ten minutes on one core. Writes
 benchmarks/results/kronecker.json and docs/images/benchmarks/kronecker.png.
 
 The problem is a real one: the bundled encoder on the docstrings of the standard library,
@@ -323,7 +323,7 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": system.rows.shape[1],
         "examples": len(inner["labels"]),
         "classes": classes,
-        "inner_loss": float(loss),
+        "inner_loss": loss.item(),
         "inner_gradient_norm": tree.norm(plain),
         "eigenvalues": eigenvalues[:256].tolist(),
         "seconds": timed(model, inner, system),
