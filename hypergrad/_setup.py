@@ -100,7 +100,8 @@ def describe(
 
     Args:
         estimator: the one that was asked for.
-        problem: the problem, whose parameters are told by name, shape and dtype.
+        problem: the problem, whose parameters are told by name, shape and dtype, and
+            what it learns of the optimizer by its values.
         **settings: of the optimizer.
     """
     names = {
@@ -109,5 +110,8 @@ def describe(
         for n, t in params.items()
     }
     settings["parameters"] = f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})"
+    if problem.inner_settings:  # in the place of the optimizer's own
+        held = problem.outer_params
+        settings["learned"] = {n: held[n].tolist() for n in problem.inner_settings}
     shown = ", ".join(f"{key}={value}" for key, value in settings.items())
     return re.sub(r" at 0x[0-9a-f]+", "", f"{estimator!r}, {shown}")

@@ -76,9 +76,10 @@ class FiniteDifference(Product):
             TensorFloat-32, and of everything in the graph of the inner loss; half of it
             where w itself is in float32 or finer and moves exactly.
         error_estimate: take one more difference, at twice the largest distance, and
-            estimate from it the error of a mixed product, in `info.fd_error`; costs as
-            much as a central difference, or one evaluation with the forward scheme. None
-            for True where the loss computes more coarsely than float32.
+            estimate from it the error of a mixed product, or of one of forward mode, in
+            `info.fd_error`; costs as much as a central difference, or one evaluation
+            with the forward scheme. None for True where the loss computes more coarsely
+            than float32.
 
     Raises:
         TypeError: a setting of another kind.
@@ -167,16 +168,13 @@ class _FiniteDifference(BoundProduct):
 
     def jvp(self, inner: Params, outer: Params) -> Params:
         """Return (∂²g/∂w²) u + (∂²g/∂w∂λ) μ by differences; w and λ move together."""
-        self._agree()
-        found = super().jvp(inner, outer)
-        if self._agree():
-            # The first graph shows that the loss computes more coarsely than it said.
-            return self.jvp(inner, outer)
+        w = self.problem.inner_params
+        found = self._told({**inner, **outer}, w, w, judged=True)
         self.unused = None  # λ moves, and nothing is differentiated in it
-        return found
+        return {n: found.values[n] for n in w}
 
     def push(self, inner: Params, outer: Params) -> Contribution:
-        """Return this rank's part of it."""
+        """Return this rank's part of it, without a judgement."""
         self.tally.n_hvp += 1
         found = self._compute({**inner, **outer}, self.problem.inner_params, {})
         return replace(found, unused=set())
@@ -189,14 +187,33 @@ class _FiniteDifference(BoundProduct):
         self, direction: Params, inner: bool, outer: bool, *, judged: bool
     ) -> tuple[Params, Params]:
         problem = self.problem
-        self._agree()
-        judge = judged and self._estimates
-        self.tally.n_hvp += 1
         wanted = {
             **(problem.inner_params if inner else {}),
             **(problem.outer_params if outer else {}),
         }
         result = problem.outer_params if outer else problem.inner_params
+        parts = self._told(direction, wanted, result, judged=judged)
+        if outer:
+            self.unused = set(parts.unused) & set(problem.outer_params)
+        return (
+            {n: parts.values[n] for n in problem.inner_params} if inner else {},
+            {n: parts.values[n] for n in problem.outer_params} if outer else {},
+        )
+
+    def _told(
+        self, direction: Params, wanted: Params, result: Params, *, judged: bool
+    ) -> Contribution:
+        """Return a product averaged over ranks; tell in `info` how it was reached.
+
+        Args:
+            direction: what is moved along.
+            wanted: what to take the product in.
+            result: those of `wanted` that an error is estimated of.
+            judged: whether to estimate it, where the settings want that.
+        """
+        self._agree()
+        judge = judged and self._estimates
+        self.tally.n_hvp += 1
         errors = {_ERROR + n: t for n, t in result.items()} if judge else {}
         least = {_LEAST: next(iter(result.values())).new_zeros(())} if judge else {}
         parts = self._averaged(
@@ -207,19 +224,14 @@ class _FiniteDifference(BoundProduct):
             # The first graph of the loss shows that it computes more coarsely than
             # weights and settings told: once more, at the radius of that.
             self.tally.n_hvp -= 1
-            return self._vjp(direction, inner, outer, judged=judged)
-        if outer:
-            self.unused = set(parts.unused) & set(problem.outer_params)
+            return self._told(direction, wanted, result, judged=judged)
         self.info = {"fd_radius": parts.extra}
         if judge:
             found = tree.size([parts.values[n] for n in result])
             off = tree.size([parts.values[n] for n in errors])
             error = torch.maximum(off, parts.values[_LEAST].to(off))
             self.info["fd_error"] = torch.where(error == 0, error, error / found)
-        return (
-            {n: parts.values[n] for n in problem.inner_params} if inner else {},
-            {n: parts.values[n] for n in problem.outer_params} if outer else {},
-        )
+        return parts
 
     def _compute(
         self, direction: Params, wanted: Params, errors: Params

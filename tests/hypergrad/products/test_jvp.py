@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hypergrad import BilevelProblem, HypergradError, NonFiniteError, tree
+from hypergrad import (
+    BilevelProblem,
+    HypergradError,
+    NonFiniteError,
+    make_estimator,
+    tree,
+)
 from hypergrad.batches import Accumulated, as_micro_batches
 from hypergrad.products import (
     NO_HINTS,
@@ -20,6 +26,7 @@ from hypergrad.products import (
     bind_product,
     product_names,
 )
+from hypergrad.rules import SGD
 from hypergrad.tree import Params
 from tests.tolerances import error
 
@@ -177,3 +184,71 @@ def test_a_product_without_it_says_so() -> None:
     ):
         product.jvp(drawn(made.inner_params, 2), {})
     assert as_product("exact").bind(made, DATA["one"], Tally(), NO_HINTS).unused is None
+
+
+def quartic(dtype: torch.dtype = F64) -> BilevelProblem:
+    """Make g = λw⁴/24 at w = λ = 1: ∂g/∂w = λw³/6 is (1 + s)⁴/6 along (1, 1)."""
+    one = torch.ones((), dtype=dtype)
+    return BilevelProblem(
+        lambda i, o, b: o["lam"] * i["w"] ** 4 / 24,
+        lambda i, o, b: i["w"].square(),
+        {"w": one.clone().requires_grad_()},
+        {"lam": one.clone().requires_grad_()},
+    )
+
+
+@pytest.mark.parametrize(("scheme", "evaluations"), [("central", 4), ("forward", 3)])
+def test_a_difference_says_how_far_it_moved_and_what_that_costs(
+    scheme: Any, evaluations: int
+) -> None:
+    """By hand: the quotient at s = ±h, h² = radius²/2, and at twice that."""
+    one = {"w": torch.ones((), dtype=F64)}
+    both = one, {"lam": one["w"]}
+    tally, radius = Tally(), 0.1
+    difference = FiniteDifference(scheme, radius=radius, error_estimate=True)
+    product = difference.bind(quartic(), DATA["one"], tally)
+    assert not product.info
+    found = product.jvp(*both)["w"].item()
+
+    def quotient(h: float) -> float:
+        low = 1 - h if scheme == "central" else 1.0
+        return ((1 + h) ** 4 - low**4) / (6 * (1 + h - low))
+
+    h = radius / 2**0.5
+    share = 1 / 3 if scheme == "central" else 1.0
+    off = share * (quotient(2 * h) - quotient(h))
+    assert found == pytest.approx(quotient(h), rel=1e-12)
+    assert product.info["fd_radius"] == radius
+    assert float(product.info["fd_error"]) == pytest.approx(off / found, rel=1e-10)
+    if scheme == "central":  # the fourth power has no further terms: it is the error
+        assert found - off == pytest.approx(4 / 6, rel=1e-12)
+    assert (tally.n_forward, tally.n_hvp) == (evaluations, 1)
+    # As with the other products, what is not moved at all has no error.
+    product.jvp({"w": torch.zeros((), dtype=F64)}, {})
+    assert float(product.info["fd_error"]) == 0.0
+
+
+def test_a_difference_judges_a_push_where_it_judges_others() -> None:
+    for dtype, judged in ((F64, False), (torch.bfloat16, True)):
+        one = torch.ones((), dtype=dtype)
+        told = []
+        for call in ("jvp", "vjp"):
+            product = FiniteDifference().bind(quartic(dtype), DATA["one"], Tally())
+            product.jvp({"w": one}, {}) if call == "jvp" else product.vjp({"w": one})
+            told.append(set(product.info))
+        assert told[0] == told[1] == {"fd_radius"} | ({"fd_error"} if judged else set())
+
+
+def test_forward_mode_reports_it() -> None:
+    """One step of rate 1/2 along λ: w ends at 1 - (1 + s)/12, and f's slope is 11/6."""
+    estimator = make_estimator(
+        "forward",
+        num_steps=1,
+        rule=SGD(0.5),
+        product=FiniteDifference(radius=0.1, error_estimate=True),
+    )
+    found = estimator.estimate(quartic(), inner_batch=None, outer_batch=None)
+    assert found.outer_grads["lam"].item() == pytest.approx(-11 / 72, rel=1e-12)
+    assert found.info.fd_radius == 0.1
+    assert found.info.fd_error is not None  # linear in λ: rounding is all there is
+    assert found.info.fd_error <= 1e-13
