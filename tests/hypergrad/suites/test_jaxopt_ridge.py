@@ -41,7 +41,8 @@ Named = dict[str, Tensor]
 
 
 def data() -> Named:
-    x, y = make_regression(n_samples=10, n_features=3, random_state=0)
+    found: Any = make_regression(n_samples=10, n_features=3, random_state=0)
+    x, y = found
     return {
         "penalty": torch.tensor(PENALTY, dtype=F64),
         "x": torch.from_numpy(x),

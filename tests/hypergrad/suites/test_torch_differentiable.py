@@ -160,7 +160,8 @@ class TwoSteps(torch.autograd.Function):
         return loss({"w": w.detach()}, None, None)
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor) -> Any:
+    def backward(ctx: Any, *bars: Tensor) -> Any:
+        (bar,) = bars
         held, w = ctx.held, ctx.held["w"].clone().requires_grad_()
         theta = {n: natural(n, t) for n, t in held.items() if n != "w"}
         optimizer = ctx.kind([w], **theta)
@@ -269,7 +270,8 @@ class RuleStep(torch.autograd.Function):
         return rule.apply(w, state, g)[0]["w"]
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor) -> Any:
+    def backward(ctx: Any, *bars: Tensor) -> Any:
+        (bar,) = bars
         pulled = ctx.rule.pullback(*ctx.before, {"w": bar}, {})
         return None, None, pulled.params["w"], pulled.grads["w"]
 
