@@ -162,13 +162,12 @@ def simulated(
     """
     make = torch.Generator().manual_seed(seed)
     for _ in range(TRIES):
-        found = Simulated(
-            *(
-                draw_samples(n, dim_inner, dim_outer, mu, cross, make)
-                for n in (n_inner, n_outer)
-            ),
-            (normal(make, dim_outer), normal(make, dim_inner)),
+        inner, outer = (
+            draw_samples(n, dim_inner, dim_outer, mu, cross, make)
+            for n in (n_inner, n_outer)
         )
+        start = normal(make, dim_outer), normal(make, dim_inner)
+        found = Simulated(inner, outer, start)
         if float(torch.linalg.eigvalsh(found.curvature)[0]) > 1e-12:
             return found
     msg = f"none of {TRIES} problems has a convex value function: draw more samples."
