@@ -359,7 +359,9 @@ def picture(results: dict[str, list[dict[str, Any]]]) -> Any:
         ],
         loc="outside lower center", ncols=6, frameon=False, labelcolor=INK,
     )  # fmt: skip
-    figure.suptitle("Where bilevel runs end, by estimator, at published settings (median and band)")
+    figure.suptitle(
+        "Where bilevel runs end, by estimator, at published settings (median and band)"
+    )
     return save_picture(figure, "convergence")
 
 
