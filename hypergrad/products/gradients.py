@@ -174,7 +174,7 @@ def value(
             with recording(), torch.no_grad(), replay(problem, micro):
                 loss = problem.loss(
                     level, problem.inner_params, problem.outer_params, micro.batch
-                ).detach()
+                ).clone()  # a loss that is an entry of w would change with it
             loss = loss if micro.weight == 1.0 else micro.weight * loss
             total = loss if total is None else total + loss
         return Contribution({} if total is None else {"loss": total})

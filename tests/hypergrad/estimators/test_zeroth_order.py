@@ -82,6 +82,13 @@ def test_the_terms_by_hand() -> None:
     assert abs(found.indirect["lam"].item() - (9 + 0.25) / 2) <= 1e-12
 
 
+def test_a_loss_that_is_a_parameter_itself() -> None:
+    # F = 2 + λ/2. The value is not the tensor, which is moved on and put back.
+    assert (
+        run(half(lambda i, o, b: i["w"]), radius=0.5).outer_grads["lam"].item() == 0.5
+    )
+
+
 def test_a_term_that_is_not_there_is_exactly_zero() -> None:
     by_inner = run(half(lambda i, o, b: i["w"].sin(), 0.3))
     assert by_inner.direct["lam"] == 0.0
