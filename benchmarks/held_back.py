@@ -59,12 +59,18 @@ ITERATIONS = 3
 class Job:
     """The prepared model and data of one seed, and what every variant does with them."""
 
-    def __init__(self, seed: int, rate: float, targets: tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        rate: float,
+        targets: tuple[str, ...] | None,
+        rank: int = RANK,
+    ) -> None:
         settings = TrainSettings(
             method="dora",
             seed=seed,
-            lora_r=RANK,
-            lora_alpha=2.0 * RANK,
+            lora_r=rank,
+            lora_alpha=2.0 * rank,
             target_modules=targets,
         )
         method = make_method("dora")

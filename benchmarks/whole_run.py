@@ -2,13 +2,16 @@
 
     python -m benchmarks.whole_run
 
-from the root of the repository; some twenty minutes on one idle core, and 2 GiB of memory.
-`--steps 5` tries it out. Writes benchmarks/results/whole_run.json and
+from the root of the repository; some thirty minutes on one idle core, and 2 GiB of memory.
+`--steps 5` tries it out; `--adapters small` measures that one alone, and what is known of
+the other stays if the settings are the same. Writes benchmarks/results/whole_run.json and
 docs/images/benchmarks/whole_run.png. Needs Linux with glibc: a process there can forget
 its peak memory.
 
-The job is that of `bidora train`: the bundled encoder, DoRA on all linear layers, the head
-from the probe, a fifth of the training examples held back. In a new process,
+The job is that of `bidora train`: the bundled encoder with DoRA, the head from the probe, a
+fifth of the training examples held back; with its own adapters, rank 32 in all linear
+layers, and with small ones, rank 4 on query and value as in the paper. For each, in a new
+process,
 
 - *a step*: plain training steps of the same adapter, for their peak of memory;
 - *the plain run*: T inner steps with torch's AdamW, a schedule and clipping;
@@ -37,7 +40,8 @@ from tqdm import tqdm
 
 from benchmarks._common import (
     BLUE,
-    GREY,
+    ORANGE,
+    RESULTS,
     ROOT,
     add_threads_argument,
     done,
@@ -50,6 +54,11 @@ from benchmarks._common import (
 QUESTION = "What does a hypergradient through all steps of a training cost?"
 RATE = 6e-4
 PLAIN_STEPS = 3
+ADAPTERS: dict[str, tuple[int, tuple[str, ...] | None]] = {
+    "usual": (32, None),
+    "small": (4, ("query", "value")),
+}
+"""Rank and layers; None for all linear ones."""
 TARGETS = {"seconds_over_the_plain_run": 5.0, "peak_over_a_step": 1.5}
 
 
@@ -66,7 +75,9 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(given.threads)
     steps = given.steps
-    job = Job(0, RATE, None)
+    (adapter,) = given.adapters
+    rank, targets = ADAPTERS[adapter]
+    job = Job(0, RATE, targets, rank)
     inner, outer = _split(job)
     # As small as those of training, so that theirs is not the peak.
     parts = [outer[i : i + BATCH] for i in range(0, len(outer), BATCH)]
@@ -98,6 +109,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     if report.info is None:
         raise RuntimeError(report.skipped)
     return {
+        "adapter": adapter,
         "steps": steps,
         "inner_parameters": sum(
             t.numel() for t in optimizer.problem.inner_params.values()
@@ -180,30 +192,42 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measured(arguments)))
         return
+    shown = {
+        n: x for n, x in vars(arguments).items() if n not in ("measure", "adapters")
+    }
+    rows = known(shown)
+    for adapter in arguments.adapters:
+        rows[adapter] = result = in_a_process(arguments, adapter)
+        result["ratios"] = ratios_of(result)
+        report(result)
+    results = [rows[name] for name in ADAPTERS if name in rows]
+    written = write_result(
+        "whole_run", QUESTION, shown, arguments.threads, results, targets=TARGETS
+    )
+    done(written, picture(results))
+
+
+def in_a_process(arguments: argparse.Namespace, adapter: str) -> dict[str, Any]:
+    """Return what a new process measures."""
     command = [sys.executable, "-m", "benchmarks.whole_run", "--measure"]
+    command += ["--adapters", adapter]
     for name in ("steps", "threads", "snapshots", "product"):
         command += [f"--{name}", str(getattr(arguments, name))]
     run = subprocess.run(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
-    result = json.loads(run.stdout.splitlines()[-1])
-    ratios = ratios_of(result)
-    report(result, ratios)
-    shown = {n: x for n, x in vars(arguments).items() if n != "measure"}
-    written = write_result(
-        "whole_run",
-        QUESTION,
-        shown,
-        arguments.threads,
-        [result],
-        targets=TARGETS,
-        ratios=ratios,
-    )
-    done(written, picture(result))
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def known(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return earlier results by adapter, if they were measured with these settings."""
+    path = RESULTS / "whole_run.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    if found["settings"] != settings:
+        return {}
+    return {row["adapter"]: row for row in found["results"]}
 
 
 def parse() -> argparse.Namespace:
@@ -216,6 +240,9 @@ def parse() -> argparse.Namespace:
         help="of `unrolled`: a number, auto or all",
     )
     parser.add_argument("--product", default="exact", help="of `unrolled`, by name")
+    parser.add_argument(
+        "--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS), help="which"
+    )
     add_threads_argument(parser)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -238,7 +265,8 @@ def ratios_of(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def report(result: dict[str, Any], ratios: dict[str, float]) -> None:
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{words(result)}")
     for name in ("plain_run", "recorded_run", "walk_back"):
         seconds = result[name]
         print(
@@ -251,7 +279,7 @@ def report(result: dict[str, Any], ratios: dict[str, float]) -> None:
         "peak_bytes_of_the_whole_run",
     ):
         print(f"{name.replace('_', ' '):30}{result[name] / 2**20:8.0f} MiB")
-    for name, ratio in ratios.items():
+    for name, ratio in result["ratios"].items():
         target = f"  (target: at most {TARGETS[name]})" if name in TARGETS else ""
         print(f"{name.replace('_', ' '):34}{ratio:8.2f}{target}")
     print(
@@ -261,27 +289,27 @@ def report(result: dict[str, Any], ratios: dict[str, float]) -> None:
         print(result["reason"])
 
 
-def picture(result: dict[str, Any]) -> Any:
-    norms, steps = result["adjoint_norms"], result["steps"]
+def words(result: dict[str, Any]) -> str:
+    """Return what the adapters are, for people."""
+    rank, targets = ADAPTERS[result["adapter"]]
+    where = " and ".join(targets) if targets else "all linear layers"
+    return f"rank {rank}, {where}: {result['inner_parameters']:,} weights"
+
+
+def picture(results: list[dict[str, Any]]) -> Any:
     figure = new_figure(8, 4.4)
     axes = figure.subplots()
-    axes.plot(range(1, steps + 1), norms, color=BLUE, lw=2)
+    for result, color, style in zip(results, (BLUE, ORANGE), ("-", "--"), strict=False):
+        norms = result["adjoint_norms"]
+        places = range(1, len(norms) + 1)
+        axes.plot(places, norms, color=color, ls=style, lw=2, label=words(result))
     axes.set_yscale("log")
-    axes.axhline(norms[-1], color=GREY, lw=1, ls=":")
-    axes.annotate(
-        "|∂f/∂w| at the end of the run",
-        (1, norms[-1]),
-        (0, 4),
-        textcoords="offset points",
-        color=GREY,
-    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("inner step, after which the adjoint is that of w")
     axes.set_ylabel("norm of the adjoint ∂f/∂w")
+    axes.legend(frameon=False)
     plain_axes(axes, "y")
-    axes.set_title(
-        f"The adjoint through a whole run: MiniLM, DoRA, AdamW, {steps} steps", pad=12
-    )
+    axes.set_title("The adjoint through a whole run: MiniLM, DoRA, AdamW", pad=12)
     return save_picture(figure, "whole_run")
 
 
