@@ -4,11 +4,12 @@ A DoRA layer computes $y = x\,W'^\top + b$ with rows
 
 $$w'_i = m_i \frac{w_i + s\,b_i A}{\|w_i + s\,b_i A\|} .$$
 
-(`forward` says what rows an embedding or a convolution has.) PEFT builds $B A$ (out × in) in every forward pass and treats the norm as a
-constant in the backward pass, so what autograd returns is not the gradient of the loss,
-and the matrix of second derivatives is not symmetric. `use_exact_dora` replaces that
-forward pass and nothing else: injection, configuration, merging, saving and quantised
-bases stay PEFT's, and so do parameter names and files.
+(`forward` says what rows an embedding or a convolution has.) PEFT builds $B A$ in every
+forward pass and treats the norm as a constant in the backward pass, so what autograd
+returns is not the gradient of the loss, and the matrix of second derivatives is not
+symmetric. `use_exact_dora` replaces that forward pass and nothing else: injection,
+configuration, merging, saving and quantised bases stay PEFT's, and so do parameter names
+and files.
 """
 
 from __future__ import annotations

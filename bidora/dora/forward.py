@@ -1,8 +1,9 @@
 r"""The forward pass of an exact DoRA layer of each kind, and its gain.
 
-With rows $v_i = w_i + s\,b_i A$ of the adapted weight and gains $g_i = m_i / \|v_i\|$, every
-kind of layer computes $g \odot (z - b) + b$, where z is the output of the base layer plus
-s times that of the low-rank pair. What the rows are depends on the kind:
+With rows $v_i = w_i + s\,b_i A$ of the adapted weight and gains
+$g_i = m_i / \|v_i\|$, every kind of layer computes $g \odot (z - b) + b$, where z is
+the output of the base layer plus s times that of the low-rank pair. What the rows are
+depends on the kind:
 
 | layer | rows of W | A | B |
 |---|---|---|---|

@@ -192,12 +192,11 @@ def base_norms(weight: BaseWeight, dtype: torch.dtype) -> BaseNorms:
     squared = torch.cat([rows.square().sum(1) for _, rows in blocks])
     info = torch.finfo(dtype)
     detached = squared.detach()
-    zero: Tensor | None = detached == 0
+    zero = detached == 0
     # Of a frozen weight this is asked once, so the host may wait for the answer.
-    if weight.key() is not None and not bool(zero.any()):
-        zero = None
+    known = weight.key() is not None and not bool(zero.any())
     guard, floor = CANCELLATION * detached, info.eps * detached + info.tiny
-    return BaseNorms(squared, guard, floor, zero)
+    return BaseNorms(squared, guard, floor, None if known else zero)
 
 
 def cached_base_norms(
