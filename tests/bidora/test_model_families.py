@@ -164,6 +164,8 @@ FAMILIES = {
             "GPT2Config",
             "GPT2LMHeadModel",
             n_embd=WIDTH,
+            bos_token_id=1,
+            eos_token_id=2,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
