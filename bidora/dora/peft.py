@@ -105,7 +105,8 @@ class DoraAdapter:
         """In how many groups a convolution works; 1 for other layers."""
         if not isinstance(self.module, _ConvNd):
             return 1
-        return self.module.get_base_layer().groups
+        base: Any = self.module.get_base_layer()
+        return base.groups
 
     @property
     def lora_a(self) -> Tensor:

@@ -74,7 +74,7 @@ def plain(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     rank = 4 if kind in GROUPED else RANK
     config = LoraConfig(
         r=rank,
-        lora_alpha=SCALE * rank,
+        lora_alpha=int(SCALE * rank),
         use_dora=True,
         target_modules=["0"],
         **changes,

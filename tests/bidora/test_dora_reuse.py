@@ -128,7 +128,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         "default", True
     ),
     "merge and back": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
-    "foreach": lambda model: torch._foreach_mul_(
+    "foreach": lambda model: cast(Any, torch)._foreach_mul_(
         [p for n, p in model.named_parameters() if "lora_" in n], 2.0
     ),
 }
@@ -146,7 +146,7 @@ def test_a_change_is_seen(change: str, model: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("settings", [{"foreach": True}, {"fused": True}], ids=str)
 def test_an_optimizer_step_is_seen(
-    settings: dict[str, bool], model: Any, x: Tensor
+    settings: dict[str, Any], model: Any, x: Tensor
 ) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=0.1, **settings)

@@ -27,10 +27,10 @@ NOTE = "ignore:Base weights have rows of zeros"
 
 
 def base() -> nn.Sequential:
-    net = nn.Sequential(nn.Linear(IN, OUT))
+    linear = nn.Linear(IN, OUT)
     with torch.no_grad():
-        net[0].weight[ROW] = 0
-    return net
+        linear.weight[ROW] = 0
+    return nn.Sequential(linear)
 
 
 def plain(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -90,6 +90,9 @@ def test_peft_starts_such_a_magnitude_at_zero_and_gives_nan() -> None:
     nan = model(x).isnan()
     assert bool(nan[:, ROW].all())
     assert not nan[:, :ROW].any()
+    merged = model.merge_and_unload()(x).isnan()
+    assert bool(merged[:, ROW].all())
+    assert not merged[:, :ROW].any()
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 0.7])
@@ -239,7 +242,7 @@ def test_a_row_that_has_moved_is_one_like_all_others(magnitude: float) -> None:
 
 
 def test_training_takes_the_row_in_and_files_stay_finite(tmp_path: Path) -> None:
-    model = get_peft_model(
+    model: Any = get_peft_model(
         cast(Any, base()),
         LoraConfig(r=RANK, use_dora=True, target_modules=["0"]),
     )

@@ -240,7 +240,7 @@ def test_bidora_trains_it(name: str) -> None:
     )
     assert len(exact_dora_layers(model)) == len(magnitudes(model)) == family.layers
     assert set(magnitudes(model)) == set(opt.problem.outer_params)
-    first = loss_of(model.train(), batch)
+    first = last = loss_of(model.train(), batch)
     outer_steps = 0
     for step in range(60):
         before = {n: p.detach().clone() for n, p in magnitudes(model).items()}
