@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bidora import BiDoRAOptimizer
 from bidora.dora import (
     check_norms,
     exact_dora_layers,
@@ -23,9 +22,8 @@ from bidora.dora import (
     plain_dora_layers,
     use_exact_dora,
 )
-from bidora.dora import norms as _norms
 from bidora.dora import peft as _peft
-from bidora.dora.forward import base_norms, squared_norms
+from bidora.dora.forward import squared_norms
 from bidora.dora.orthogonality import gram_penalty, orthogonality
 
 ENTRIES, WIDTH, RANK = 7, 4, 2
@@ -451,66 +449,3 @@ def test_refusals_name_the_layer_and_the_reason(
     assert not exact_dora_layers(model)
     assert list(plain_dora_layers(model)) == ["base_model.model.0"]
     assert len(magnitudes(model)) == 1
-
-
-# --- training -------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """Words, convolutions over them, one of them depthwise, and classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(ENTRIES, 8)
-        self.wide = nn.Conv1d(8, 8, 3, padding=1)
-        self.deep = nn.Conv1d(8, 8, 3, padding=1, groups=4)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids).transpose(1, 2)
-        x = torch.tanh(self.deep(torch.relu(self.wide(x))))
-        return self.head(x.mean(2))
-
-
-@pytest.mark.parametrize("estimator", ["darts", "sama"])
-def test_bidora_trains_them(estimator: str) -> None:
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=4,
-        use_dora=True,
-        target_modules=["words", "wide", "deep"],
-        modules_to_save=["head"],
-    )
-    model = get_peft_model(cast(Any, Net()), config)
-    ids, labels = torch.randint(0, ENTRIES, (12, 6)), torch.arange(12) % 2
-
-    def loss(model: nn.Module, rows: slice) -> Tensor:
-        return F.cross_entropy(model(ids[rows]), labels[rows])
-
-    opt = BiDoRAOptimizer(
-        model,
-        estimator,
-        loss_fn=loss,
-        inner_lr=5e-2,
-        outer_lr=2e-2,
-        outer_every=2,
-        outer_warmup=2,
-        orthogonality=0.0,
-    )
-    assert len(exact_dora_layers(model)) == len(magnitudes(model)) == 3
-    inner = outer = slice(0, 12)
-    first = loss(model, slice(0, 12)).item()
-    for _ in range(30):
-        before = {n: p.detach().clone() for n, p in magnitudes(model).items()}
-        report = opt.step(inner, outer)
-        for name, p in magnitudes(model).items():
-            assert torch.equal(p, before[name]) != report.outer_step, name
-    assert loss(model, slice(0, 12)).item() < 0.5 * first
-
-
-def test_base_norms_are_kept_for_every_kind() -> None:
-    for kind in KINDS:
-        exact = exact_copy(plain(kind))
-        layer = layer_of(exact)
-        assert base_norms(layer) is base_norms(layer)
-        assert isinstance(base_norms(layer), _norms.BaseNorms)
