@@ -4,27 +4,27 @@ A DoRA layer computes $y = x\,W'^\top + b$ with rows
 
 $$w'_i = m_i \frac{w_i + s\,b_i A}{\|w_i + s\,b_i A\|} .$$
 
-PEFT builds $B A$ (out × in) in every forward pass and treats the norm as a
-constant in the backward pass, so what autograd returns is not the gradient of the loss,
-and the matrix of second derivatives is not symmetric. `use_exact_dora` replaces that
-forward pass and nothing else: injection, configuration, merging, saving and quantised
-bases stay PEFT's, and so do parameter names and files.
+(`forward` says what rows an embedding or a convolution has.) PEFT builds $B A$ in every
+forward pass and treats the norm as a constant in the backward pass, so what autograd
+returns is not the gradient of the loss, and the matrix of second derivatives is not
+symmetric. `use_exact_dora` replaces that forward pass and nothing else: injection,
+configuration, merging, saving and quantised bases stay PEFT's, and so do parameter names
+and files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidora.dora import forward as _forward
 from bidora.dora import norms as _norms
 from bidora.dora import peft as _peft
-from bidora.dora.gain import add_pair, apply_gain
+from bidora.dora.forward import ExactDora
 from bidora.dora.peft import DoraAdapter
-from bidora.dora.row_gain import row_gains
 from bidora.errors import NoDirectionError
 
 __all__ = [
@@ -37,69 +37,7 @@ __all__ = [
     "use_peft_dora",
 ]
 
-_DROPOUT = ("lora", "peft")
-_NORM_GRAD = ("attached", "detached")
-
-
-@dataclass(frozen=True)
-class ExactDora:
-    """The forward pass of an exact DoRA layer.
-
-    Attributes:
-        dropout: See `use_exact_dora`.
-        norm_grad: See `use_exact_dora`.
-    """
-
-    dropout: Literal["lora", "peft"] = "lora"
-    norm_grad: Literal["attached", "detached"] = "attached"
-
-    def __post_init__(self) -> None:
-        _check_choice("dropout", self.dropout, _DROPOUT)
-        _check_choice("norm_grad", self.norm_grad, _NORM_GRAD)
-
-    def __call__(self, layer: DoraAdapter, x: Tensor, result: Tensor) -> Tensor:
-        """Return the output with the adapter, given the output without it.
-
-        With z = result + s·(x Aᵀ)Bᵀ, which holds the bias b, the output is
-        g ⊙ (z − b) + b with the gain g = m / ‖w + s·b A‖: one low-rank pair added to
-        the base output, one `addcmul`. The gain is applied to z, not folded into `B`,
-        so that it stays in float32 where products run in bfloat16.
-
-        Args:
-            layer: The adapter.
-            x: Input, `(..., in)`, in the adapter's dtype.
-            result: Output of the base layer and of the active adapters before this one,
-                `(..., out)`.
-
-        Returns:
-            Output, `(..., out)`, in the wider of the dtypes met; PEFT's layer casts it.
-        """
-        gain = self._gain(layer)
-        scaling, b = layer.scaling, layer.lora_b
-        dropped = layer.drop(x)
-        low = layer.down(dropped)
-        if self.dropout == "peft" and dropped is not x:
-            # PEFT sends the dropped input through the base weight a second time.
-            base = F.linear(dropped, layer.weight.fetch().to(x.dtype))
-            return result + (gain - 1) * base + gain * F.linear(scaling * low, b)
-        if result.dtype == low.dtype:
-            z = add_pair(result, low, b.to(low.dtype), scaling)
-        else:
-            z = result + F.linear(scaling * low, b)
-        return apply_gain(z, gain, layer.bias)
-
-    def _gain(self, layer: DoraAdapter) -> Tensor:
-        """Return m / ‖w + s·b A‖, `(out,)`, in float32 or float64."""
-        base = _base_norms(layer)
-        magnitude = layer.magnitude.to(base.squared.device, base.squared.dtype)
-        if self.norm_grad == "attached":
-            weight = layer.weight
-            rows = layer.cache.get(weight.key(), _rows_name(layer))
-            factors = layer.lora_a, layer.lora_b, magnitude, layer.scaling
-            return row_gains(weight, *factors, base, rows)
-        with torch.no_grad():
-            norms = squared_norms(layer).sqrt()
-        return magnitude / norms
+_SHOWN = 8  # layers named in a warning
 
 
 def direction_norms(
@@ -161,6 +99,15 @@ def use_exact_dora(
     calls: it computes the base weight's norms each time and so sees any change of it.
     Compiled models have first derivatives alone; `'darts'` and `'sama'` need no others.
 
+    A layer in eval without gradients keeps its gains, `(out,)` numbers, until A, B, m or
+    W change or it is trained. An edit through ``.data`` in place between two such passes
+    is not seen, as above; another call of this function forgets the gains.
+
+    A row of zeros in W (an output feature that was pruned, say) has no direction while
+    its row of B A is zero too. PEFT gives NaN there; here its gain is 1, a constant, so
+    that its magnitude, which PEFT starts at 0, gets no gradient, and A and B get LoRA's.
+    Once B has moved, the row is one like all others, with the gain m / ‖v‖.
+
     Args:
         model: A model from `peft.get_peft_model`, or a transformers model after
             `model.add_adapter(LoraConfig(use_dora=True))`.
@@ -177,23 +124,22 @@ def use_exact_dora(
 
     Raises:
         ValueError: A setting is out of range; the model has no DoRA layer, or one that
-            is not Linear or Conv1D; a weight is absent; an adapted row has zero norm.
+            cannot be exact; a weight is absent; an adapter cancels a row of its weight.
             The model is then as it was.
         ImportError: PEFT's version is not one that this was tested with.
     """
     forward = ExactDora(dropout, norm_grad)
     layers = _peft.dora_layers(model)
     refused = [
-        f"{name} ({type(layer.module.get_base_layer()).__name__})"
+        f"{name} ({type(layer.module.get_base_layer()).__name__}: {reason})"
         for name, layer in layers
-        if not _peft.is_replaceable(layer)
+        if (reason := _peft.obstacle(layer))
     ]
     if refused:
         raise ValueError(
-            f"These DoRA layers cannot be made exact: {', '.join(refused)}. Exact DoRA "
-            "covers Linear and Conv1D (GPT-2) layers with PEFT's own DoRA and no "
-            "lora_bias. Leave the others out of target_modules in the LoraConfig, or "
-            "keep PEFT's DoRA by not calling use_exact_dora."
+            f"These DoRA layers cannot be made exact: {'; '.join(refused)}. Leave them "
+            "out of target_modules in the LoraConfig, or keep PEFT's DoRA by not calling "
+            "use_exact_dora."
         )
     if not layers:
         raise ValueError(
@@ -205,6 +151,7 @@ def use_exact_dora(
     for _, layer in layers:
         _peft.clear_cache(layer)
     _check(layers)
+    _note_zero_rows(layers)
     for _, layer in layers:
         _peft.replace_forward(layer, forward)
     return tuple(dict.fromkeys(name for name, _ in layers))
@@ -245,8 +192,7 @@ def plain_dora_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
         model: Any model.
 
     Returns:
-        Per layer name, the names of these adapters; Embedding and convolution layers,
-        which `use_exact_dora` refuses, among them.
+        Per layer name, the names of these adapters.
     """
     return _adapters_where(model, exact=False)
 
@@ -280,15 +226,18 @@ def check_norms(model: nn.Module) -> None:
     the digits that the expansion loses there. On the CPU every forward pass does so
     by itself. A compiled one computes the 8 most cancelled rows of a layer this way.
 
+    A row of zeros in W is no error, see `use_exact_dora`.
+
     Args:
         model: A model with DoRA layers; others pass.
 
     Raises:
-        NoDirectionError: The norm of a row of W0 + s·B·A is zero or not finite.
+        NoDirectionError: The norm of a row of W0 + s·B·A is not finite, or zero where
+            the row of W0 is not.
         ValueError: The base weight is not in memory.
     """
     layers = _peft.dora_layers(model)
-    _check([(name, layer) for name, layer in layers if _peft.is_replaceable(layer)])
+    _check([(name, layer) for name, layer in layers if not _peft.obstacle(layer)])
 
 
 def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
@@ -302,12 +251,10 @@ def _check(layers: list[tuple[str, DoraAdapter]]) -> None:
                 "never loaded, so its row norms cannot be computed. Load the model "
                 "with all weights in memory (no device_map to disk or cpu)."
             )
-        layer.cache.put(weight.key(), _rows_name(layer), None)
-        base = _base_norms(layer)
+        _forward.forget(layer)
+        base = _forward.base_norms(layer)
         with torch.no_grad():
-            squared = _norms.expanded_norms(
-                weight, layer.lora_a, layer.lora_b, layer.scaling, base
-            )
+            squared = _forward.expanded_norms(layer)
             # Rows near cancellation are looked at from their entries, below.
             near = _norms.near_cancellation(squared, base)
             near |= _norms.without_direction(squared, base)
@@ -330,9 +277,9 @@ def _any(flags: list[Tensor]) -> list[bool]:
 
 def _check_rows(name: str, layer: DoraAdapter, device: torch.device) -> None:
     """Look at the rows of one layer that are near cancellation, or have no norm."""
-    base = _base_norms(layer)
+    base = _forward.base_norms(layer)
     with torch.no_grad():
-        squared = squared_norms(layer, wait=True)
+        squared = _forward.squared_norms(layer, wait=True)
     broken = _norms.without_direction(squared, base).nonzero().squeeze(1)
     if broken.numel():
         row = int(broken[0])
@@ -340,33 +287,32 @@ def _check_rows(name: str, layer: DoraAdapter, device: torch.device) -> None:
             f"{broken.numel()} of {squared.numel()} rows of W0 + s·B·A in layer "
             f"{name} (adapter {layer.adapter!r}) have no direction, the first is "
             f"row {row} with norm {float(squared[row].sqrt()):.3g}, and DoRA "
-            "divides by it. Usual causes: output features that were pruned or "
-            "padded with zeros, or training that diverged. Leave the layer out of "
-            "target_modules, or repair the row before adding the adapter."
+            "divides by it. The row of W0 is not zero, so the adapter has cancelled it, "
+            "or a number is not finite: the training has diverged. Lower the learning "
+            "rate, or start from an adapter that was saved before."
         )
     if device.type != "cpu":  # there, each forward pass looks for itself
         near = _norms.cancelled_rows(squared, base, margin=2.0, wait=True)
-        layer.cache.put(layer.weight.key(), _rows_name(layer), near)
+        layer.cache.put(layer.weight.key(), _forward.rows_name(layer), near)
 
 
-def _base_norms(layer: DoraAdapter) -> _norms.BaseNorms:
-    """Return what the norms need of the layer's base weight."""
-    weight = layer.weight
-    dtype = _norms.compute_dtype(layer.lora_a, layer.lora_b, weight.stored)
-    return _norms.cached_base_norms(weight, dtype, layer.cache)
-
-
-def squared_norms(layer: DoraAdapter, wait: bool = False) -> Tensor:
-    """Return the squared norms of the layer's adapted rows, `(out,)`."""
-    weight = layer.weight
-    rows = layer.cache.get(weight.key(), _rows_name(layer))
-    factors = layer.lora_a, layer.lora_b, layer.scaling
-    return _norms.squared_norms(weight, *factors, _base_norms(layer), rows, wait)
-
-
-def _rows_name(layer: DoraAdapter) -> str:
-    """Return the name in the cache of the rows to compute from their entries."""
-    return f"rows-{layer.adapter}"
+def _note_zero_rows(layers: list[tuple[str, DoraAdapter]]) -> None:
+    """Say once which layers have rows of zeros, whose gain is 1 while they stay zero."""
+    found = {
+        name: int(base.zero.sum())
+        for name, layer in layers
+        if (base := _forward.base_norms(layer)).zero is not None
+    }
+    counts = [f"{count} in layer {name}" for name, count in found.items() if count]
+    if counts:
+        shown = ", ".join(counts[:_SHOWN])
+        more = f" and in {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        warnings.warn(
+            f"Base weights have rows of zeros: {shown}{more}. Such a row has no "
+            "direction while its row of B is zero too: its gain is 1, its magnitude "
+            "gets no gradient, and PEFT's own forward gives NaN there.",
+            stacklevel=3,
+        )
 
 
 def _adapters_where(model: nn.Module, exact: bool) -> dict[str, tuple[str, ...]]:
@@ -376,12 +322,3 @@ def _adapters_where(model: nn.Module, exact: bool) -> dict[str, tuple[str, ...]]
         if _peft.is_replaced(layer) == exact:
             found[name] = (*found.get(name, ()), layer.adapter)
     return found
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a setting that is none of the choices."""
-    if value not in choices:
-        known = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(
-            f"{name}={value!r} is not a setting of use_exact_dora; use {known}."
-        )

@@ -19,6 +19,7 @@ __all__ = [
     "BLOCK_ELEMENTS",
     "add_pair",
     "apply_gain",
+    "multiply_add",
 ]
 
 # Where no graph is built, the gradient of the gain is summed over this many elements
@@ -56,7 +57,7 @@ def apply_gain(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         The scaled output, `(..., out)`, in the wider of the dtypes.
     """
     if torch.compiler.is_compiling():  # which fuses the derivative, too
-        return _multiply_add(z, gain, bias)
+        return multiply_add(z, gain, bias)
     return cast(Tensor, _Gain.apply(_rows(z), gain, bias)).view(z.shape)
 
 
@@ -144,8 +145,8 @@ class _PairBackward(Function):
         )
 
 
-def _multiply_add(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `apply_gain`."""
+def multiply_add(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `apply_gain`; with autograd's derivative, of any shapes that broadcast."""
     if bias is None:
         return gain * z
     return torch.addcmul(torch.addcmul(bias, gain, bias, value=-1), z, gain)
@@ -158,7 +159,7 @@ class _Gain(Function):
 
     @staticmethod
     def forward(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        return _multiply_add(z, gain, bias)
+        return multiply_add(z, gain, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

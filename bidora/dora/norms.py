@@ -41,11 +41,14 @@ __all__ = [
     "expanded_norms",
     "expansion",
     "frozen_product",
+    "gains",
+    "identity",
     "near_cancellation",
     "row_blocks",
     "squared_norms",
     "times_rows",
     "without_direction",
+    "without_norm",
 ]
 
 # Rows of a weight that is not stored in the compute dtype are converted this many
@@ -92,14 +95,24 @@ class BaseWeight:
         tensor = self.stored
         if torch.compiler.is_compiling() or tensor.requires_grad:
             return None
-        try:
-            storage = StorageWeakRef(tensor.untyped_storage())
-            place = (tensor.data_ptr(), tensor._version)
-        except RuntimeError:  # functional transform, inference tensor
+        found = identity(tensor)
+        if found is None or forward_ad.unpack_dual(tensor).tangent is not None:
             return None
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            return None
-        return (storage, *place, tensor.dtype, tensor.device, tensor.shape)
+        return found
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return what changes with a tensor's value, as far as torch counts it, or None.
+
+    Args:
+        tensor: Any tensor; a functional transform's or an inference tensor has none.
+    """
+    try:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        place = (tensor.data_ptr(), tensor._version)
+    except RuntimeError:
+        return None
+    return (storage, *place, tensor.dtype, tensor.device, tensor.shape)
 
 
 class BaseNorms(NamedTuple):
@@ -109,11 +122,13 @@ class BaseNorms(NamedTuple):
         squared: ‖w_i‖².
         guard: Expanded squared norms below this are computed from the entries.
         floor: No expanded squared norm is taken to be less: it is rounding error there.
+        zero: Which rows w_i are zero; None where none is known to be.
     """
 
     squared: Tensor
     guard: Tensor
     floor: Tensor
+    zero: Tensor | None
 
 
 class WeightCache:
@@ -177,7 +192,11 @@ def base_norms(weight: BaseWeight, dtype: torch.dtype) -> BaseNorms:
     squared = torch.cat([rows.square().sum(1) for _, rows in blocks])
     info = torch.finfo(dtype)
     detached = squared.detach()
-    return BaseNorms(squared, CANCELLATION * detached, info.eps * detached + info.tiny)
+    zero = detached == 0
+    # Of a frozen weight this is asked once, so the host may wait for the answer.
+    known = weight.key() is not None and not bool(zero.any())
+    guard, floor = CANCELLATION * detached, info.eps * detached + info.tiny
+    return BaseNorms(squared, guard, floor, None if known else zero)
 
 
 def cached_base_norms(
@@ -396,6 +415,8 @@ def cancelled_rows(
 def without_direction(squared: Tensor, base: BaseNorms) -> Tensor:
     """Return which rows have a norm of zero up to rounding, or one that is not finite.
 
+    A zero row of the weight that is not adapted is none of them.
+
     Args:
         squared: The squared norms, `(out,)`.
         base: The base's.
@@ -405,7 +426,43 @@ def without_direction(squared: Tensor, base: BaseNorms) -> Tensor:
     """
     info = torch.finfo(squared.dtype)
     zero = (8 * info.eps) ** 2 * base.squared + info.tiny
-    return ~((squared > zero) & squared.isfinite())
+    found = ~((squared > zero) & squared.isfinite())
+    gone = without_norm(squared, base)
+    return found if gone is None else found & ~gone
+
+
+def without_norm(squared: Tensor, base: BaseNorms) -> Tensor | None:
+    """Return which rows are zero: those of a zero row of the weight, not adapted.
+
+    Args:
+        squared: The squared norms, `(out,)`.
+        base: The base's.
+
+    Returns:
+        True or False for each row, `(out,)`; None where no row of the weight is zero.
+    """
+    if base.zero is None:
+        return None
+    return base.zero & (squared.detach() <= torch.finfo(squared.dtype).tiny)
+
+
+def gains(magnitude: Tensor, squared: Tensor, base: BaseNorms) -> Tensor:
+    """Return m / ‖v‖ of each row, and 1, a constant, where v is zero.
+
+    Args:
+        magnitude: m, `(out,)`.
+        squared: The squared norms, `(out,)`.
+        base: The base's.
+
+    Returns:
+        Gains, `(out,)`.
+    """
+    gone = without_norm(squared, base)
+    if gone is None:
+        return magnitude / squared.sqrt()
+    # The norm is replaced before the root: its derivative at 0 would be 0 · ∞.
+    whole = magnitude / torch.where(gone, 1.0, squared).sqrt()
+    return torch.where(gone, 1.0, whole)
 
 
 def near_cancellation(squared: Tensor, base: BaseNorms) -> Tensor:

@@ -15,7 +15,8 @@ $$\sum_{ij} e_i e_j (G_0)_{ij}^2
   + 2 \operatorname{tr} (B^\top C_e)^2,
   \qquad C_e = \operatorname{diag}(e)\, C ,$$
 
-so $V$ is never formed and $G_0$ is all that depends on `in`.
+so $V$ is never formed and $G_0$ is all that depends on `in`. Rows of V that are zero have
+no direction and no part in the term.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bidora.dora import exact as dora
+from bidora.dora import forward as dora
 from bidora.dora import norms as _norms
 from bidora.dora import peft as _peft
 from bidora.dora.norms import BaseWeight, WeightCache
@@ -127,8 +128,8 @@ def gram_penalty(
     dtype = _norms.compute_dtype(weight, lora_a, lora_b)
     base = _norms.base_norms(rows, dtype)
     squared = _norms.squared_norms(rows, lora_a, lora_b, scaling, base)
-    gram = _Gram(rows, dtype, None)
-    return _penalty(gram, lora_a, lora_b, scaling, squared)
+    gram, gone = _Gram(rows, dtype, None), _norms.without_norm(squared, base)
+    return _penalty(gram, lora_a, lora_b, scaling, squared, gone)
 
 
 def orthogonality(
@@ -139,7 +140,8 @@ def orthogonality(
     $$R = \sum_\text{layers} \|\hat V \hat V^\top - I_\text{out}\|_F^2,$$
         \qquad V = W_0 + s B A \text{ with rows normalised}
 
-    Exact, differentiable twice in A and B. Normalised rows go with magnitudes per
+    Exact, differentiable twice in A and B. A convolution's rows are its kernels, an
+    embedding's the columns of its table. Normalised rows go with magnitudes per
     output feature; the Gram matrix of the input axis, $\hat V^\top \hat V$,
     gives the same plus the constant in − out per layer.
 
@@ -156,27 +158,35 @@ def orthogonality(
         A scalar on the device of the first layer, in float32 or float64.
 
     Raises:
-        ValueError: No layer has such a DoRA adapter, adapters are merged into the base
-            weights, or `max_cache_bytes` is negative.
+        ValueError: No layer has such a DoRA adapter, one is a convolution in groups,
+            adapters are merged into the base weights, or `max_cache_bytes` is negative.
     """
     if max_cache_bytes < 0:
         raise ValueError(
             f"max_cache_bytes={max_cache_bytes} is negative; use 0 to keep nothing."
         )
-    layers = [
-        layer
-        for _, layer in _peft.dora_layers(model)
-        if _peft.is_replaceable(layer)
+    named = [
+        (name, layer)
+        for name, layer in _peft.dora_layers(model)
+        if not _peft.obstacle(layer)
         and (layer.is_active if adapter is None else layer.adapter == adapter)
     ]
+    layers = [layer for _, layer in named]
     if not layers:
         which = (
             "active adapter as DoRA" if adapter is None else f"DoRA adapter {adapter!r}"
         )
         raise ValueError(
-            f"No Linear or Conv1D layer has the {which}, so there is no direction to "
+            f"No layer has the {which}, so there is no direction to "
             "regularise. Make one with LoraConfig(use_dora=True), activate it with "
             "model.set_adapter(name), or leave the regulariser out."
+        )
+    grouped = [name for name, layer in named if layer.groups > 1]
+    if grouped:
+        raise ValueError(
+            f"{', '.join(grouped)} are convolutions in groups, whose kernels see "
+            "different channels, so that no angle between them has a meaning. Set "
+            "orthogonality=0, or leave them out of target_modules."
         )
     if any(layer.is_merged for layer in layers):
         raise ValueError(
@@ -190,19 +200,27 @@ def orthogonality(
         gram = _cached_gram(
             layer.weight, squared.dtype, layer.cache, size <= max_cache_bytes
         )
-        term = _penalty(gram, layer.lora_a, layer.lora_b, layer.scaling, squared)
+        gone = _norms.without_norm(squared, dora.base_norms(layer))
+        term = _penalty(gram, layer.lora_a, layer.lora_b, layer.scaling, squared, gone)
         total = term if total is None else total + term.to(total.device, total.dtype)
     return cast(Tensor, total)
 
 
 def _penalty(
-    gram: _Gram, lora_a: Tensor, lora_b: Tensor, scaling: float, squared: Tensor
+    gram: _Gram,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    squared: Tensor,
+    gone: Tensor | None,
 ) -> Tensor:
-    """Return the penalty, given the squared norms of the adapted rows."""
+    """Return the penalty, given the rows' squared norms and which of them are zero."""
     dtype, weight = gram.dtype, gram.weight
     with _norms.autocast_off(lora_a.device):
         a, b = lora_a.to(dtype), lora_b.to(dtype)
-        e = squared.reciprocal()
+        e, rows = squared.reciprocal(), squared.numel()
+        if gone is not None:
+            e, rows = torch.where(gone, 0.0, e), (~gone).sum()
         cross = _norms.times_rows(a, weight).T
         c = torch.addmm(cross, b, a @ a.T, beta=scaling, alpha=scaling**2 / 2)
         b_e, c_e = e[:, None] * b, e[:, None] * c
@@ -219,7 +237,7 @@ def _penalty(
             + 2 * ((c.T @ c_e) * (b.T @ b_e)).sum()
             + 2 * (mixed * mixed.T).sum()
         )
-    return frobenius - squared.numel()
+    return frobenius - rows
 
 
 def _cached_gram(

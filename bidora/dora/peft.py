@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidora.dora.norms import BaseWeight, WeightCache
@@ -25,8 +26,8 @@ __all__ = [
     "check_peft_version",
     "clear_cache",
     "dora_layers",
-    "is_replaceable",
     "is_replaced",
+    "obstacle",
     "replace_forward",
     "restore_forward",
 ]
@@ -54,12 +55,26 @@ def check_peft_version(version: str | None = None) -> None:
 
 
 try:
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.lora.variants import DoraLinearVariant
+    from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, _ConvNd
+    from peft.tuners.lora.variants import (
+        DoraConv1dVariant,
+        DoraConv2dVariant,
+        DoraConv3dVariant,
+        DoraEmbeddingVariant,
+        DoraLinearVariant,
+    )
     from peft.utils.integrations import dequantize_module_weight
 except ImportError:  # pragma: no cover - needs another PEFT
     check_peft_version()
     raise
+
+_DORA = (
+    DoraLinearVariant,
+    DoraEmbeddingVariant,
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+)
 
 # Kept on the layer, not on the variant: it belongs to the base weight that all adapters
 # of the layer share, and layers with PEFT's own variant use it too.
@@ -68,7 +83,7 @@ _CACHE = "_bidora_cache"
 
 @dataclass(frozen=True, slots=True)
 class DoraAdapter:
-    """One DoRA adapter of one Linear (or Conv1D) layer.
+    """One DoRA adapter of one layer, its tensors seen as matrices.
 
     Attributes:
         module: PEFT's layer.
@@ -79,18 +94,39 @@ class DoraAdapter:
     adapter: str
 
     @property
+    def kind(self) -> Literal["linear", "embedding", "convolution"]:
+        """What the layer is; Conv1D (GPT-2) is linear."""
+        if isinstance(self.module, Embedding):
+            return "embedding"
+        return "convolution" if isinstance(self.module, _ConvNd) else "linear"
+
+    @property
+    def groups(self) -> int:
+        """In how many groups a convolution works; 1 for other layers."""
+        if not isinstance(self.module, _ConvNd):
+            return 1
+        base: Any = self.module.get_base_layer()
+        return base.groups
+
+    @property
     def lora_a(self) -> Tensor:
         """The factor `A`, `(r, in)`."""
-        return self.module.lora_A[self.adapter].weight
+        if isinstance(self.module, Embedding):
+            return self.module.lora_embedding_A[self.adapter]
+        weight = self.module.lora_A[self.adapter].weight
+        return weight if weight.dim() == 2 else weight.flatten(1)
 
     @property
     def lora_b(self) -> Tensor:
-        """The factor `B`, `(out, r)`."""
-        return self.module.lora_B[self.adapter].weight
+        """The factor `B`, `(out, r)`; `(out, r / groups)` of a convolution in groups."""
+        if isinstance(self.module, Embedding):
+            return self.module.lora_embedding_B[self.adapter]
+        weight = self.module.lora_B[self.adapter].weight
+        return weight if weight.dim() == 2 else weight.flatten(1)
 
     @property
     def magnitude(self) -> Tensor:
-        """The magnitude vector, `(out,)`."""
+        """The magnitude vector, of `out` entries; a convolution's has further axes."""
         return self.module.lora_magnitude_vector[self.adapter].weight
 
     @property
@@ -107,17 +143,21 @@ class DoraAdapter:
     def weight(self) -> BaseWeight:
         """The weight of the base layer as rows of output features, `(out, in)`."""
         base = self.module.get_base_layer()
-        transposed = getattr(self.module, "fan_in_fan_out", False)
         stored = base.W_q if hasattr(base, "W_q") else base.weight  # W_q: HQQ
         if type(stored) in (nn.Parameter, Tensor) and stored.is_floating_point():
-            rows = stored.T if transposed else stored
+            rows = self._as_rows(stored)
             return BaseWeight(stored, lambda: rows)
 
         def dequantise() -> Tensor:
-            dense = dequantize_module_weight(base)
-            return dense.T if transposed else dense
+            return self._as_rows(dequantize_module_weight(base))
 
         return BaseWeight(stored, dequantise, quantised=True)
+
+    def _as_rows(self, dense: Tensor) -> Tensor:
+        """Return a weight as a matrix whose rows are output features."""
+        if _rows_last(self.module):
+            return dense.T
+        return dense if dense.dim() == 2 else dense.flatten(1)
 
     @property
     def is_active(self) -> bool:
@@ -149,24 +189,82 @@ class DoraAdapter:
         idle = isinstance(dropout, nn.Identity) or not self.module.training
         return x if idle else dropout(x)
 
+    def convolve(self, x: Tensor) -> Tensor:
+        """Return the base convolution of `x` without its bias, as PEFT's DoRA takes it."""
+        base = self.module.get_base_layer()
+        convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[base.weight.dim()]
+        return convolution(
+            x,
+            base.weight.to(x.dtype),
+            stride=base.stride,
+            padding=base.padding,
+            dilation=base.dilation,
+            groups=base.groups,
+        )
+
+
+def _rows_last(module: Any) -> bool:
+    """Return whether the base weight's last axis is that of output features."""
+    return isinstance(module, Embedding) or bool(
+        getattr(module, "fan_in_fan_out", False)
+    )
+
 
 Forward = Callable[[DoraAdapter, Tensor, Tensor], Tensor]
 
 
-class ReplacedDora(DoraLinearVariant):
+class ReplacedDora(LoraVariant):
     """PEFT's DoRA with another forward; making, merging and unmerging stay PEFT's.
+
+    Rows that are zero, in the weight and in the adapter, PEFT merges to 0/0. They are
+    left as they are, which is what a gain of 1 makes of them.
 
     Args:
         compute: Gives a layer's output from the adapter, the layer's input and the
             output so far (of the base layer and the adapters before this one). It is
             copied and pickled with the model.
+        original: PEFT's variant for this kind of layer.
     """
 
-    def __init__(self, compute: Forward) -> None:
+    def __init__(self, compute: Forward, original: Any) -> None:
         self.compute = compute
+        self.original = original
 
-    # PEFT declares a static method and calls it on the instance, which is what lets a
+    def supports_lora_conversion(self) -> bool:
+        """Return what PEFT's own variant does."""
+        return self.original.supports_lora_conversion()
+
+    # PEFT declares static methods and calls them on the instance, which is what lets a
     # replacement carry its settings.
+    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make the magnitude."""
+        self.original.init(module, adapter_name=adapter_name, **kwargs)
+
+    def merge_safe(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        """Return the weight with this adapter merged in."""
+        merged = self.original.merge_safe(module, active_adapter, orig_weight)
+        gone = _zero_norms(module, active_adapter)
+        return _with_rows_of(orig_weight, merged, gone, module)
+
+    def merge_unsafe(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> None:
+        """Merge this adapter into the weight."""
+        before = orig_weight.data  # which PEFT replaces
+        self.original.merge_unsafe(module, active_adapter, orig_weight)
+        gone = _zero_norms(module, active_adapter)
+        orig_weight.data = _with_rows_of(before, orig_weight.data, gone, module)
+
+    def unmerge(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        """Return the weight without this adapter."""
+        gone = _zero_norms(module, active_adapter)  # PEFT forgets them
+        unmerged = self.original.unmerge(module, active_adapter, orig_weight)
+        return _with_rows_of(orig_weight.data, unmerged, gone, module)
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         module: nn.Module,
@@ -179,11 +277,24 @@ class ReplacedDora(DoraLinearVariant):
         return self.compute(DoraAdapter(module, active_adapter), x, result)
 
 
+def _zero_norms(module: Any, adapter: str) -> Tensor:
+    """Return which norms were 0 when the adapter was merged, `(out,)`."""
+    return module._caches[f"{adapter}-weight_norm"].flatten() == 0
+
+
+def _with_rows_of(old: Tensor, new: Tensor, rows: Tensor, module: Any) -> Tensor:
+    """Return `new`, with the given rows as they are in `old`."""
+    if not bool(rows.any()):
+        return new
+    shape = (1, -1) if _rows_last(module) else (-1, *(1,) * (new.dim() - 1))
+    return torch.where(rows.to(new.device).view(shape), old.to(new.dtype), new)
+
+
 def dora_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
     """Return name and handle of every DoRA adapter of every layer of a model.
 
-    Layers come in the order of `named_modules`. Embedding and convolution layers are
-    among them; `is_replaceable` tells.
+    Layers come in the order of `named_modules`, whether another forward can replace
+    theirs (see `obstacle`) or not.
     """
     check_peft_version()
     return [
@@ -199,26 +310,37 @@ def is_replaced(layer: DoraAdapter) -> bool:
     return isinstance(layer.module.lora_variant.get(layer.adapter), ReplacedDora)
 
 
-def is_replaceable(layer: DoraAdapter) -> bool:
-    """Return whether the forward is PEFT's DoRA for linear layers, or ours.
-
-    Embedding and convolution layers, variants of other packages, and a bias in `B`
-    (which PEFT refuses in a DoRA configuration) are not.
-    """
+def obstacle(layer: DoraAdapter) -> str | None:
+    """Return why the layer cannot have another forward, None where it can."""
     variant = layer.module.lora_variant.get(layer.adapter)
-    if type(variant) not in (DoraLinearVariant, ReplacedDora):
-        return False
-    return layer.module.lora_B[layer.adapter].bias is None
+    base = layer.module.get_base_layer()
+    if type(variant) not in (*_DORA, ReplacedDora):
+        kind = type(variant).__name__
+        return f"its variant {kind} is not PEFT's DoRA for a layer of this kind"
+    if layer.kind == "embedding":
+        if base.max_norm is not None:
+            return "its max_norm changes the frozen weight in every forward pass"
+        return None
+    if layer.module.lora_B[layer.adapter].bias is not None:
+        return "its B has a bias (lora_bias), for which DoRA has no place"
+    if layer.kind == "convolution":
+        own = layer.module.lora_A[layer.adapter]
+        if base.dilation != own.dilation and max(base.kernel_size) > 1:
+            return f"PEFT makes A without its dilation of {base.dilation}"
+    return None
 
 
 def replace_forward(layer: DoraAdapter, compute: Forward) -> None:
     """Let `compute` give the layer's output with this adapter."""
-    layer.module.lora_variant[layer.adapter] = ReplacedDora(compute)
+    present = layer.module.lora_variant[layer.adapter]
+    original = present.original if isinstance(present, ReplacedDora) else present
+    layer.module.lora_variant[layer.adapter] = ReplacedDora(compute, original)
 
 
 def restore_forward(layer: DoraAdapter) -> None:
     """Give the adapter PEFT's own forward again, and leave nothing behind."""
-    layer.module.lora_variant[layer.adapter] = DoraLinearVariant()
+    variant = layer.module.lora_variant[layer.adapter]
+    layer.module.lora_variant[layer.adapter] = variant.original
     clear_cache(layer)
 
 

@@ -11,6 +11,9 @@ and the first and second derivatives are the gradients of $\sum \bar g_i g_i$ an
 $\sum \bar g_i \dot g_i$. Matrices of a row for each output are kept transposed, `(r, out)`,
 so that `(out,)` vectors multiply them as they are; `u` and what is like it are kept
 times −s.
+
+Where $v_i$ is zero, which takes a zero row of $W$ and a zero row of $B A$, the quotient is
+0/0 and the gain is the constant 1.
 """
 
 from __future__ import annotations
@@ -58,23 +61,22 @@ def row_gains(
         on_cpu = base.squared.device.type == "cpu"
         # Where rows that cancel are looked for, none of the others is below the floor.
         floor = None if on_cpu else base.floor
+        tensors = a, b, m, weight.stored, base.squared, floor, base.zero
         gain, _, squared, *_ = cast(
-            tuple[Tensor, ...],
-            _RowGain.apply(
-                a, b, m, weight.stored, base.squared, floor, weight, scaling
-            ),
+            tuple[Tensor, ...], _RowGain.apply(*tensors, weight, scaling)
         )
         if not on_cpu or _norms.cancels(squared, base.guard) is False:
             return gain
-    return m / _norms.squared_norms(weight, a, b, scaling, base, rows).sqrt()
+    squared = _norms.squared_norms(weight, a, b, scaling, base, rows)
+    return _norms.gains(m, squared, base)
 
 
 class _Factors(NamedTuple):
     """What every derivative at a point is made of.
 
     Attributes:
-        inverse: 1 / ‖v_i‖, `(out,)`.
-        squared: ‖v_i‖², `(out,)`.
+        inverse: 1 / ‖v_i‖, `(out,)`; zero where v_i is, which makes every derivative zero.
+        squared: ‖v_i‖², `(out,)`; 1 where v_i is zero.
         scaled: −s A Vᵀ, `(r, out)`.
         gram: A Aᵀ, `(r, r)`.
     """
@@ -125,6 +127,7 @@ class _Point(NamedTuple):
     m: Tensor
     base: Tensor
     floor: Tensor | None
+    zero: Tensor | None
     weight: BaseWeight
     scaling: float
 
@@ -135,7 +138,20 @@ class _Point(NamedTuple):
         )
         if self.floor is not None:
             squared = squared.clamp(min=self.floor)
-        return _Factors(squared.rsqrt(), squared, scaled, gram)
+        if self.zero is None:
+            return _Factors(squared.rsqrt(), squared, scaled, gram)
+        gone = self.zero & (squared.detach() <= torch.finfo(squared.dtype).tiny)
+        # Replaced before the root, whose derivative at 0 a third derivative would meet.
+        squared = torch.where(gone, 1.0, squared)
+        inverse = torch.where(gone, 0.0, squared.rsqrt())
+        return _Factors(inverse, squared, scaled, gram)
+
+    def gains(self, factors: _Factors) -> Tensor:
+        """Return m / ‖v_i‖, and 1 where v_i is zero."""
+        gain = self.m * factors.inverse
+        if self.zero is None:
+            return gain
+        return torch.where(self.zero & (factors.inverse == 0), 1.0, gain)
 
     def pull(
         self, grad: Tensor, factors: _Factors
@@ -217,12 +233,14 @@ class _RowGain(Function):
         stored: Tensor,
         base: Tensor,
         floor: Tensor | None,
+        zero: Tensor | None,
         weight: BaseWeight,
         scaling: float,
     ) -> tuple[Tensor, ...]:
         with _norms.autocast_off(a.device):
-            factors = _Point(a, b, m, base, floor, weight, scaling).factors()
-            return m * factors.inverse, *factors
+            point = _Point(a, b, m, base, floor, zero, weight, scaling)
+            factors = point.factors()
+            return point.gains(factors), *factors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -234,20 +252,20 @@ class _RowGain(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (grad, *_), rest = grads, (None,) * 5
+        (grad, *_), rest = grads, (None,) * 6
         if grad is None:
             return (None, None, None, *rest)
         last = is_last()
         if last and not any(ctx.needs_input_grad[:2]):
-            return (None, None, grad * ctx.saved_tensors[6], *rest)
+            return (None, None, grad * ctx.saved_tensors[7], *rest)
         derivative: Any = _RowGainBackward.forward if last else _RowGainBackward.apply
         found = derivative(grad, *ctx.saved_tensors, ctx.weight, ctx.scaling)
         return (*found[:3], *rest)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        a, b, m, _, base, floor, *kept = ctx.saved_tensors
-        point = _Point(a, b, m, base, floor, ctx.weight, ctx.scaling)
+        a, b, m, _, base, floor, zero, *kept = ctx.saved_tensors
+        point = _Point(a, b, m, base, floor, zero, ctx.weight, ctx.scaling)
         with _norms.autocast_off(a.device):
             factors = _Factors(*kept)
             a_dot, b_dot = _zeros_for_none(point, *tangents[:2])
@@ -276,6 +294,7 @@ class _RowGainBackward(Function):
         stored: Tensor,
         base: Tensor,
         floor: Tensor | None,
+        zero: Tensor | None,
         inverse: Tensor,
         squared: Tensor,
         scaled: Tensor,
@@ -285,7 +304,7 @@ class _RowGainBackward(Function):
     ) -> tuple[Tensor, ...]:
         factors = _Factors(inverse, squared, scaled, gram)
         with _norms.autocast_off(a.device):
-            point = _Point(a, b, m, base, floor, weight, scaling)
+            point = _Point(a, b, m, base, floor, zero, weight, scaling)
             gradients, pulled = point.pull(grad, factors)
             return *gradients, *pulled
 
@@ -310,7 +329,7 @@ class _RowGainBackward(Function):
             rest: tuple[Tensor | None, ...] = (None, None, None)
             if any(ctx.needs_input_grad[1:4]):
                 rest = point.curve(grad, factors, pulled, pushed, a_dot, m_dot)
-        return (change, *rest, *(None,) * 9)
+        return (change, *rest, *(None,) * 10)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -328,8 +347,8 @@ class _RowGainBackward(Function):
 
 def _kept(ctx: Any) -> tuple[Tensor, _Point, _Factors, _Pulled]:
     """Return what `_RowGainBackward` saved."""
-    grad, a, b, m, _, base, floor, *rest = ctx.saved_tensors
-    point = _Point(a, b, m, base, floor, ctx.weight, ctx.scaling)
+    grad, a, b, m, _, base, floor, zero, *rest = ctx.saved_tensors
+    point = _Point(a, b, m, base, floor, zero, ctx.weight, ctx.scaling)
     return grad, point, _Factors(*rest[:4]), _Pulled(*rest[4:])
 
 

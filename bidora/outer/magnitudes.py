@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from bidora.dora import magnitudes
+from bidora.dora.peft import dora_layers
 from bidora.outer.base import OuterLevel
 
 __all__ = ["Magnitudes", "trainable_magnitudes"]
@@ -26,8 +27,8 @@ class Magnitudes(OuterLevel):
 
         Raises:
             TypeError: If it is no module.
-            ValueError: If it has no magnitudes, none that is trainable, or those of
-                several adapters.
+            ValueError: If it has no magnitudes, none that is trainable, those of several
+                adapters, or those of one that is not active.
         """
         return trainable_magnitudes(model)
 
@@ -49,7 +50,8 @@ def trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: not a module.
-        ValueError: no magnitudes, none that is trainable, or those of several adapters.
+        ValueError: no magnitudes, none that is trainable, those of several adapters, or
+            those of one that is not active.
     """
     if not isinstance(model, nn.Module):
         msg = f"model must be a torch.nn.Module, got {type(model).__name__}."
@@ -77,6 +79,15 @@ def trainable_magnitudes(model: nn.Module) -> dict[str, nn.Parameter]:
         msg = (
             f"magnitudes of several adapters are trainable ({sorted(adapters)}): BiDoRA "
             "trains one. Make one active with model.set_adapter(name)."
+        )
+        raise ValueError(msg)
+    (adapter,) = adapters
+    layers = [layer for _, layer in dora_layers(model) if layer.adapter == adapter]
+    if not any(layer.is_active for layer in layers):
+        msg = (
+            f"the magnitudes of the adapter {adapter!r} are trainable, but it is not "
+            "active, so that no output depends on them. Call "
+            f"model.set_adapter({adapter!r}) first."
         )
         raise ValueError(msg)
     return trainable

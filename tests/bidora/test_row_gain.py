@@ -150,7 +150,9 @@ def test_rows_at_the_floor_stand_still() -> None:
     floor = 1e-9 * base.squared
 
     def value(*tensors: Tensor) -> Tensor:
-        return _RowGain.apply(*tensors, weight, base.squared, floor, rows, SCALING)[0]
+        return _RowGain.apply(
+            *tensors, weight, base.squared, floor, None, rows, SCALING
+        )[0]
 
     gain = value(*inputs)
     torch.testing.assert_close(gain[1], m[1] / floor[1].sqrt())
@@ -174,4 +176,5 @@ def test_operations() -> None:
     with counted() as double:
         torch.autograd.grad(first[:2], inputs, directions)
     found = [counts.operations for counts in (forward, backward, double)]
-    assert found == [23, 11, 30]
+    # Three of the first look for rows of zeros, of a frozen weight once.
+    assert found == [26, 11, 30]
