@@ -110,6 +110,19 @@ class PeftDora(Lora):
     summary: ClassVar[str] = "DoRA as PEFT computes it, all parameters at one rate"
     config: ClassVar[Mapping[str, Any]] = {"use_dora": True}
 
+    def load(self, base: Base, folder: Path) -> nn.Module:
+        """Return the base with the saved adapter, whose layers are exact.
+
+        Args:
+            base: The loaded model.
+            folder: Where the adapter is.
+        """
+        from bidora.dora import use_exact_dora
+
+        model = super().load(base, folder)
+        use_exact_dora(model)  # PEFT's own would give NaN for rows of zeros
+        return model
+
 
 class ExactDora(PeftDora):
     """DoRA with the exact forward; magnitudes may learn at a rate of their own."""

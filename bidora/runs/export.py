@@ -150,8 +150,7 @@ def _merge(model: Any, method: str) -> Any:
     if broken:
         raise UserError(
             f"{len(broken)} merged weight(s) hold values that are not finite, such as "
-            f"{broken[0]}. The run diverged, or the base has rows of zeros, which PEFT "
-            "divides by their norm."
+            f"{broken[0]}. The training has diverged; lower the learning rate."
         )
     return merged
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from bidora.cli import main
 from bidora.errors import UserError
@@ -61,6 +61,22 @@ def test_outputs_are_those_of_the_run(
     base = AutoModel.from_pretrained(tiny_encoder).state_dict()
     after = plain.base_model.state_dict()
     assert any((after[n] - base[n]).abs().max() > 0.01 for n in after)
+
+
+@pytest.mark.filterwarnings("ignore:Base weights have rows of zeros")
+def test_rows_of_zeros_stay_zeros(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    base = AutoModel.from_pretrained(tiny_encoder)
+    weight = base.encoder.layer[0].attention.self.query.weight
+    weight.data[3] = 0.0
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "base")
+    run = run_of("bidora", tmp_path / "base", labelled_csv, tmp_path, max_steps=2)
+    done = export(run, tmp_path / "whole")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert logits(plain).isfinite().all()
+    assert done.difference < 1e-4
 
 
 def test_a_pooled_model_is_loaded_by_the_lines_that_are_told(
