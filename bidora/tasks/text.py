@@ -125,7 +125,7 @@ class TextTask(Task):
         for key, column in columns.items():
             name_column(table, column, f"--{key.replace('_', '-')}-column", ())
         read: dict[str, Sequence[Any]] = {
-            key: [_text(value, column) for value in table.values(column)]
+            key: [self.read_text(value, column) for value in table.values(column)]
             for key, column in columns.items()
         }
         if labelled:
@@ -143,6 +143,15 @@ class TextTask(Task):
                 for key, value in zip(read, values, strict=True):
                     clean[key].append(value)
         return Rows(clean, places, bad)
+
+    def read_text(self, value: Any, column: str) -> str | BadValueError:
+        """Return a text without the blanks around it, or what is wrong with it.
+
+        Args:
+            value: As the table has it.
+            column: Where it stands, for the message.
+        """
+        return _text(value, column)
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Return which columns are read, and how many texts two parts share."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bidora.errors import UserError
-from bidora.tasks.base import Rows, Schema, draw_in_proportion
+from bidora.tasks.base import Rows, Schema
 from bidora.tasks.registry import make_task
 
 NAMES = ("a", "b", "c")
