@@ -134,6 +134,9 @@ def load_config(source: ModelSource) -> Any:
     Args:
         source: Where the model is.
 
+    Returns:
+        As from transformers.
+
     Raises:
         UserError: If there is none, or it can't be fetched.
     """

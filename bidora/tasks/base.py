@@ -364,6 +364,9 @@ class Task(ABC):
                 texts.
             rows: What they were generated for.
             schema: Of the data.
+
+        Returns:
+            Scores, and why others are missing.
         """
         del texts, rows, schema
         return TextScores({})

@@ -11,6 +11,11 @@ from bidora.tasks.labels import BadValueError, shown
 
 __all__ = ["ROLES", "as_messages", "encode_chat", "open_prompt"]
 
+REFUSED = (
+    "the chat template of the model's tokenizer refuses a conversation ({}). Many want "
+    "turns of user and assistant one after the other, or no system turn."
+)
+
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
@@ -117,8 +122,8 @@ def encode_chat(
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-        except Exception as error:
-            raise _refused(error) from error
+        except Exception as error:  # what a template raises is its own
+            raise UserError(REFUSED.format(error)) from error
         return found["input_ids"], [bool(m) for m in found["assistant_masks"]]
     whole = _rendered(messages, processor)
     spans: list[tuple[int, int]] = []
@@ -146,16 +151,8 @@ def _rendered(messages: Sequence[Message], processor: Any, **how: Any) -> str:
     _template(processor)
     try:
         return processor.apply_chat_template(list(messages), tokenize=False, **how)
-    except Exception as error:
-        raise _refused(error) from error
-
-
-def _refused(error: Exception) -> UserError:
-    """Return what a template says of turns that it does not take, as a sentence."""
-    return UserError(
-        f"the chat template of the model's tokenizer refuses a conversation ({error}). "
-        "Many want turns of user and assistant one after the other, or no system turn."
-    )
+    except Exception as error:  # what a template raises is its own
+        raise UserError(REFUSED.format(error)) from error
 
 
 def _template(processor: Any) -> str:

@@ -200,7 +200,13 @@ class EncoderDecoderGeneration(Generation):
         return made
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
-        """Return how many references have more than `length` tokens, so that they are cut."""
+        """Return how many references have more than `length` tokens and are cut.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer.
+            length: Tokens kept of a reference.
+        """
         ends = with_end(rows.columns["labels"], processor)
         return sum(len(ids) > length for ids in ends)
 

@@ -14,27 +14,8 @@ from bidora.tasks.base import TextScores
 
 __all__ = ["TEXT_METRICS", "text_scores"]
 
-NOT_COUNTED = frozenset(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        "(",
-        ")",
-        "{",
-        "}",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
-)
+_QUOTES = ("''", "'", "``", "`")
+NOT_COUNTED = frozenset([*_QUOTES, *"(){}.?!,:;-", "--", "..."])
 """Tokens that the scorer of COCO's captions leaves out."""
 
 INSTALL = 'pip install "hypergrad-bidora[generation]"'

@@ -17,41 +17,9 @@ from transformers import (
 )
 
 WORDS = [
-    "name",
-    "area",
-    "food",
-    "is",
-    "a",
-    "in",
-    "serves",
-    "place",
-    "the",
-    "pub",
-    "cafe",
-    "river",
-    "city",
-    "Aromi",
-    "Wrestlers",
-    "Cotto",
-    "Indian",
-    "Thai",
-    "French",
-    "user",
-    "assistant",
-    "system",
-    "Hello",
-    "Bye",
-    "What",
-    "yes",
-    "no",
-    "you",
-    "are",
-    ".",
-    ",",
-    "[",
-    "]",
-    ":",
-    "?",
+    *("name", "area", "food", "is", "a", "in", "serves", "place", "the", "The", "pub"),
+    *("cafe", "river", "city", "Aromi", "Wrestlers", "Cotto", "Indian", "Thai"),
+    *("French", "Hello", "Bye", "What", "yes", "no", "you", "are", *".,[]:?"),
 ]
 
 CHAT_TEMPLATE = (
@@ -62,7 +30,7 @@ CHAT_TEMPLATE = (
 MARKED_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> "
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s>"
-    "{% endgeneration %}{% else %}{{ m['content'] }} </s>{% endif %}\n{% endfor %}"
+    "{% endgeneration %}{% else %}{{ m['content'] }} </s>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 

@@ -10,6 +10,7 @@ import pytest
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.registry import make_task
+from bidora.tasks.splits import draw_in_proportion
 
 NAMES = ("a", "b", "c")
 SHARES = [0] * 60 + [1] * 30 + [2] * 10
