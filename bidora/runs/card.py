@@ -61,6 +61,7 @@ def write_card(
             "base": source.hub_name,
             "auto_model": task.auto_model,
             "pooling": pooling,
+            "gguf_file": source.gguf_file or "",
         }
     )
     card = ModelCard(

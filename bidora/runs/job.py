@@ -167,6 +167,7 @@ class _Job(Prepared):
                 "base": self.source.location,
                 "auto_model": self.examples.task.auto_model,
                 "pooling": self.pooling,
+                "gguf_file": self.source.gguf_file or "",
             }
         )
 

@@ -145,7 +145,7 @@ def _words(text: str) -> str:
     """
     from nltk.tokenize import NLTKWordTokenizer
 
-    # The rules take a point for one of its own at the end of a text alone.
-    parts = re.split(r"(?<=[.?!])\s+", text)
+    # The rules part a point from its word at the end of a text alone, and know dollars.
+    parts = re.split(r"(?<=[.?!])\s+", re.sub("([£€])", r" \1 ", text))
     tokens = [t for part in parts for t in NLTKWordTokenizer().tokenize(part)]
     return " ".join(t for t in map(str.lower, tokens) if t not in NOT_COUNTED)
