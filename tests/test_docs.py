@@ -81,6 +81,7 @@ PAGES = (
     "compared.md",
     "bidora.md",
     "tasks/your-own.md",
+    "tasks/generation.md",
     "methods.md",
     "probe.md",
     "predict.md",
@@ -164,7 +165,13 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert blocks(page, "python"), "a page without an example"
     monkeypatch.chdir(tmp_path)
-    if page in ("trainer.md", "probe.md", "predict.md", "tasks/your-own.md"):
+    if page in (
+        "trainer.md",
+        "probe.md",
+        "predict.md",
+        "tasks/your-own.md",
+        "tasks/generation.md",
+    ):
         spare(monkeypatch)
         # The bundled encoder takes minutes of a core.
         folder = str(tiny_encoder(tmp_path / "encoder"))

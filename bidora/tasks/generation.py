@@ -76,8 +76,6 @@ class Generation(LanguageTask):
 
     name: ClassVar[str] = "generation"
     main_metric: ClassVar[str] = "bleu"
-    greater_is_better: ClassVar[bool] = True
-    judged_by: ClassVar[str] = "perplexity"
     scores_texts: ClassVar[bool] = True
     usual_beams: ClassVar[int] = 4
     usual_label_columns: ClassVar[Sequence[str]] = REFERENCE_COLUMNS

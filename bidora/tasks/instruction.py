@@ -37,7 +37,8 @@ class Instruction(LanguageTask):
             one with a usual name.
         label_column: Column of the completion; None for one with a usual name. A
             conversation has none.
-        metric: `perplexity`; None for the same.
+        metric: `token_accuracy`; None for the same. Early stopping asks perplexity, of which
+            less is better.
 
     Example:
         >>> turns = [{"role": "user", "content": "2 + 2?"}]
@@ -86,7 +87,7 @@ class Instruction(LanguageTask):
 
     def schema(self, source: Source) -> Schema:
         """Find the columns, and whether they hold conversations."""
-        choose_metric(self.metric or self.main_metric, ("perplexity",))
+        choose_metric(self.metric or self.main_metric, (self.main_metric,))
         columns = self.text_columns(source)
         column = columns["text_column"]
         values = source.train.values(column)

@@ -52,8 +52,8 @@ class LanguageTask(TextTask):
 
     peft_type: ClassVar[str] = "CAUSAL_LM"
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
-    main_metric: ClassVar[str] = "perplexity"
-    greater_is_better: ClassVar[bool] = False
+    main_metric: ClassVar[str] = "token_accuracy"
+    judged_by: ClassVar[str] = "perplexity"
     has_probe: ClassVar[bool] = False
     evaluation_batch: ClassVar[int] = 8
     usual_beams: ClassVar[int] = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from bidora.tasks.base import TextScores
@@ -60,9 +61,14 @@ def text_scores(
     return TextScores(scores, missing)
 
 
+def _part(module: str, name: str) -> Any:
+    """Return a part of an optional library, loaded when it is asked for."""
+    return getattr(import_module(module), name)
+
+
 def _bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return corpus BLEU by mteval-v13a's tokens, capitals kept."""
-    from sacrebleu import corpus_bleu
+    corpus_bleu = _part("sacrebleu", "corpus_bleu")
 
     most = max(map(len, references))
     streams: Any = [
@@ -73,10 +79,10 @@ def _bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 def _nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return corpus NIST of up to 5-grams, by the same tokens as BLEU."""
-    from nltk.translate.nist_score import corpus_nist
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    corpus_nist = _part("nltk.translate.nist_score", "corpus_nist")
+    tokenizer = _part("sacrebleu.tokenizers.tokenizer_13a", "Tokenizer13a")
 
-    tokens = Tokenizer13a()
+    tokens = tokenizer()
     said = [tokens(text).split() for text in texts]
     if max(map(len, said)) < 5:
         raise _UnavailableError("no text has five tokens, and NIST counts 5-grams")
@@ -86,31 +92,31 @@ def _nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 def _rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the mean of ROUGE-L with the weight of recall that COCO's scorer has."""
-    from pycocoevalcap.rouge.rouge import Rouge
+    rouge = _part("pycocoevalcap.rouge.rouge", "Rouge")
 
-    return Rouge().compute_score(*_numbered(texts, references))[0]
+    return rouge().compute_score(*_numbered(texts, references))[0]
 
 
 def _cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return CIDEr; how telling a word is comes from these references."""
-    from pycocoevalcap.cider.cider import Cider
+    cider = _part("pycocoevalcap.cider.cider", "Cider")
 
     if len(texts) < 2:
         raise _UnavailableError(
             "of a single input every word is in every reference, so none tells anything"
         )
-    return Cider().compute_score(*_numbered(texts, references))[0]
+    return cider().compute_score(*_numbered(texts, references))[0]
 
 
 def _meteor(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return METEOR 1.5, which is a Java program."""
-    from pycocoevalcap.meteor.meteor import Meteor
+    meteor = _part("pycocoevalcap.meteor.meteor", "Meteor")
 
     if shutil.which("java") is None:
         raise _UnavailableError("METEOR 1.5 is a Java program, and there is no java")
     right, said = _numbered(texts, references)
     try:
-        return Meteor().compute_score(right, said)[0]
+        return meteor().compute_score(right, said)[0]
     except (OSError, ValueError) as error:
         raise _UnavailableError(f"METEOR's Java program failed ({error})") from error
 
@@ -143,9 +149,9 @@ def _words(text: str) -> str:
     Differs from COCO's own in the program alone: that is a Java one, and scores should not
     depend on whether it is there.
     """
-    from nltk.tokenize import NLTKWordTokenizer
+    tokenizer = _part("nltk.tokenize", "NLTKWordTokenizer")
 
     # The rules part a point from its word at the end of a text alone, and know dollars.
     parts = re.split(r"(?<=[.?!])\s+", re.sub("([£€])", r" \1 ", text))
-    tokens = [t for part in parts for t in NLTKWordTokenizer().tokenize(part)]
+    tokens = [t for part in parts for t in tokenizer().tokenize(part)]
     return " ".join(t for t in map(str.lower, tokens) if t not in NOT_COUNTED)

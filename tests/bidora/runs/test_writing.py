@@ -215,7 +215,7 @@ def test_conversations_are_learnt_and_answered(
     assert run.told[0].startswith("Type   instruction: the columns are called messages")
     test = run.result.phases[-1].test
     assert set(test) == {"loss", "perplexity", "token_accuracy"}
-    assert run.result.metric == "perplexity"
+    assert run.result.metric == "token_accuracy"
     output = tmp_path / "answers.jsonl"
     words = ["predict", str(place), "--input", str(path), "--output", str(output)]
     assert main(words) == 0
