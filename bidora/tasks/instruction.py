@@ -37,8 +37,8 @@ class Instruction(LanguageTask):
             one with a usual name.
         label_column: Column of the completion; None for one with a usual name. A
             conversation has none.
-        metric: `token_accuracy`; None for the same. Early stopping asks perplexity, of which
-            less is better.
+        metric: `token_accuracy`; None for the same. Early stopping asks perplexity, of
+            which less is better.
 
     Example:
         >>> turns = [{"role": "user", "content": "2 + 2?"}]

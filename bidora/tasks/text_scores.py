@@ -69,7 +69,6 @@ def _part(module: str, name: str) -> Any:
 def _bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return corpus BLEU by mteval-v13a's tokens, capitals kept."""
     corpus_bleu = _part("sacrebleu", "corpus_bleu")
-
     most = max(map(len, references))
     streams: Any = [
         [some[k] if k < len(some) else None for some in references] for k in range(most)
@@ -81,7 +80,6 @@ def _nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return corpus NIST of up to 5-grams, by the same tokens as BLEU."""
     corpus_nist = _part("nltk.translate.nist_score", "corpus_nist")
     tokenizer = _part("sacrebleu.tokenizers.tokenizer_13a", "Tokenizer13a")
-
     tokens = tokenizer()
     said = [tokens(text).split() for text in texts]
     if max(map(len, said)) < 5:
@@ -93,14 +91,12 @@ def _nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 def _rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the mean of ROUGE-L with the weight of recall that COCO's scorer has."""
     rouge = _part("pycocoevalcap.rouge.rouge", "Rouge")
-
     return rouge().compute_score(*_numbered(texts, references))[0]
 
 
 def _cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return CIDEr; how telling a word is comes from these references."""
     cider = _part("pycocoevalcap.cider.cider", "Cider")
-
     if len(texts) < 2:
         raise _UnavailableError(
             "of a single input every word is in every reference, so none tells anything"
@@ -111,7 +107,6 @@ def _cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 def _meteor(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return METEOR 1.5, which is a Java program."""
     meteor = _part("pycocoevalcap.meteor.meteor", "Meteor")
-
     if shutil.which("java") is None:
         raise _UnavailableError("METEOR 1.5 is a Java program, and there is no java")
     right, said = _numbered(texts, references)
@@ -150,7 +145,6 @@ def _words(text: str) -> str:
     depend on whether it is there.
     """
     tokenizer = _part("nltk.tokenize", "NLTKWordTokenizer")
-
     # The rules part a point from its word at the end of a text alone, and know dollars.
     parts = re.split(r"(?<=[.?!])\s+", re.sub("([£€])", r" \1 ", text))
     tokens = [t for part in parts for t in tokenizer().tokenize(part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -82,7 +83,9 @@ def save_language_model(folder: Path, kind: str, template: str | None = None) ->
     tokenizer = tokenizer_of_words(
         pad=kind != "gpt2", ends=kind == "t5", template=template
     )
-    size, end = len(tokenizer), tokenizer.eos_token_id
+    size = len(tokenizer)
+    end: Any = tokenizer.eos_token_id
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
     torch.manual_seed(0)
     if kind == "gpt2":
         model = GPT2LMHeadModel(
@@ -119,9 +122,9 @@ def save_language_model(folder: Path, kind: str, template: str | None = None) ->
                 d_ff=32,
                 num_layers=2,
                 num_heads=2,
-                decoder_start_token_id=0,
                 pad_token_id=0,
                 eos_token_id=end,
+                **start,
             )
         )
     model.save_pretrained(folder)

@@ -170,7 +170,8 @@ def test_left_padding_changes_no_text_and_nothing_else_changes(
             one = base.model.eval().generate(
                 ids, attention_mask=torch.ones_like(ids), pad_token_id=1, **how
             )
-        alone.append(tokenizer.decode(one[0, len(prompt) :], skip_special_tokens=True))
+        new = one[:, len(prompt) :]
+        alone += tokenizer.batch_decode(new, skip_special_tokens=True)
     base.model.train()
     side, state = tokenizer.padding_side, torch.get_rng_state()
     done: list[int] = []
