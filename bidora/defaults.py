@@ -19,6 +19,7 @@ __all__ = [
     "OUTER_WARMUP",
     "POOLINGS",
     "PRODUCT_FRACTION",
+    "PROTEIN_MODEL",
     "RETRAIN_SHARE",
     "SEARCH_SHARE",
     "SMALL_LLM",
@@ -33,6 +34,9 @@ BUNDLED_MODEL = "all-MiniLM-L6-v2"
 
 SMALL_LLM = "smollm2"
 """Name of the language model that the extra `llm` installs: SmolLM2-135M-Instruct."""
+
+PROTEIN_MODEL = "antiberty"
+"""Name of the protein model that the extra `protein` installs: AntiBERTy, of antibodies."""
 
 POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 """What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""

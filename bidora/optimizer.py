@@ -171,12 +171,19 @@ class BiDoRAOptimizer(BilevelOptimizer):
             audit_window=audit_window,
         )
 
-    def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:
+    def outer_step(
+        self,
+        outer_batch: Any,
+        inner_batch: Any = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> StepReport:
         """Take an outer step alone; see `BilevelOptimizer.outer_step`.
 
         Args:
             outer_batch: data of the outer loss.
             inner_batch: data of the inner loss; that of the last inner step where None.
+            on_progress: hears of the inner steps that the estimator goes through.
 
         Returns:
             What was done.
@@ -188,7 +195,7 @@ class BiDoRAOptimizer(BilevelOptimizer):
             # An adapter was added or loaded since, and came with PEFT's own forward.
             use_exact_dora(self.model, dropout=self.dropout)
         check_norms(self.model)
-        return super().outer_step(outer_batch, inner_batch)
+        return super().outer_step(outer_batch, inner_batch, on_progress=on_progress)
 
     def freeze_magnitudes(self) -> None:
         """End the search: magnitudes keep their values, steps train directions alone."""

@@ -87,7 +87,9 @@ class Checkpointer:
         saved = _check_saved(state_dict, self._asked, levels)
         chosen = saved.get("chosen")
         check_state(saved["estimator_state"], "the checkpoint")
-        window = tuple(self._unpack_step(s) for s in saved["window"])
+        # Steps share λ where it did not move between them.
+        shared: dict[int, Params] = {}
+        window = tuple(self._unpack_step(s, shared) for s in saved["window"])
         last = self._unpack_batches(saved["last"])
         left = saved.get("left")
         reducer, own = self._problem.reducer, tuple(saved.get("rank", (0, 1)))
@@ -155,7 +157,9 @@ class Checkpointer:
             "number": step.number,
         }
 
-    def _unpack_step(self, packed: Mapping[str, Any]) -> InnerStep:
+    def _unpack_step(
+        self, packed: Mapping[str, Any], shared: dict[int, Params]
+    ) -> InnerStep:
         problem, values = self._problem, dict(packed)
         names = set(values["inner_params"])
         if names and names != set(problem.inner_params):
@@ -172,7 +176,10 @@ class Checkpointer:
 
         w, lam = problem.inner_params, problem.outer_params
         values["inner_params"] = placed(values["inner_params"], w)
-        values["outer_params"] = placed(values["outer_params"], lam)
+        outer = values["outer_params"]
+        if id(outer) not in shared:
+            shared[id(outer)] = placed(outer, lam) or {}
+        values["outer_params"] = shared[id(outer)]
         values["grads"] = placed(values["grads"], w)
         values["outer_grads"] = placed(values["outer_grads"], lam)
         values["state"] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,7 @@ from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
 from hypergrad.problem import BilevelProblem
 
-__all__ = ["check_settings", "make_estimator_of", "make_problem"]
+__all__ = ["check_settings", "describe", "make_estimator_of", "make_problem"]
 
 
 def make_problem(given: BilevelProblem | nn.Module, **of_module: Any) -> BilevelProblem:
@@ -89,3 +91,23 @@ def check_settings(
     if reuse_graph not in (True, False, "auto"):
         msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
         raise ValueError(msg)
+
+
+def describe(
+    estimator: HypergradEstimator, problem: BilevelProblem, **settings: Any
+) -> str:
+    """Return what has to be the same on every rank, without addresses.
+
+    Args:
+        estimator: the one that was asked for.
+        problem: the problem, whose parameters are told by name, shape and dtype.
+        **settings: of the optimizer.
+    """
+    names = {
+        n: (tuple(t.shape), str(t.dtype))
+        for params in (problem.inner_params, problem.outer_params)
+        for n, t in params.items()
+    }
+    settings["parameters"] = f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})"
+    shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{estimator!r}, {shown}")

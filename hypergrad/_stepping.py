@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -64,6 +66,7 @@ class Stepper:
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
         self._spacings: dict[Any, int] = {}
+        self._settled: tuple[int, ...] = ()
 
     @property
     def has_rule(self) -> bool:
@@ -153,18 +156,21 @@ class Stepper:
         if self.max_grad_norm is not None:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
-        record = None
+        record, recorded = None, bool(n or followed)
         with learned_groups(self.inner, problem, run.n_inner_steps - run.began):
-            if n or followed:
-                asked = needs.gradients or directed or not n
-                kept = grads if keeps_grads(problem, asked, batches) else {}
-                record = self._record(run, g, kept, before, follows=gaps == [0.0])
-                record = replace(record, directed=directed)
-            if n and record is not None:
-                run = replace(run, window=(*run.window, record))
             # An embedding with max_norm moves w in the forward pass.
             still = versions == [t._version for t in problem.inner_params.values()]
-            apply_gradients(self.inner, problem.inner_params, clipped)
+            with self._rule_taken() if recorded else nullcontext([]) as rules:
+                apply_gradients(self.inner, problem.inner_params, clipped)
+        if recorded:
+            asked = needs.gradients or directed or not n
+            kept = grads if keeps_grads(problem, asked, batches) else {}
+            record = self._record(
+                run, g, kept, before, rules[-1], follows=gaps == [0.0]
+            )
+            record = replace(record, directed=directed)
+        if n and record is not None:
+            run = replace(run, window=(*run.window, record))
         if n:
             run = self._trimmed(run, n, still=still)
         own = None
@@ -174,6 +180,27 @@ class Stepper:
             own = hooks.cost
         run = replace(run, last=g.batches, n_inner_steps=run.n_inner_steps + 1)
         return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm, own=own)
+
+    @contextmanager
+    def _rule_taken(self) -> Iterator[list[Rule]]:
+        """Yield a list that gets the rule of the step that is taken in the block.
+
+        Hooks of the optimizer may change its settings at the last moment, as schedulers do
+        between steps; what is registered last runs after them.
+        """
+        rules: list[Rule] = []
+
+        def look(*_: Any) -> None:
+            rules.append(rule_of(self.inner, w, self.max_grad_norm))
+
+        w = self.problem.inner_params
+        hook = self.inner.register_step_pre_hook(look)
+        try:
+            yield rules
+        finally:
+            hook.remove()
+        if not rules:  # a `step` that somebody replaced runs no hooks
+            look()
 
     def _outer(self, needs: Needs, outer_batch: Any) -> tuple[MicroBatch, ...]:
         """Return the outer data of an inner step; none where it is not needed.
@@ -199,6 +226,7 @@ class Stepper:
         g: Gradients,
         grads: Params,
         before: LevelCopy,
+        rule: Rule,
         *,
         follows: bool,
     ) -> InnerStep:
@@ -213,7 +241,7 @@ class Stepper:
             before.state,
             g.batches,
             grads,
-            rule_of(self.inner, problem.inner_params, self.max_grad_norm),
+            rule,
             outer_grads=g.outer,
             graph=g.graph,
             outer_versions=versions,
@@ -241,12 +269,16 @@ class Stepper:
         period, shift = (
             (run.outer_every, n) if run.outer_every >= n else (newest + 1, 0)
         )
-        window: list[InnerStep] = []
-        for i, step in enumerate(run.window, start=newest + 1 - len(run.window)):
-            chosen = (i + shift) % period % every == 0
-            if step.follows and not chosen and i <= own:
-                step = without_snapshot(self.problem, step)
-            window.append(step)
+        window, first = list(run.window), newest + 1 - len(run.window)
+        # The step before this one left the older records as they are to be, so that a
+        # step of a long run does not go through all of them.
+        by = every, n, run.outer_every, newest - own
+        settled = self._settled == (*by, newest - 1)
+        self._settled = (*by, newest)
+        for i in range(max(first, own) if settled else first, own + 1):
+            step, chosen = window[i - first], (i + shift) % period % every == 0
+            if step.is_snapshot and step.follows and not chosen:
+                window[i - first] = without_snapshot(self.problem, step)
         w = self.problem.inner_params
         left = tree.size(moments(self.inner, w)) if still else None
         return replace(run, window=since_snapshot(window, n), left=left)
@@ -303,7 +335,12 @@ class Stepper:
     # -- outer steps ----------------------------------------------------------------------
 
     def outer_step(
-        self, run: Run, outer_batch: Any, inner_batch: Any, rollback: Rollback
+        self,
+        run: Run,
+        outer_batch: Any,
+        inner_batch: Any,
+        rollback: Rollback,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Run, StepReport]:
         """Take an outer step.
 
@@ -312,6 +349,7 @@ class Stepper:
             outer_batch: data of the outer loss.
             inner_batch: data of the inner loss; None for none.
             rollback: copies what the step may change.
+            on_progress: hears of the inner steps that the estimator goes through.
 
         Returns:
             Where it then stands, and what was done; where a loss or the hypergradient is
@@ -345,6 +383,7 @@ class Stepper:
                 outer_batch=outer_batch,
                 steps=steps if lookback else None,
                 state=run.estimator_state,
+                on_progress=on_progress,
             )
         except NonFiniteError as error:
             run = replace(run, n_skipped=run.n_skipped + 1)

@@ -33,6 +33,9 @@ class Info:
         norm: norm of the total derivative.
         direct_norm: norm of its direct term.
         indirect_norm: norm of its indirect term.
+        adjoint_norms: norm of ∂f/∂w after each step that was walked back through, oldest
+            first, so that the last is that of ∂f/∂w itself (`unrolled`). Growth beyond
+            1/ε of the dtype of w is warned of.
         unused: `"outer_loss: name"` or `"inner_loss: name"` for each tensor that a loss
             does not depend on, and which contributes exact zeros there.
         reason: empty where all is well, else what happened, why and what to try.
@@ -51,6 +54,7 @@ class Info:
     norm: float | None = None
     direct_norm: float | None = None
     indirect_norm: float | None = None
+    adjoint_norms: tuple[float, ...] = ()
     unused: tuple[str, ...] = ()
     reason: str = ""
 
@@ -99,7 +103,8 @@ class Indirect:
         grads: the indirect term; same keys and shapes as the outer parameters.
         state: what the next call finds in `point.state`.
         info: fields of `Info` that the estimator knows; a number may still be a tensor of
-            one entry, which is read with all others.
+            one entry, which is read with all others; what follows from numbers that the
+            tally watches, a function that is called once they are read.
     """
 
     grads: Params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -197,6 +197,7 @@ class HypergradEstimator:
         outer_batch: Any,
         steps: Sequence[InnerStep] | None = None,
         state: Mapping[str, Any] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Hypergradient:
         """Estimate the hypergradient at the problem's present parameters.
 
@@ -208,6 +209,8 @@ class HypergradEstimator:
                 back. Without them it takes virtual steps by its own rule, and the outer
                 loss is that at their end.
             state: `state` of an earlier result, for a warm start.
+            on_progress: called as `(steps done, steps in all)` after each inner step that
+                an estimator goes through, for a progress bar.
 
         Returns:
             The hypergradient, its two terms, and how it was reached.
@@ -227,11 +230,19 @@ class HypergradEstimator:
                     outer_batch=outer_batch,
                     steps=steps,
                     state=state,
+                    on_progress=on_progress,
                 )
                 return result.because(chosen.why)
             inner_batches = fixed(inner_batch, session.start)
             outer_batches = fixed(outer_batch, session.start)
-            return self._estimate(problem, inner_batches, outer_batches, steps, state)
+            point = Point(
+                problem,
+                inner_batches,
+                outer_batches,
+                state=dict(state or {}),
+                on_progress=on_progress,
+            )
+            return self._estimate(point, steps)
 
     def _resolved(
         self,
@@ -255,19 +266,11 @@ class HypergradEstimator:
         raise HypergradError(msg)
 
     def _estimate(
-        self,
-        problem: BilevelProblem,
-        inner_batches: tuple[MicroBatch, ...],
-        outer_batches: tuple[MicroBatch, ...],
-        steps: Sequence[InnerStep] | None,
-        state: Mapping[str, Any] | None,
+        self, point: Point, steps: Sequence[InnerStep] | None
     ) -> Hypergradient:
+        problem, tally = point.problem, point.tally
         check_reaches(self, problem)
-        tally = Tally()
-        recorded, end = self._steps(problem, inner_batches, steps, tally)
-        point = Point(
-            problem, inner_batches, outer_batches, recorded, dict(state or {}), tally
-        )
+        point.steps, end = self._steps(problem, point.inner_batches, steps, tally)
         with problem.at(end) if end is not None else nullcontext():
             terms = self._terms(point)
             _check_depends(point)
@@ -348,6 +351,7 @@ class HypergradEstimator:
             )
             raise NonFiniteError(msg)
         info = {**terms.info, **dict(zip(names, found[len(lengths) :], strict=True))}
+        info = {n: value() if callable(value) else value for n, value in info.items()}
         error = info.get("fd_error")
         if error is not None and error > _LARGEST_FD_ERROR:
             report(

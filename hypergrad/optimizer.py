@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +17,12 @@ from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
-from hypergrad._setup import check_settings, make_estimator_of, make_problem
+from hypergrad._setup import (
+    check_settings,
+    describe,
+    make_estimator_of,
+    make_problem,
+)
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, check_reaches
@@ -166,8 +169,19 @@ class BilevelOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(groups):
             group["level"] = "inner" if i < self._inner_groups else "outer"
         self._link()
+        described = describe(
+            chosen,
+            problem,
+            outer_every=outer_every,
+            outer_warmup=outer_warmup,
+            max_grad_norm=max_grad_norm,
+            reuse_graph=reuse_graph,
+            audit=auditor,
+            inner_optimizer=f"{type(inner).__name__} {inner.defaults}",
+            outer_optimizer=f"{type(outer_level).__name__} {outer_level.defaults}",
+        )
         problem.reducer.check_same(
-            "how their optimizers are set up", self._description(), problem.outer_params
+            "how their optimizers are set up", described, problem.outer_params
         )
 
     # -- where the run stands -----------------------------------------------------------
@@ -238,7 +252,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
     # -- steps --------------------------------------------------------------------------
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inner_batch: Any, outer_batch: Any = None
+        self,
+        inner_batch: Any,
+        outer_batch: Any = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> StepReport:
         """Take an inner step, then, where one is due, an outer step at the new w.
 
@@ -247,6 +265,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             outer_batch: data of the outer loss, or a function without arguments that
                 draws it; called only where an outer step is due, or where the estimator
                 needs an outer batch at each step.
+            on_progress: as for `outer_step`.
 
         Returns:
             What was done.
@@ -264,7 +283,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 return report
             if callable(outer_batch):
                 outer_batch = outer_batch()
-            outer = self.outer_step(outer_batch)
+            outer = self.outer_step(outer_batch, on_progress=on_progress)
         return replace(
             outer,
             inner_loss=report.inner_loss,
@@ -309,13 +328,21 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._resolve(inner_batch)
         return report
 
-    def outer_step(self, outer_batch: Any, inner_batch: Any = None) -> StepReport:
+    def outer_step(
+        self,
+        outer_batch: Any,
+        inner_batch: Any = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> StepReport:
         """Take an outer step alone, due or not; the inner parameters do not move.
 
         Args:
             outer_batch: data of the outer loss.
             inner_batch: data of the inner loss for an implicit estimator; that of the
                 last inner step where None.
+            on_progress: called as `(steps done, steps in all)` after each inner step that
+                the estimator goes through, for a progress bar.
 
         Returns:
             What was done. A loss or hypergradient that is not finite skips the step:
@@ -334,7 +361,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             if inner_batch is not None:
                 self._resolve(inner_batch)
             self._run, report = self._stepper.outer_step(
-                self._run, outer_batch, inner_batch, rollback
+                self._run, outer_batch, inner_batch, rollback, on_progress
             )
             return report
 
@@ -372,7 +399,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if self.estimator.needs.order > was.needs.order:
             # What was recorded may have run under fused attention, which draws dropout
             # masks of its own; then the first outer step waits for another record.
-            window = tuple(s for s in window if _is_plain(s))
+            window = tuple(s for s in window if s.is_plain)
         self._run = replace(self._run, window=window, resolved=True)
 
     def _adopt(self, estimator: HypergradEstimator, why: str) -> None:
@@ -476,32 +503,3 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self._run = replace(loaded, outer_every=self.outer_every, window=window)
             for parameter in self.problem.outer_params.values():
                 parameter.requires_grad_(not self.outer_frozen)
-
-    def _description(self) -> str:
-        """Return what has to be the same on every rank, without addresses."""
-        names = {
-            n: (tuple(t.shape), str(t.dtype))
-            for params in (self.problem.inner_params, self.problem.outer_params)
-            for n, t in params.items()
-        }
-        settings = {
-            "outer_every": None if self._every_is_open else self.outer_every,
-            "outer_warmup": self.outer_warmup,
-            "max_grad_norm": self.max_grad_norm,
-            "reuse_graph": self.reuse_graph,
-            "audit": self._stepper.auditor,
-            "inner_optimizer": f"{type(self.inner).__name__} {self.inner.defaults}",
-            "outer_optimizer": f"{type(self.outer).__name__} {self.outer.defaults}",
-            "parameters": f"{len(names)} ({zlib.crc32(repr(names).encode()):08x})",
-        }
-        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
-        return re.sub(r" at 0x[0-9a-f]+", "", f"{self._asked!r}, {shown}")
-
-
-def _is_plain(step: InnerStep) -> bool:
-    """Return whether a step ran under attention whose masks can be drawn again.
-
-    On a CPU, torch itself takes the plain one where there is dropout.
-    """
-    on_host = all(t.device.type == "cpu" for t in step.inner_params.values())
-    return on_host or all(m.attention == "math" for m in step.micro_batches)

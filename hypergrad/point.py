@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -55,6 +55,8 @@ class Point:
         tally: counts evaluations; pass it on.
         v: ∂f/∂w, same keys and shapes as the inner parameters, for `indirect`: not all
             zeros where the estimator needs it, and empty where it does not.
+        on_progress: called as `(steps done, steps in all)` by an estimator that goes
+            through many inner steps, after each; None for nothing.
     """
 
     problem: BilevelProblem
@@ -64,6 +66,7 @@ class Point:
     state: Mapping[str, Any] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     v: Params = field(default_factory=dict)
+    on_progress: Callable[[int, int], None] | None = None
     _asked: dict[Level, set[str]] = field(default_factory=dict, repr=False)
     _used: dict[Level, set[str]] = field(default_factory=dict, repr=False)
     _outer_loss: Tensor | float | None = field(default=None, repr=False)
@@ -214,6 +217,11 @@ class Point:
             An iterator over whole records.
         """
         return steps_back(self.problem, self.steps, n_steps, limit, self.tally)
+
+    def tell_progress(self, done: int, in_all: int) -> None:
+        """Say how many of the inner steps are done, to whoever asked for it."""
+        if self.on_progress is not None:
+            self.on_progress(done, in_all)
 
     def _unmoved(self, step: InnerStep) -> bool:
         if step.outer_versions != versions_of(self.problem):

@@ -89,6 +89,15 @@ class InnerStep:
         """Whether w and the state before the step are on record."""
         return bool(self.inner_params)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it ran under attention whose masks can be drawn again.
+
+        On a CPU, torch itself takes the plain one where there is dropout.
+        """
+        on_host = all(t.device.type == "cpu" for t in self.inner_params.values())
+        return on_host or all(m.attention == "math" for m in self.micro_batches)
+
 
 def take_steps(
     problem: BilevelProblem,

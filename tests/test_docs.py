@@ -362,14 +362,14 @@ def test_the_bidora_page_lists_every_option() -> None:
     ],
 )
 def test_options_that_a_page_names_exist(page: str) -> None:
-    known = options("train") | options("predict")
+    known = options("train") | options("predict") | options("export")
     known |= {f"--no-{name[2:]}" for name in known}
     assert set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", text_of(page))) <= known
 
 
 def test_the_page_of_predict_lists_its_options() -> None:
     listed = set(re.findall(r"(--[a-z][\w-]+)", text_of("predict.md")))
-    assert options("predict") - {"-h"} == listed
+    assert (options("predict") | options("export")) - {"-h"} == listed
 
 
 def test_the_page_on_comparing_lists_its_options_and_keys(tmp_path: Path) -> None:

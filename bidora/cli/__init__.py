@@ -1,4 +1,4 @@
-"""The command line: `bidora train`, `predict`, `compare` and `estimators`."""
+"""The command line: `bidora train`, `predict`, `export`, `compare` and `estimators`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bidora._threads import brief_waiting
 from bidora.cli.compare import add_compare, run_compare
+from bidora.cli.export import add_export, run_export
+from bidora.cli.lists import list_methods, list_recipes
 from bidora.cli.options import add_settings, literal, pairs
 from bidora.errors import UserError
 from bidora.runs.settings import TrainSettings
@@ -50,6 +52,7 @@ examples:
   bidora train --resume --output-dir runs/mine    go on with a run that was stopped
   bidora train --task reviews.csv --text-column review --label-column stars
   bidora train --task glue/cola --model FacebookAI/roberta-base --max-steps 2000
+  bidora train --recipe glue-roberta-base/cola    as the paper did it, or --recipe help
   bidora train --config mine.yaml trainer.dataloader_num_workers=2
 
 exit codes: 0 done; 1 a fault of this program; 2 something to put right in what was
@@ -110,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Callable[[dict[str, Any]], int]] = {
         "train": _train,
         "predict": _predict,
+        "export": _export,
         "compare": _compare,
         "estimators": _estimators,
     }
@@ -125,10 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: dict[str, Any]) -> int:
-    if options.get("method") == "help":
-        return _list_methods()
+    for name, lists in (("method", list_methods), ("recipe", list_recipes)):
+        if options.get(name) == "help":
+            sys.stdout.write(lists())
+            return 0
     resume, dry_run = options.pop("resume", False), options.pop("dry_run", False)
+    recipe = options.pop("recipe", None)
     options = {**_config(options.pop("config", None)), **options}
+    if recipe is not None:
+        options = _with_recipe(recipe, options, resume=resume)
     if "estimator_settings" in options:
         given = options["estimator_settings"]
         if not isinstance(given, dict):
@@ -189,12 +198,15 @@ def _fields(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _list_methods() -> int:
-    from bidora.methods import METHODS
+def _with_recipe(name: str, options: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    from bidora.recipes import load_recipe
 
-    for name in METHODS.names():
-        sys.stdout.write(f"{name:<24} {METHODS.get(name).summary}\n")
-    return 0
+    if resume:
+        raise UserError(
+            f"--recipe {name}: a run that is resumed has its settings already; leave "
+            "the recipe out."
+        )
+    return load_recipe(name).with_given(options)
 
 
 def _predict(options: dict[str, Any]) -> int:
@@ -214,6 +226,11 @@ def _predict(options: dict[str, Any]) -> int:
         sys.stdout.write(f"left out: {line}\n")
     sys.stdout.write(f"{done.rows} row(s) scored in {done.output}\n")
     return 0
+
+
+def _export(options: dict[str, Any]) -> int:
+    with _known_failures(), _quiet_libraries():
+        return run_export(options)
 
 
 def _compare(options: dict[str, Any]) -> int:
@@ -391,6 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_train(commands)
     _add_predict(commands)
+    add_export(commands)
     add_compare(commands)
     _add_estimators(commands)
     return parser
@@ -412,6 +430,12 @@ def _add_train(commands: Any) -> None:
         nargs="*",
         metavar="trainer.FIELD=VALUE",
         help="other fields of transformers.TrainingArguments",
+    )
+    train.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="start from the settings of a published run, such as "
+        "glue-roberta-base/cola; options and --config go before them; help lists all",
     )
     train.add_argument(
         "--config",

@@ -55,7 +55,8 @@ class Entry:
         hints: Columns and metric, by the names of a task's settings.
         class_names: Classes in the data set's own order.
         folders: Names that its folder usually has.
-        layouts: How its files may be laid out.
+        layouts: How its files may be laid out; none for a train and a test file.
+        class_files: FASTA file of each class, for data sets that come so.
         hub: Repository and configuration on the Hub; None where it is not there.
         hub_renamed: Our name of a column, by the Hub's.
     """
@@ -67,6 +68,7 @@ class Entry:
     class_names: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     layouts: tuple[Layout, ...] = ()
+    class_files: dict[str, str] = field(default_factory=dict)
     hub: tuple[str, str | None] | None = None
     hub_renamed: dict[str, str] = field(default_factory=dict)
 
@@ -280,6 +282,29 @@ _ENTRIES = (
         ),
         hub=("tuetschek/e2e_nlg", None),
         hub_renamed={"meaning_representation": "mr", "human_reference": "ref"},
+    ),
+    Entry(
+        name="bbp",
+        task_type="classification",
+        homepage="https://github.com/dzjxzyd/UniDL4BioPep",
+        hints={
+            "text_column": "sequence",
+            "label_column": "label",
+            "proteins": True,
+            "max_length": 64,  # the longest has 53 residues
+        },
+        folders=("bbp",),
+    ),
+    Entry(
+        name="thermophilicity",
+        task_type="classification",
+        homepage="https://github.com/grimmlab/ProLaTherm",
+        hints={"max_length": 256},
+        folders=("thermophilicity",),
+        class_files={
+            "non-thermophilic": "ProtThermoPred_non_thermo_preprocessed.fasta",
+            "thermophilic": "ProtThermoPred_thermo_preprocessed.fasta",
+        },
     ),
 )
 

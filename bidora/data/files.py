@@ -22,6 +22,7 @@ from bidora.errors import UserError
 
 __all__ = [
     "COLUMN_FILES",
+    "SEQUENCE_FILES",
     "SUFFIXES",
     "FileTable",
     "is_table_file",
@@ -35,6 +36,9 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 
 COLUMN_FILES = (".conll", ".bio", ".iob", ".iob2")
 """Endings of the files that hold a word a line, sentences apart by empty lines."""
+
+SEQUENCE_FILES = (".fasta", ".fa", ".faa", ".fas")
+"""Endings of the FASTA files, which hold proteins."""
 
 QUOTING = ("auto", "csv", "none")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -60,7 +64,8 @@ def is_table_file(name: str) -> bool:
         >>> is_table_file("mails.csv.gz"), is_table_file("glue/cola")
         (True, False)
     """
-    return _suffix(name) in (*SUFFIXES, *COLUMN_FILES) or _is_conll2003(name)
+    known = (*SUFFIXES, *COLUMN_FILES, *SEQUENCE_FILES)
+    return _suffix(name) in known or _is_conll2003(name)
 
 
 def read_file(
@@ -93,13 +98,18 @@ def read_file(
     suffix = _suffix(path.name)
     if _is_column_file(path, suffix):
         return _read_column_file(path, encoding)
-    if suffix not in (*SUFFIXES, ".txt") and path.exists():
+    readable = (*SUFFIXES, *COLUMN_FILES, *SEQUENCE_FILES)
+    if suffix not in (*readable, ".txt") and path.exists():
         raise UserError(
             f"{path} is not a file this command reads; give a name that ends in "
-            f"{', '.join((*SUFFIXES, *COLUMN_FILES))} (also with .gz)."
+            f"{', '.join(readable)} (also with .gz)."
         )
     text, note = read_text(path, encoding)
     origin = str(path)
+    if suffix in SEQUENCE_FILES:
+        from bidora.data.formats.fasta import fasta_table
+
+        return FileTable(refuse_empty(fasta_table(origin, text)), note)
     if suffix in (".jsonl", ".json"):
         return FileTable(refuse_empty(json_table(origin, text)), note)
     names = tuple(column_names or ())

@@ -9,6 +9,7 @@ from typing import Any
 from bidora.data.catalog import CATALOG, Entry, Layout
 from bidora.data.encodings import NOT_TEXT, foreign_bytes, read_text
 from bidora.data.files import (
+    SEQUENCE_FILES,
     SUFFIXES,
     FileTable,
     plain_records,
@@ -18,7 +19,7 @@ from bidora.data.files import (
 from bidora.data.table import Table
 from bidora.errors import UserError
 
-__all__ = ["read_folder", "read_official", "recognise"]
+__all__ = ["find_class_files", "read_folder", "read_official", "recognise"]
 
 STEMS = {
     "train": ("train", "training"),
@@ -82,6 +83,9 @@ def recognise(folder: Path) -> Entry | None:
     """
     plain = folder.resolve().name.lower().replace("-", "").replace("_", "")
     for entry in CATALOG.values():
+        files = entry.class_files.values()
+        if files and all(_official_file(folder, name) for name in files):
+            return entry
         for layout in entry.layouts:
             telling = layout.files["train"] not in ("train.tsv", "train.txt")
             if not (telling or plain in entry.folders):
@@ -90,6 +94,30 @@ def recognise(folder: Path) -> Entry | None:
             if train is not None and _fits(train, layout):
                 return entry
     return None
+
+
+def find_class_files(folder: Path, entry: Entry | None) -> dict[str, Path]:
+    """Return the FASTA file of each class, for data that comes so.
+
+    Args:
+        folder: Where they lie.
+        entry: The data set, if it is a known one.
+
+    Returns:
+        Files by class; none for data that comes otherwise.
+
+    Raises:
+        UserError: If the folder of a known data set lacks one of them.
+    """
+    if entry is None:
+        from bidora.data.formats.fasta import classes_of_files
+
+        return classes_of_files(folder) if folder.is_dir() else {}
+    found = {c: _official_file(folder, name) for c, name in entry.class_files.items()}
+    missing = [entry.class_files[c] for c, path in found.items() if path is None]
+    if missing:
+        raise UserError(_lacking(folder, missing, entry))
+    return {c: path for c, path in found.items() if path is not None}
 
 
 def read_official(
@@ -123,10 +151,7 @@ def read_official(
         elif part not in layout.optional:
             missing.append(name)
     if missing:
-        raise UserError(
-            f"the folder {folder} lacks {' and '.join(missing)} of {entry.name} "
-            f"({_listing(folder)}). The files come from {entry.homepage}."
-        )
+        raise UserError(_lacking(folder, missing, entry))
     tables: dict[str, Table] = {}
     notes: list[str] = []
     for part, path in paths.items():
@@ -186,7 +211,7 @@ def _official_file(folder: Path, name: str) -> Path | None:
 def _own_file(folder: Path, part: str) -> Path | None:
     found: dict[str, Path] = {}
     for stem in STEMS[part]:
-        for suffix in SUFFIXES:
+        for suffix in (*SUFFIXES, *SEQUENCE_FILES):
             path = _official_file(folder, stem + suffix)
             if path is not None:
                 found[stem + suffix] = path
@@ -217,7 +242,16 @@ def _read_part(
             raise error from None
 
 
+def _lacking(folder: Path, missing: Sequence[str], entry: Entry) -> str:
+    return (
+        f"the folder {folder} lacks {' and '.join(missing)} of {entry.name} "
+        f"({_listing(folder)}). The files come from {entry.homepage}."
+    )
+
+
 def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder"
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "it is empty"

@@ -11,7 +11,12 @@ from typing import Any
 from bidora.data.catalog import Entry, find_entry
 from bidora.data.docstrings import docstrings_source
 from bidora.data.files import is_table_file, read_file
-from bidora.data.folder import read_folder, read_official, recognise
+from bidora.data.folder import (
+    find_class_files,
+    read_folder,
+    read_official,
+    recognise,
+)
 from bidora.data.hub import read_hub
 from bidora.data.source import Source
 from bidora.data.table import Table
@@ -50,9 +55,10 @@ def load_source(
     """Load the examples of a job.
 
     Args:
-        name: `docstrings`; a file (csv, tsv, jsonl, column file, SGML, also `.gz`); a
-            folder with a train file or with the official files of a known data set;
-            or a data set of the Hub, such as `glue/cola` or `owner/data:config`.
+        name: `docstrings`; a file (csv, tsv, jsonl, FASTA, column file, SGML, also
+            `.gz`); a folder with a train file, with a FASTA file for each class, or with
+            the official files of a known data set; or a data set of the Hub, such as
+            `glue/cola` or `owner/data:config`.
         seed: Seed of the docstrings' split; nothing else here is random.
         data_dir: Folder with the files of the data set `name`; with it, nothing is
             fetched from the network.
@@ -113,10 +119,16 @@ def load_source(
     if place is None:
         _refuse(name, given, tuple(given))
         tables, notes = _from_hub(name, entry)
-    elif entry is not None:
+    elif entry is not None and entry.layouts:
         _refuse(name, given, ("--column-names", "--quoting"))
         tables, notes = read_official(entry, place, encoding=encoding)
         notes = [f"the files of {entry.name} in {place}", *notes]
+    elif class_files := find_class_files(place, entry):
+        from bidora.data.formats.fasta import fasta_source
+
+        _refuse(name, given, ("--column-names", "--quoting"))
+        source = fasta_source(class_files, encoding=encoding, **hints)
+        tables, notes, hints = source.parts, [source.note], source.hints
     elif _is_column_folder(place):
         from bidora.data.formats.conll import conll_source
 

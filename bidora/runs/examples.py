@@ -220,6 +220,7 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
             "num_beams",
             "length_penalty",
             "no_repeat_ngram_size",
+            "proteins",
         )
         if getattr(settings, k) is not None and k not in fields
     ]

@@ -41,9 +41,9 @@ class JobSettings(Declared):
     )
     task: str = option(
         "docstrings",
-        "the examples: docstrings, a csv, tsv, jsonl or column file, a folder with a "
-        "train file, glue/cola and its kin, reuters/modapte, conll2003, e2e, or a data "
-        "set of the Hub such as OWNER/NAME",
+        "the examples: docstrings, a csv, tsv, jsonl, FASTA or column file, a folder with "
+        "a train file, glue/cola and its kin, reuters/modapte, conll2003, e2e, bbp, "
+        "thermophilicity, or a data set of the Hub such as OWNER/NAME",
         WHAT,
         metavar="NAME",
     )
@@ -75,6 +75,12 @@ class JobSettings(Declared):
     )
     label_column: str | None = option(
         None, "column of the label", DATA, shown="by name", metavar="NAME"
+    )
+    proteins: bool | None = option(
+        None,
+        "whether texts are proteins, a letter a residue",
+        DATA,
+        shown="if a column called sequence holds such",
     )
     label_separator: str | None = option(
         None, "what stands between the labels of one example", DATA, shown="guessed"
@@ -173,7 +179,7 @@ class JobSettings(Declared):
         "what the head reads of a text: mean, first, last or max of the tokens, through "
         "one linear layer; or head, the stock class of transformers",
         ADAPTER,
-        shown="as the model was trained, where it says so, else head",
+        shown="as the model was trained, where it says so, else head, for proteins mean",
         metavar="{" + ",".join(defaults.POOLINGS) + "}",
     )
     lora_r: int = option(32, "rank of the change of a weight", ADAPTER)

@@ -21,7 +21,7 @@ from bidora.runs.writing import written
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.registry import make_task
 
-__all__ = ["Scored", "load_run", "predict"]
+__all__ = ["Scored", "load_run", "predict", "read_run"]
 
 BATCH = 32
 
@@ -80,7 +80,7 @@ def predict(
     """
     listener = listener or Listener()
     folder, output = Path(run).expanduser(), Path(output_file).expanduser()
-    settings, schema = _read_run(folder)
+    settings, schema = read_run(folder)
     if output.exists() and not overwrite:
         raise UserError(f"--output {output} is there already; add --overwrite.")
     if output.suffix not in (".csv", ".tsv", ".jsonl"):
@@ -143,12 +143,20 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[Any, Any]:
         UserError: If the run is not finished or its base model is not there.
     """
     folder = Path(run).expanduser()
-    settings, schema = _read_run(folder)
+    settings, schema = read_run(folder)
     task = make_task(schema.task, **schema.settings)
     return _load(folder, settings, task, schema, device)[:2]
 
 
-def _read_run(folder: Path) -> tuple[TrainSettings, Schema]:
+def read_run(folder: Path) -> tuple[TrainSettings, Schema]:
+    """Return the settings of a finished run, and what its task found out.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        UserError: If it holds no run, or one that is not finished.
+    """
     try:
         values = json.loads((folder / "settings.json").read_text("utf-8"))
         schema = json.loads((folder / "task.json").read_text("utf-8"))

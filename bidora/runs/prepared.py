@@ -101,6 +101,7 @@ def prepare(
     examples.task = examples.task.for_model(load_config(source))
     task, schema = examples.task, examples.schema
     tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
+    tokenizer = task.fit_processor(tokenizer, schema)
     base = load_base(
         source,
         tokenizer,

@@ -314,6 +314,28 @@ class Task(ABC):
             One list an input, `labels` among them where they are known.
         """
 
+    def usual_pooling(self, schema: Schema) -> str:
+        """Return how tokens are pooled where the model does not say how it was trained.
+
+        Args:
+            schema: Of the data.
+        """
+        del schema
+        return "head"
+
+    def fit_processor(self, processor: Any, schema: Schema) -> Any:
+        """Return the processor as the task needs it; it is saved with the run.
+
+        Args:
+            processor: The model's tokenizer or image processor.
+            schema: Of the data.
+
+        Raises:
+            UserError: If it does not suit the task.
+        """
+        del schema
+        return processor
+
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.
 

@@ -32,7 +32,7 @@ from bidora.tasks.metrics import (
     outputs,
     softmax,
 )
-from bidora.tasks.text import SKIP, TextTask
+from bidora.tasks.text import SKIP, TextTask, texts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,11 @@ class Classification(TextTask):
         known = {*kept, *rare}
         return Schema(
             self.name,
-            {**columns, "min_examples_per_class": self.min_examples_per_class},
+            {
+                **columns,
+                "proteins": self.holds_proteins(source, columns),
+                "min_examples_per_class": self.min_examples_per_class,
+            },
             tuple(kept),
             metric,
             {
@@ -180,7 +184,7 @@ class Classification(TextTask):
         lines.insert(1, f"{len(names)} classes: {count_text(counts, names)}")
         if schema.metric == "f1":
             lines.append(f"f1 is that of class {shown(names[1])!r}.")
-        return [*lines, *_oddities(counts, schema)]
+        return [*lines, *_contradicting(rows), *_oddities(counts, schema)]
 
     def strata(self, rows: Rows, schema: Schema) -> Sequence[Hashable]:
         """Return the classes."""
@@ -297,3 +301,21 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
     if empty:
         told.append(f"warning: no example of {some_of(empty)} in train.")
     return told
+
+
+def _contradicting(rows: Mapping[str, Rows]) -> list[str]:
+    """Warn of training texts that stand there twice, with different labels."""
+    if "train" not in rows or "labels" not in rows["train"].columns:
+        return []
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for text, label in zip(
+        texts_of(rows["train"]), rows["train"].columns["labels"], strict=True
+    ):
+        labels.setdefault(text, set()).add(repr(label))
+    torn = [text for text, found in labels.items() if len(found) > 1]
+    if not torn:
+        return []
+    return [
+        f"warning: {len(torn):,} text(s) of train have several labels in several rows, "
+        f"such as {shown(' / '.join(torn[0]), 60)!r}; no model can learn both."
+    ]

@@ -102,13 +102,9 @@ class Generation(LanguageTask):
             source: The examples.
 
         Raises:
-            UserError: If there is none, or a second one is named.
+            UserError: If there is none, or more is named.
         """
-        if self.text_pair_column is not None:
-            raise UserError(
-                "--text-pair-column has no meaning for generation; put both texts into "
-                "one column."
-            )
+        self.refuse_other_texts()
         given = self.text_column or source.hints.get("text_column")
         column = name_column(source.train, given, "--text-column", INPUT_COLUMNS)
         return {"text_column": column}

@@ -77,10 +77,9 @@ class Instruction(LanguageTask):
             source: The examples.
 
         Raises:
-            UserError: If there is none, or a second text is named.
+            UserError: If there is none, or more is named.
         """
-        if self.text_pair_column is not None:
-            raise UserError("--text-pair-column has no meaning for instruction.")
+        self.refuse_other_texts()
         given = self.text_column or source.hints.get("text_column")
         usual = (CHAT_COLUMN, *PROMPT_COLUMNS)
         return {"text_column": name_column(source.train, given, "--text-column", usual)}
@@ -128,9 +127,15 @@ class Instruction(LanguageTask):
             ]
         return read
 
-    def read_text(self, value: Any, column: str) -> str | BadValueError:
-        """Return a prompt as it is: blanks at its end divide it from the completion."""
-        read = super().read_text(value, column)
+    def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
+        """Return a prompt as it is: blanks at its end divide it from the completion.
+
+        Args:
+            value: As the table has it.
+            column: Where it stands, for the message.
+            proteins: Whether it is a protein, which no prompt is.
+        """
+        read = super().read_text(value, column, proteins)
         return value if isinstance(read, str) and isinstance(value, str) else read
 
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:

@@ -97,6 +97,20 @@ class LanguageTask(TextTask):
             )
         return self
 
+    def refuse_other_texts(self) -> None:
+        """Refuse settings of texts that other tasks have.
+
+        Raises:
+            UserError: If one is given.
+        """
+        if self.text_pair_column is not None:
+            raise UserError(
+                f"--text-pair-column has no meaning for {self.name}; put both texts into "
+                "one column."
+            )
+        if self.proteins:
+            raise UserError(f"--proteins has no meaning for {self.name}; leave it out.")
+
     def model_kwargs(self, schema: Schema) -> dict[str, Any]:
         """Return nothing: the model's own head is kept."""
         del schema

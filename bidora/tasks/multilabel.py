@@ -110,7 +110,11 @@ class MultiLabel(TextTask):
         known = {*kept, *rare}
         return Schema(
             self.name,
-            {**settings, "min_examples_per_class": self.min_examples_per_class},
+            {
+                **settings,
+                "proteins": self.holds_proteins(source, settings),
+                "min_examples_per_class": self.min_examples_per_class,
+            },
             tuple(kept),
             choose_metric(metric, MULTILABEL_METRICS),
             {

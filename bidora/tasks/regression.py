@@ -96,7 +96,7 @@ class Regression(TextTask):
         metric = self.metric or source.hints.get("metric") or self.main_metric
         return Schema(
             self.name,
-            dict(columns),
+            {**columns, "proteins": self.holds_proteins(source, columns)},
             (),
             choose_metric(metric, REGRESSION_METRICS),
             {

@@ -13,8 +13,16 @@ from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.labels import BadValueError, plain, shown
+from bidora.tasks.proteins import by_residue, looks_like_residues, read_residues
 
-__all__ = ["LABEL_COLUMNS", "PAIRS", "SKIP", "TEXT_COLUMNS", "TextTask"]
+__all__ = [
+    "LABEL_COLUMNS",
+    "PAIRS",
+    "SKIP",
+    "TEXT_COLUMNS",
+    "TextTask",
+    "texts_of",
+]
 
 SKIP = object()
 """What `read_labels` returns for a row that is neither used nor wrong."""
@@ -26,7 +34,15 @@ PAIRS = (
     ("question", "sentence"),
     ("text1", "text2"),
 )
-TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "review", "question")
+TEXT_COLUMNS = (
+    "text",
+    "sentence",
+    "sentence1",
+    "content",
+    "review",
+    "question",
+    "sequence",
+)
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 
 
@@ -40,6 +56,8 @@ class TextTask(Task):
             have usual names, such as `premise` and `hypothesis`.
         label_column: Column of what the model is to give; None for one with a usual
             name.
+        proteins: Whether the texts are proteins, one letter a residue; None for what a
+            column called `sequence` holds.
         metric: The metric that choices are made by; None for the data set's own, or
             else the task's.
     """
@@ -51,6 +69,7 @@ class TextTask(Task):
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    proteins: bool | None = None
     metric: str | None = None
 
     @abstractmethod
@@ -117,6 +136,26 @@ class TextTask(Task):
             )
         return chosen
 
+    def holds_proteins(self, source: Source, columns: Mapping[str, str]) -> bool:
+        """Return whether the texts are proteins: chosen, known, or seen.
+
+        Args:
+            source: The examples.
+            columns: What `columns` returned.
+        """
+        given = (
+            self.proteins
+            if self.proteins is not None
+            else (source.hints.get("proteins"))
+        )
+        if given is not None:
+            return given
+        column = columns["text_column"]
+        if column != "sequence":
+            return False
+        values = [v for v in source.train.values(column) if isinstance(v, str) and v]
+        return bool(values) and all(map(looks_like_residues, values))
+
     def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
         """Read texts and labels; every bad row is told."""
         columns = {"text": schema.settings["text_column"]}
@@ -124,8 +163,12 @@ class TextTask(Task):
             columns["text_pair"] = schema.settings["text_pair_column"]
         for key, column in columns.items():
             name_column(table, column, f"--{key.replace('_', '-')}-column", ())
+        proteins = schema.settings.get("proteins", False)
         read: dict[str, Sequence[Any]] = {
-            key: [self.read_text(value, column) for value in table.values(column)]
+            key: [
+                self.read_text(value, column, proteins)
+                for value in table.values(column)
+            ]
             for key, column in columns.items()
         }
         if labelled:
@@ -144,14 +187,15 @@ class TextTask(Task):
                     clean[key].append(value)
         return Rows(clean, places, bad)
 
-    def read_text(self, value: Any, column: str) -> str | BadValueError:
+    def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
         """Return a text without the blanks around it, or what is wrong with it.
 
         Args:
             value: As the table has it.
             column: Where it stands, for the message.
+            proteins: Whether it is a protein.
         """
-        return _text(value, column)
+        return _text(value, column, proteins)
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Return which columns are read, and how many texts two parts share."""
@@ -160,7 +204,18 @@ class TextTask(Task):
             for name, column in schema.settings.items()
             if name.endswith("_column") and column
         ]
-        return [", ".join(used), *_shared(rows)]
+        told = [", ".join(used)]
+        if schema.settings.get("proteins"):
+            told.append("proteins: one token a residue")
+        return [*told, *_shared(rows)]
+
+    def usual_pooling(self, schema: Schema) -> str:
+        """Return `mean` for proteins, whose models seldom trained their first token."""
+        return "mean" if schema.settings.get("proteins") else "head"
+
+    def fit_processor(self, processor: Any, schema: Schema) -> Any:
+        """Return the tokenizer, for proteins one that gives a token a residue."""
+        return by_residue(processor) if schema.settings.get("proteins") else processor
 
     def features(
         self,
@@ -219,7 +274,7 @@ class TextTask(Task):
         return count
 
 
-def _text(value: Any, column: str) -> str | BadValueError:
+def _text(value: Any, column: str, proteins: bool) -> str | BadValueError:
     if isinstance(value, int | float) and value == value:
         value = str(value)
     try:
@@ -227,24 +282,30 @@ def _text(value: Any, column: str) -> str | BadValueError:
             raise BadValueError("holds no text")
         if not isinstance(value, str):
             raise BadValueError(f"holds a {type(value).__name__}, and no text")
-        return plain(value, "text")
+        return read_residues(value) if proteins else plain(value, "text")
     except BadValueError as error:
         return BadValueError(f"column {column!r} {error}")
 
 
-def _shared(rows: Mapping[str, Rows]) -> list[str]:
-    def texts(part: Rows) -> list[tuple[str, ...]]:
-        names = [n for n in ("text", "text_pair") if n in part.columns]
-        return list(zip(*(part.columns[n] for n in names), strict=True))
+def texts_of(part: Rows) -> list[tuple[str, ...]]:
+    """Return each example's text, or its two texts.
 
+    Args:
+        part: Examples of a text task.
+    """
+    names = [n for n in ("text", "text_pair") if n in part.columns]
+    return list(zip(*(part.columns[n] for n in names), strict=True))
+
+
+def _shared(rows: Mapping[str, Rows]) -> list[str]:
     if "train" not in rows:
         return []
-    known = set(texts(rows["train"]))
+    known = set(texts_of(rows["train"]))
     told: list[str] = []
     for name, part in rows.items():
         if name == "train":
             continue
-        both = Counter(text for text in texts(part) if text in known)
+        both = Counter(text for text in texts_of(part) if text in known)
         if both:
             example = shown(" / ".join(next(iter(both))), 60)
             told.append(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from hypergrad import tree
 from hypergrad._checks import check_count
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
+from hypergrad.estimators._adjoint import AdjointNorms
 from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.estimators._window import check_first, moved_within
 from hypergrad.learned import adjoint_of_settings, wanted_settings
@@ -45,6 +46,10 @@ class Unrolled(HypergradEstimator):
 
     Where λ moved within the window, each step is revisited at its own λ and the result
     is the derivative for a common shift of all of them; `info.reason` says so.
+
+    Through a whole run, K is its number of steps. The adjoint may explode on so long a
+    way: `info.adjoint_norms` has its norm after each step, and growth by more than 1/ε
+    of the dtype of w is warned of.
 
     Args:
         num_steps: K.
@@ -140,8 +145,11 @@ class Unrolled(HypergradEstimator):
         total: Params = {}
         info: dict[str, Any] = {}
         settings = wanted_settings(problem)
+        norms = AdjointNorms(point, self.num_steps)
         walk = point.steps_back(self.num_steps, self.snapshots)
         for left in reversed(range(self.num_steps)):
+            if self.num_steps > 1:
+                point.tally.where = norms.says_where(left)
             step, oldest = next(walk), not left
             with point.product_at(step, self.product) as product:
                 grads = step.grads or product.gradient()
@@ -162,12 +170,18 @@ class Unrolled(HypergradEstimator):
                 del given, grads, step
                 inner = starts or not oldest
                 curved, mixed = product.vjp(pulled.grads, inner=inner)
-            info = product.info
+            info = dict(product.info)
             mixed |= {n: mixed[n] + t for n, t in learned.items()}
             total = tree.add(total, mixed) if total else mixed
             if inner:
                 adjoint = tree.add(pulled.params, curved), pulled.state
+            if not oldest:
+                norms.watch(adjoint[0])
             del pulled, curved  # before others are reached
+            point.tell_progress(self.num_steps - left, self.num_steps)
+        point.tally.where = None
         total |= {lam: adjoint[0][w] for w, lam in problem.inner_start.items()}
-        reason = moved_within(point, point.steps[-self.num_steps :])
-        return Indirect(total, info={**info, "reason": reason})
+        moved = moved_within(point, point.steps[-self.num_steps :])
+        info["adjoint_norms"] = norms.oldest_first
+        info["reason"] = lambda: f"{moved} {norms.warn()}".strip()
+        return Indirect(total, info=info)

@@ -29,6 +29,8 @@ class Tally:
         n_forward: forward passes on one (micro-)batch.
         n_backward: backward passes, first and second order alike.
         n_hvp: second-derivative products.
+        where: makes of a message about what is watched from now on one that says where
+            that was; None where there is nothing to say.
 
     Example:
         >>> import torch
@@ -41,7 +43,8 @@ class Tally:
     n_forward: int = 0
     n_backward: int = 0
     n_hvp: int = 0
-    _pending: list[tuple[Sequence[Tensor], Look]] = field(
+    where: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
+    _pending: list[tuple[Sequence[Tensor], Look, Callable[[str], str] | None]] = field(
         default_factory=list, repr=False, compare=False
     )
     _latest: tuple[Sequence[str], Sequence[Tensor], Callable[[str], str]] | None = (
@@ -56,7 +59,7 @@ class Tally:
             look: called with their values.
         """
         self._name_latest()
-        self._pending.append((numbers, look))
+        self._pending.append((numbers, look, self.where))
 
     def watch_loss(self, level: str, loss: Tensor) -> None:
         """Have a loss looked at: it must be finite."""
@@ -148,11 +151,16 @@ class Tally:
         """
         self._name_latest()
         pending, self._pending = self._pending, []
-        watched = [number for each, _ in pending for number in each]
+        watched = [number for each, *_ in pending for number in each]
         found = tree.read([*watched, *numbers])
         start = 0
-        for each, look in pending:
-            look(found[start : start + len(each)])
+        for each, look, where in pending:
+            try:
+                look(found[start : start + len(each)])
+            except NonFiniteError as error:
+                if where is None:
+                    raise
+                raise NonFiniteError(where(str(error))) from error
             start += len(each)
         return found[start:]
 

