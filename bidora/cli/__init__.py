@@ -282,7 +282,8 @@ def _known_failures() -> Iterator[None]:
 
 
 def _summary(result: RunResult) -> str:
-    names = [n for n in result.phases[-1].test if n != "loss"]
+    last = result.phases[-1]
+    names = [n for n in (*last.test, *last.missing) if n != "loss"]
     names.sort(key=lambda n: n != result.metric)
     widths = [max(10, len(n) + 2) for n in names]
     header = "".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True))
@@ -290,7 +291,8 @@ def _summary(result: RunResult) -> str:
     first = [result.probe] if result.probe not in (None, *result.phases) else []
     for phase in (*first, *result.phases):
         scores = "".join(
-            f"{phase.test[n]:>{w}.3f}" for n, w in zip(names, widths, strict=True)
+            f"{phase.test[n]:>{w}.3f}" if n in phase.test else f"{'n/a':>{w}}"
+            for n, w in zip(names, widths, strict=True)
         )
         rows.append(f"{phase.name:<9}{phase.steps:>7}{phase.seconds:>9.1f}{scores}")
     table = "\n".join(rows)
@@ -320,7 +322,13 @@ def _dry(settings: TrainSettings) -> str:
 
 def _notes(result: RunResult) -> str:
     """Say in some lines what the estimator warned of, if anything."""
-    lines = []
+    lines = [
+        f"{name}: n/a, for {why}" for name, why in result.phases[-1].missing.items()
+    ]
+    if len(result.phases) > 1 and any(
+        set(p.test) < set(result.phases[-1].test) for p in result.phases
+    ):
+        lines.append("Texts are written and scored after the last phase alone.")
     skipped = sum(len(phase.skipped) for phase in result.phases)
     if skipped:
         lines.append(

@@ -30,7 +30,8 @@ class Layout:
         fallback: Another file of a part, taken where the first has no labels.
         torn: Whether the official files hold rows of another width, which everybody
             leaves out.
-        column_files: Whether the files hold a word a line.
+        read_as_is: Whether the files say by themselves what they hold: a word a line, or
+            a csv with quotes and a header line that names the columns of `renamed`.
     """
 
     files: dict[str, str]
@@ -40,7 +41,7 @@ class Layout:
     open_ended: bool = False
     fallback: dict[str, str] = field(default_factory=dict)
     torn: bool = False
-    column_files: bool = False
+    read_as_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,16 +252,36 @@ _ENTRIES = (
             Layout(
                 files={"train": "eng.train", "dev": "eng.testa", "test": "eng.testb"},
                 optional=frozenset(),
-                column_files=True,
+                read_as_is=True,
             ),
             Layout(
                 files={"train": "train.txt", "dev": "valid.txt", "test": "test.txt"},
                 optional=frozenset(),
-                column_files=True,
+                read_as_is=True,
             ),
         ),
         hub=("eriktks/conll2003", None),
         hub_renamed={"ner_tags": "tags"},
+    ),
+    Entry(
+        name="e2e",
+        task_type="generation",
+        homepage="https://github.com/tuetschek/e2e-dataset",
+        hints={"text_column": "mr", "label_column": "ref", "metric": "bleu"},
+        folders=("e2e", "e2edataset", "e2enlg"),
+        layouts=(
+            Layout(
+                files={
+                    "train": "trainset.csv",
+                    "dev": "devset.csv",
+                    "test": "testset_w_refs.csv",
+                },
+                renamed=_same("mr", "ref"),
+                read_as_is=True,
+            ),
+        ),
+        hub=("tuetschek/e2e_nlg", None),
+        hub_renamed={"meaning_representation": "mr", "human_reference": "ref"},
     ),
     Entry(
         name="bbp",

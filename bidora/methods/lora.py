@@ -49,7 +49,7 @@ class Lora(Method):
             lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a float too
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
-            modules_to_save=base.head,
+            modules_to_save=base.head or None,
             **self.config,
         )
         try:

@@ -18,6 +18,8 @@ __all__ = ["write_card"]
 PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
 }
 
 
@@ -59,6 +61,7 @@ def write_card(
             "base": source.hub_name,
             "auto_model": task.auto_model,
             "pooling": pooling,
+            "gguf_file": source.gguf_file or "",
         }
     )
     card = ModelCard(
@@ -95,6 +98,8 @@ def _text(
         )
         if {"mean", "deviation"} <= set(schema.details)
         else "numbers"
+        if examples.task.generation() is None
+        else "texts"
     )
     changed = settings.as_dict()
     rows = [
@@ -120,7 +125,7 @@ Measured after the last phase, on examples that nothing was learnt from or chose
 
 {chr(10).join(table)}
 
-![Curves](curves.png)
+{_missing(last.missing)}![Curves](curves.png)
 
 ## Use
 
@@ -137,6 +142,12 @@ it, or leave DoRA's magnitudes out.
 
 {chr(10).join(["| setting | value |", "|---|---|", *rows])}
 """
+
+
+def _missing(reasons: dict[str, str]) -> str:
+    """Return why metrics are in no table, a line each."""
+    lines = [f"- `{name}`: n/a ({_plain(why)})" for name, why in reasons.items()]
+    return "\n".join([*lines, "", ""]) if lines else ""
 
 
 def _plain(value: Any) -> str:

@@ -179,17 +179,18 @@ def _draw(
         others = [i for i in range(len(rows["train"])) if i not in found]
         rows["validation"] = rows["train"].select(sorted(found))
         rows["train"] = rows["train"].select(others)
-        told.append(f"{wanted} training examples are for validation.")
+        told.append(f"{len(found)} training examples are for validation.")
     for part, count, seed in (
         ("test", settings.max_test_samples, 0),
         ("validation", wanted, 0),
         ("train", most, settings.seed),
     ):
         if count is not None and count < len(rows[part]):
-            told.append(
-                f"{count} of {len(rows[part])} {_words(part)} examples are used."
-            )
+            before = len(rows[part])
             rows[part] = rows[part].select(drawn(part, count, seed, part))
+            told.append(
+                f"{len(rows[part])} of {before} {_words(part)} examples are used."
+            )
     return "".join(f" {sentence}" for sentence in told)
 
 
@@ -215,6 +216,10 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
             "allow_empty",
             "min_examples_per_class",
             "scheme",
+            "max_new_tokens",
+            "num_beams",
+            "length_penalty",
+            "no_repeat_ngram_size",
             "proteins",
         )
         if getattr(settings, k) is not None and k not in fields

@@ -90,7 +90,7 @@ def export(
     merged = _merge(model, settings.method)
     difference = _difference(before, _outputs(merged, inputs))
     listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
-    task = make_task(schema.task, **schema.settings)
+    task = make_task(schema.task, **schema.settings).for_model(merged.config)
     names = {
         "folder": str(target),
         "auto_model": task.auto_model,

@@ -25,13 +25,12 @@ from bidora.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
     from bidora.methods.base import Method
+    from bidora.tasks.base import TextScores
 
 __all__ = ["train"]
 
 CURVE_EXAMPLES = 120
 """Examples of each set that the curves are measured on; the end takes all of them."""
-
-EVALUATION_BATCH = 32
 
 
 def train(
@@ -168,6 +167,7 @@ class _Job(Prepared):
                 "base": self.source.location,
                 "auto_model": self.examples.task.auto_model,
                 "pooling": self.pooling,
+                "gguf_file": self.source.gguf_file or "",
             }
         )
 
@@ -250,7 +250,12 @@ class _Job(Prepared):
             expected = self.expected_seconds(trainer)
             listener.message(f"Time   about {duration(expected)}")
         recorder = Recorder(
-            trainer, self._final_sets(), listener, record, list(self.history)
+            trainer,
+            self._final_sets(),
+            listener,
+            record,
+            list(self.history),
+            lambda phase, name: self._text_scores(phase, name, listener),
         )
         trainer.add_callback(recorder)
         self._start(trainer, recorder, listener, resume=last is not None)
@@ -294,6 +299,21 @@ class _Job(Prepared):
             sets["held_back"] = self.sets["train"].select(self.examples.outer)
         return {name: by_length(data) for name, data in sets.items()}
 
+    def _text_scores(
+        self, phase: str, name: str, listener: Listener
+    ) -> TextScores | None:
+        """Let the model write at the end of the run, and score what it wrote."""
+        from bidora.runs.writing import written
+
+        task, schema = self.examples.task, self.examples.schema
+        rows = self.examples.rows.get(name)
+        if not task.scores_texts or rows is None or phase != self.method.phases[-1]:
+            return None
+        texts = written(
+            self.model, self.tokenizer, task, schema, rows, self.length, listener
+        )
+        return task.text_scores(texts, rows, schema)
+
     def _curve_sets(self) -> dict[str, Any]:
         """Return what the curves are measured on; the test part is not among it.
 
@@ -333,7 +353,7 @@ class _Job(Prepared):
             "output_dir": place,
             "max_steps": settings.max_steps,
             "per_device_train_batch_size": size,
-            "per_device_eval_batch_size": EVALUATION_BATCH,
+            "per_device_eval_batch_size": task.evaluation_batch,
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "learning_rate": settings.rate,
             "weight_decay": settings.weight_decay,
@@ -362,8 +382,8 @@ class _Job(Prepared):
         if self.judge:
             arguments |= {
                 "load_best_model_at_end": True,
-                "metric_for_best_model": f"{self.judge}_{self.metric}",
-                "greater_is_better": task.greater_is_better,
+                "metric_for_best_model": f"{self.judge}_{self.judging_metric}",
+                "greater_is_better": task.greater_is_better and not task.judged_by,
             }
         arguments |= settings.trainer
         given: dict[str, Any] = {
@@ -371,6 +391,7 @@ class _Job(Prepared):
             "train_dataset": self._train_set(),
             "eval_dataset": self._curve_sets(),
             "data_collator": self.collate,
+            "preprocess_logits_for_metrics": task.kept,
             "compute_metrics": lambda p: task.metrics(
                 p.predictions, p.label_ids, schema
             ),

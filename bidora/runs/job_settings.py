@@ -33,7 +33,8 @@ class JobSettings(Declared):
 
     model: str = option(
         BUNDLED_MODEL,
-        "the pretrained model: a folder, or a name on the Hugging Face Hub",
+        "the pretrained model: a folder, a name on the Hugging Face Hub, or smollm2, the "
+        "language model of the extra llm",
         WHAT,
         shown=f"{BUNDLED_MODEL}, which comes with the extra demo",
         metavar="NAME",
@@ -41,15 +42,14 @@ class JobSettings(Declared):
     task: str = option(
         "docstrings",
         "the examples: docstrings, a csv, tsv, jsonl, FASTA or column file, a folder with "
-        "a train file, glue/cola and its kin, reuters/modapte, conll2003, bbp, "
-        "thermophilicity, or a data set "
-        "of the Hub such as OWNER/NAME",
+        "a train file, glue/cola and its kin, reuters/modapte, conll2003, e2e, bbp, "
+        "thermophilicity, or a data set of the Hub such as OWNER/NAME",
         WHAT,
         metavar="NAME",
     )
     task_type: str | None = option(
         None,
-        "classification, regression, multilabel or tagging",
+        "classification, regression, multilabel, tagging, generation or instruction",
         WHAT,
         shown="from the data",
         metavar="NAME",
@@ -94,6 +94,31 @@ class JobSettings(Declared):
     scheme: str | None = option(
         None, "IOB1 or IOB2, how tags mark entities (tagging)", DATA, shown="by data"
     )
+    max_new_tokens: int | None = option(
+        None,
+        "the most tokens of a text (generation, instruction)",
+        DATA,
+        shown="by task",
+    )
+    num_beams: int | None = option(
+        None,
+        "width of the beam search (generation, instruction)",
+        DATA,
+        shown="by task",
+    )
+    length_penalty: float | None = option(
+        None,
+        "above 0, beams are divided by that power of their length (generation, "
+        "instruction)",
+        DATA,
+        shown="1",
+    )
+    no_repeat_ngram_size: int | None = option(
+        None,
+        "so many tokens never come twice in a row in a text (generation, instruction)",
+        DATA,
+        shown="no such rule",
+    )
     validation_file: str | None = option(
         None, "examples that choices may be made by", DATA, metavar="FILE"
     )
@@ -129,7 +154,8 @@ class JobSettings(Declared):
         None,
         "tokens kept of an example",
         DATA,
-        shown=f"32 for docstrings, else {OTHER_LENGTH} or what the model takes",
+        shown=f"32 for docstrings, 1024 for instruction, else {OTHER_LENGTH}; or what the "
+        "model takes",
     )
 
     max_train_samples: int | None = option(
@@ -208,9 +234,12 @@ class JobSettings(Declared):
             (1, "min_examples_per_class"),
             (1, "max_train_samples", "max_validation_samples", "max_test_samples"),
             (4, "max_length"),
+            (1, "max_new_tokens", "num_beams"),
+            (0, "no_repeat_ngram_size"),
         )
         for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
             self.check_number(name, lambda x: x > 0, "a finite number above 0")
+        self.check_number("length_penalty", lambda x: True, "a finite number")
         for name in ("weight_decay", "orthogonality"):
             self.check_number(name, lambda x: x >= 0, "a finite number of 0 or more")
         self.check_number(

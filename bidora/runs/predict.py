@@ -17,6 +17,7 @@ from bidora.runs.encoding import encode
 from bidora.runs.results import Listener
 from bidora.runs.resume import as_found
 from bidora.runs.settings import TrainSettings
+from bidora.runs.writing import written
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.registry import make_task
 
@@ -103,8 +104,7 @@ def predict(
         )
     if not len(rows):
         raise UserError(f"{input_file} has no row that can be scored.")
-    model, tokenizer = _load(folder, settings, task, schema, device)
-    listener.phase("predict", len(rows))
+    model, tokenizer, task = _load(folder, settings, task, schema, device)
     answers = _answers(model, tokenizer, task, schema, rows, settings, listener)
     records = _beside(table, rows, answers)
     _write(output, records)
@@ -145,7 +145,7 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[Any, Any]:
     folder = Path(run).expanduser()
     settings, schema = read_run(folder)
     task = make_task(schema.task, **schema.settings)
-    return _load(folder, settings, task, schema, device)
+    return _load(folder, settings, task, schema, device)[:2]
 
 
 def read_run(folder: Path) -> tuple[TrainSettings, Schema]:
@@ -183,14 +183,22 @@ def read_run(folder: Path) -> tuple[TrainSettings, Schema]:
 
 def _load(
     folder: Path, settings: TrainSettings, task: Task, schema: Schema, device: str
-) -> tuple[Any, Any]:
-    from bidora.models import ModelSource, find_model, load_base, load_tokenizer
+) -> tuple[Any, Any, Task]:
+    """Return model and tokenizer, and the task as that model does it."""
+    from bidora.models import (
+        ModelSource,
+        find_model,
+        load_base,
+        load_config,
+        load_tokenizer,
+    )
     from bidora.runs.prepared import find_device
 
     method = make_method(settings.method)
     own = ModelSource(settings.model, str(folder), is_local=True)
     source = own if method.saves_whole else find_model(settings.model)
     tokenizer = load_tokenizer(own)
+    task = task.for_model(load_config(source))
     base = load_base(
         source,
         tokenizer,
@@ -200,7 +208,7 @@ def _load(
         pooling=settings.pooling,
     )
     model: Any = method.load(base, folder)
-    return model.to(find_device(device)).eval(), tokenizer
+    return model.to(find_device(device)).eval(), tokenizer, task
 
 
 def _answers(
@@ -212,7 +220,7 @@ def _answers(
     settings: TrainSettings,
     listener: Listener,
 ) -> list[dict[str, Any]]:
-    """Return the task's answers, by the Trainer's own loop."""
+    """Return the task's answers: what the model writes, or by the Trainer's own loop."""
     import tempfile
 
     from transformers import (
@@ -225,6 +233,10 @@ def _answers(
     from bidora.methods.training import use_one_device
 
     length = settings.tokens_kept(None)  # as it was in the training
+    if task.generation() is not None:
+        texts = written(model, tokenizer, task, schema, rows, length, listener)
+        return task.answers(texts, rows, schema)
+    listener.phase("predict", len(rows))
     features = encode(rows, task, schema, tokenizer, length)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(

@@ -56,6 +56,11 @@ class Prepared:
         return schema.metric or task.main_metric
 
     @property
+    def judging_metric(self) -> str:
+        """What is measured at every evaluation, and stops a run early."""
+        return self.examples.task.judged_by or self.metric
+
+    @property
     def collate(self) -> Any:
         """What makes a batch of a list of features."""
         return self.examples.task.collator(self.tokenizer)
@@ -85,8 +90,15 @@ def prepare(
     Raises:
         UserError: If the model can't be loaded, or does not fit.
     """
-    from bidora.models import load_base, load_tokenizer, longest_input
+    from bidora.models import load_base, load_config, load_tokenizer, longest_input
 
+    if not examples.task.has_probe and method.phases == ("probe",):
+        raise UserError(
+            f"--method {method.name} is {method.summary}, and {examples.task.name} needs "
+            "no new head: the model's own outputs are its answers. Choose another method, "
+            "such as lora."
+        )
+    examples.task = examples.task.for_model(load_config(source))
     task, schema = examples.task, examples.schema
     tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
     tokenizer = task.fit_processor(tokenizer, schema)
@@ -105,7 +117,7 @@ def prepare(
         f"Model  {settings.model}: {method.name} trains {trained:,} of its "
         f"{total:,} parameters, on {device}"
     )
-    usual = examples.source.hints.get("max_length")
+    usual = examples.source.hints.get("max_length") or task.usual_length
     length = settings.tokens_kept(longest_input(base.model), usual)
     sets = {
         part: encode(rows, task, schema, tokenizer, length)

@@ -62,6 +62,8 @@ def run_probe(
     Raises:
         UserError: If the probe is the method, and the model has no linear head.
     """
+    if not job.examples.task.has_probe:
+        return ProbePhase()
     if resume:
         earlier = recorder.earlier(PHASE)
         possible = earlier is None or "impossible" not in earlier

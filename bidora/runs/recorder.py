@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from bidora.errors import UserError
 from bidora.runs.results import Listener, PhaseResult
+from bidora.tasks.base import TextScores
 
 __all__ = ["Record", "Recorder", "scores_of", "too_high"]
 
@@ -33,6 +34,8 @@ class Recorder(TrainerCallback):
         listener: Told of phases and steps.
         record: Called with each record as it comes.
         history: Records of the run that this one goes on from.
+        written: Scores of texts that the model writes for a set after a phase, by the
+            names of both.
 
     Attributes:
         phase: The phase that runs or ran last: `search`, `retrain`, or `train`.
@@ -46,12 +49,14 @@ class Recorder(TrainerCallback):
         listener: Listener,
         record: Callable[[Record], None],
         history: Sequence[Record] = (),
+        written: Callable[[str, str], TextScores | None] = lambda phase, name: None,
     ) -> None:
         self.trainer = trainer
         self.sets = sets
         self.listener = listener
         self.record = record
         self.history = history
+        self.written = written
         self.phase = "train"
         self.results = {
             r["phase"]: _result(r["result"]) for r in history if "result" in r
@@ -143,11 +148,16 @@ class Recorder(TrainerCallback):
         """Score the phase on all examples of each part."""
         started = time.perf_counter()
         scores = {}
+        missing: dict[str, str] = {}
         for name, data in self.sets.items():
             if name == "held_back" and self.phase == "retrain":
                 continue  # it is trained on
             found = self.trainer.predict(data, metric_key_prefix=name).metrics
             scores[name] = scores_of(found, f"{name}_")
+            written = self.written(self.phase, name)
+            if written is not None:
+                scores[name] |= written.scores
+                missing |= written.missing
         self._evaluating += time.perf_counter() - started
         result = PhaseResult(
             self.phase,
@@ -159,6 +169,7 @@ class Recorder(TrainerCallback):
             tuple(self._skipped),
             self._notes[-1] if self._notes else "",
             state.best_global_step if args.load_best_model_at_end else None,
+            missing,
         )
         self.results[self.phase] = result
         self.record({"phase": self.phase, "result": dataclasses.asdict(result)})

@@ -71,6 +71,7 @@ class PhaseResult:
         note: What the estimator last said about the trustworthiness of its result.
         best_global_step: The step whose weights the phase ends with, where these are the
             best ones and not the last.
+        missing: Why a metric is in no scores, by its name: a library is not there.
     """
 
     name: str
@@ -82,6 +83,7 @@ class PhaseResult:
     skipped: tuple[str, ...] = ()
     note: str = ""
     best_global_step: int | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def test(self) -> dict[str, float]:

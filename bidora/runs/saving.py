@@ -51,7 +51,7 @@ def save_run(
     # Labels by name, the size of the head, the padding token: what loading needs.
     _transformer(job.model).config.save_pretrained(str(staging))
     job.tokenizer.save_pretrained(str(staging))
-    draw_curves(history, staging / "curves.png", title, job.metric)
+    draw_curves(history, staging / "curves.png", title, job.judging_metric)
     write_card(staging, job.settings, job.examples, job.source, result, job.pooling)
     files = folder.publish()
     parameters = list(job.model.parameters())

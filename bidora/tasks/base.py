@@ -7,22 +7,30 @@ saved with the run, so that new rows can be scored years later.
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.data.source import Source
 from bidora.data.table import Table
-from bidora.errors import UserError
+from bidora.tasks.splits import (
+    draw_groups,
+    draw_in_proportion,
+    grouped_split,
+    stratified_split,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Rows", "Schema", "Task", "draw_in_proportion", "stratified_split"]
+__all__ = [
+    "Rows",
+    "Schema",
+    "Task",
+    "TextScores",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,19 @@ class Rows:
         )
 
 
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of generated texts.
+
+    Args:
+        scores: By metric.
+        missing: Why a metric could not be computed, by its name; it is told as `n/a`.
+    """
+
+    scores: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """What a kind of data means: its columns, features, model head and scores.
@@ -111,6 +132,17 @@ class Task(ABC):
         main_metric: The metric that choices are made by, a key of what `metrics`
             returns; a schema may name another.
         greater_is_better: Whether more of it is better.
+        judged_by: What is measured at every evaluation, drawn, and stops a run early,
+            where the main metric is too dear for that; less of it is better. Empty where
+            it is the main metric.
+        has_probe: Whether a linear head on the frozen model answers such a task, so that
+            a job begins with one. Without, a job begins with its first phase, and the
+            method `probe` is refused.
+        usual_length: Tokens kept of an example where neither the user nor the data says;
+            None for the job's own number.
+        evaluation_batch: Examples of a batch in evaluations.
+        scores_texts: Whether a run ends with texts that the model writes for its test and
+            validation examples, and `text_scores` of them.
     """
 
     name: ClassVar[str]
@@ -118,6 +150,21 @@ class Task(ABC):
     auto_model: ClassVar[str]
     main_metric: ClassVar[str]
     greater_is_better: ClassVar[bool] = True
+    judged_by: ClassVar[str] = ""
+    has_probe: ClassVar[bool] = True
+    usual_length: ClassVar[int | None] = None
+    evaluation_batch: ClassVar[int] = 32
+    scores_texts: ClassVar[bool] = False
+
+    def for_model(self, config: Any) -> Task:
+        """Return the task as a model of that configuration does it; this one for most.
+
+        Args:
+            config: Of transformers: an encoder-decoder may need another class than a
+                decoder alone.
+        """
+        del config
+        return self
 
     @abstractmethod
     def schema(self, source: Source) -> Schema:
@@ -169,6 +216,20 @@ class Task(ABC):
         del rows, schema
         return None
 
+    def groups(self, rows: Rows, schema: Schema) -> Sequence[Hashable] | None:
+        """Return what no split may divide: examples of one group stay on one side.
+
+        Args:
+            rows: The examples.
+            schema: Of the data.
+
+        Returns:
+            The group of each example; None where each stands for itself. A task has
+            groups or strata, not both.
+        """
+        del rows, schema
+        return None
+
     def split(
         self, rows: Rows, schema: Schema, fraction: float, seed: int
     ) -> tuple[list[int], list[int]]:
@@ -186,6 +247,9 @@ class Task(ABC):
         Raises:
             UserError: If there are too few examples.
         """
+        groups = self.groups(rows, schema)
+        if groups is not None:
+            return grouped_split(groups, fraction, seed)
         strata = self.strata(rows, schema)
         names = None
         if strata is not None and schema.label_names and _are_indices(strata, schema):
@@ -202,13 +266,16 @@ class Task(ABC):
             seed: Equal seeds give equal draws.
 
         Returns:
-            Sorted indices.
+            Sorted indices. Whole groups are drawn, so there may be fewer than `count`.
 
         Raises:
-            UserError: If that is fewer than one of each stratum.
+            UserError: If that is fewer than one of each stratum, or no group is as small.
         """
         if count >= len(rows):
             return list(range(len(rows)))
+        groups = self.groups(rows, schema)
+        if groups is not None:
+            return draw_groups(groups, count, seed)
         strata = self.strata(rows, schema)
         if strata is not None:
             return draw_in_proportion(strata, count, seed)
@@ -288,6 +355,44 @@ class Task(ABC):
             processor: The model's tokenizer or image processor.
         """
 
+    def kept(self, logits: Any, labels: Any) -> Any:
+        """Return what of a batch's outputs `metrics` needs; all of them for most tasks.
+
+        Called on the device, before the outputs of all batches are gathered: a language
+        model's logits are a number for each token of the vocabulary.
+
+        Args:
+            logits: The model's outputs, a tensor or a tuple that begins with one.
+            labels: What they should have been.
+        """
+        del labels
+        return logits
+
+    def generation(self) -> dict[str, Any] | None:
+        """Return what `GenerationConfig` is told, for tasks that answer with texts.
+
+        None for those that answer with the model's outputs. Where it is a dict, `features`
+        without labels make the prompt, and `answers` is given the texts.
+        """
+        return None
+
+    def text_scores(
+        self, texts: Sequence[str], rows: Rows, schema: Schema
+    ) -> TextScores:
+        """Score generated texts, at the end of a run.
+
+        Args:
+            texts: What was generated, one for each example; equal prompts have equal
+                texts.
+            rows: What they were generated for.
+            schema: Of the data.
+
+        Returns:
+            Scores, and why others are missing.
+        """
+        del texts, rows, schema
+        return TextScores({})
+
     @abstractmethod
     def metrics(
         self, predictions: np.ndarray, labels: np.ndarray, schema: Schema
@@ -303,7 +408,7 @@ class Task(ABC):
     @abstractmethod
     def answers(
         self,
-        predictions: np.ndarray,
+        predictions: Any,
         rows: Rows,
         schema: Schema,
         labels: np.ndarray | None = None,
@@ -311,7 +416,8 @@ class Task(ABC):
         """Turn outputs into what a user reads: labels, probabilities, numbers, spans.
 
         Args:
-            predictions: The model's outputs, one row an example of `rows`.
+            predictions: The model's outputs, one row an example of `rows`; for tasks
+                with a `generation`, the texts.
             rows: What they are predictions of.
             schema: Of the training data.
             labels: What the collator made of the rows, for tasks that need it to tell
@@ -324,105 +430,6 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the fields by name."""
         return dataclasses.asdict(self)
-
-
-def stratified_split(
-    strata: Sequence[Any],
-    fraction: float,
-    seed: int,
-    names: Mapping[Any, str] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Split indices in two parts that keep the shares of the strata.
-
-    Args:
-        strata: The stratum of each example.
-        fraction: Share of the examples in the second part, in (0, 1). At least as
-            many examples as there are strata go there.
-        seed: Equal seeds give equal splits.
-        names: Names of the strata, for the error message.
-
-    Returns:
-        Sorted indices of the first and of the second part.
-
-    Raises:
-        UserError: If `fraction` is out of range, a stratum has a single example, or
-            there are too few examples for one of every stratum in each part.
-
-    Example:
-        >>> stratified_split([0, 0, 1, 1], 0.5, seed=0)[1].__len__()
-        2
-    """
-    from sklearn.model_selection import train_test_split
-
-    if not 0.0 < fraction < 1.0:
-        raise UserError(
-            f"a validation fraction of {fraction} leaves one part empty; choose a "
-            "number between 0 and 1, such as 0.2."
-        )
-    counts = Counter(strata)
-    names = {s: str(names[s]) if names else str(s) for s in counts}
-    lonely = sorted(names[s] for s, n in counts.items() if n < 2)
-    if lonely:
-        raise UserError(
-            f"class(es) with a single example: {', '.join(lonely[:8])}. A stratified "
-            "split needs one for each part; add examples of them, or drop them with "
-            "--min-examples-per-class."
-        )
-    held = max(math.ceil(fraction * len(strata)), len(counts))
-    if len(strata) - held < len(counts):
-        raise UserError(
-            f"{len(strata)} examples of {len(counts)} classes are too few to hold "
-            f"{held} of them back; add examples, or choose a smaller fraction than "
-            f"{fraction}."
-        )
-    first, second = train_test_split(
-        list(range(len(strata))),
-        test_size=held,
-        stratify=list(strata),
-        random_state=seed,
-    )
-    return sorted(first), sorted(second)
-
-
-def draw_in_proportion(strata: Sequence[Hashable], count: int, seed: int) -> list[int]:
-    """Draw indices, each stratum by its share and at least once.
-
-    Shares are rounded down, and what is left goes to those that lost most by it.
-
-    Args:
-        strata: The stratum of each example.
-        count: How many to draw, fewer than there are.
-        seed: Equal seeds give equal draws.
-
-    Returns:
-        Sorted indices.
-
-    Raises:
-        UserError: If that is fewer than one of each stratum.
-
-    Example:
-        >>> drawn = draw_in_proportion(["a"] * 6 + ["b"] * 3 + ["c"], 5, seed=0)
-        >>> [sum(i in part for i in drawn) for part in (range(6), range(6, 9), [9])]
-        [3, 1, 1]
-    """
-    places: dict[Hashable, list[int]] = {}
-    for place, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(place)
-    if len(places) > count:
-        raise UserError(
-            f"{count} of {len(strata)} examples are too few for one of each of the "
-            f"{len(places)} classes. Ask for more."
-        )
-    shares = {s: len(found) * count / len(strata) for s, found in places.items()}
-    taken = {s: max(1, int(share)) for s, share in shares.items()}
-    while (left := count - sum(taken.values())) != 0:
-        lost = {s: shares[s] - taken[s] for s in shares}
-        if left > 0:
-            taken[max(lost, key=lost.__getitem__)] += 1
-        else:  # to have one of each, the strata with most above their share give
-            taken[min((s for s in lost if taken[s] > 1), key=lost.__getitem__)] -= 1
-    dealer = random.Random(seed)
-    return sorted(i for s, n in taken.items() for i in dealer.sample(places[s], n))
 
 
 def _are_indices(strata: Sequence[Hashable], schema: Schema) -> bool:

@@ -31,6 +31,13 @@ __all__ = ["guess_task_type"]
 FEW = 5
 """Numbers that count classes from 0 are so few, or the user is asked."""
 
+_WRITTEN = (
+    ("instruction", ("messages",)),
+    ("instruction", ("prompt", "completion")),
+    ("generation", ("mr", "ref")),
+)
+"""Names of columns that data with answers in words has, and hardly any other."""
+
 _TOKENS = ("tokens", "words", "text", "sentence")
 _TAGS = ("ner_tags", "tags", "pos_tags", "labels", "label")
 _LABELS = tuple(
@@ -77,6 +84,9 @@ def guess_task_type(source: Source, settings: Mapping[str, Any]) -> tuple[str, s
     tagged = _tagged(table, known)
     if tagged:
         return "tagging", tagged
+    for kind, columns in _WRITTEN:
+        if set(columns) <= set(table.columns):
+            return kind, f"the columns are called {' and '.join(columns)}"
     texts = _texts(source, given)
     label = known.get("label_column")
     if label is None and not (set(_LABELS) & set(table.columns)) - texts:

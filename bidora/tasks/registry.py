@@ -17,6 +17,8 @@ TASKS = Registry(
         "regression": "bidora.tasks.regression:Regression",
         "multilabel": "bidora.tasks.multilabel:MultiLabel",
         "tagging": "bidora.tasks.tagging:Tagging",
+        "generation": "bidora.tasks.generation:Generation",
+        "instruction": "bidora.tasks.instruction:Instruction",
     },
     base="bidora.tasks.base:Task",
 )

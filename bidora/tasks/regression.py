@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bidora.data.source import Source
 from bidora.data.table import Table, name_column
 from bidora.errors import UserError
-from bidora.tasks.base import Rows, Schema, draw_in_proportion, stratified_split
+from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labels import BadValueError, has_decimal_commas, read_number
 from bidora.tasks.metrics import (
     REGRESSION_METRICS,
@@ -18,6 +18,7 @@ from bidora.tasks.metrics import (
     outputs,
     regression_scores,
 )
+from bidora.tasks.splits import draw_in_proportion, stratified_split
 from bidora.tasks.text import TextTask
 
 if TYPE_CHECKING:

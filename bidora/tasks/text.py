@@ -165,7 +165,10 @@ class TextTask(Task):
             name_column(table, column, f"--{key.replace('_', '-')}-column", ())
         proteins = schema.settings.get("proteins", False)
         read: dict[str, Sequence[Any]] = {
-            key: [_text(value, column, proteins) for value in table.values(column)]
+            key: [
+                self.read_text(value, column, proteins)
+                for value in table.values(column)
+            ]
             for key, column in columns.items()
         }
         if labelled:
@@ -183,6 +186,16 @@ class TextTask(Task):
                 for key, value in zip(read, values, strict=True):
                     clean[key].append(value)
         return Rows(clean, places, bad)
+
+    def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
+        """Return a text without the blanks around it, or what is wrong with it.
+
+        Args:
+            value: As the table has it.
+            column: Where it stands, for the message.
+            proteins: Whether it is a protein.
+        """
+        return _text(value, column, proteins)
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Return which columns are read, and how many texts two parts share."""

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from bidora.errors import UserError
-from bidora.tasks.base import stratified_split
+from bidora.tasks.splits import stratified_split
 
 if TYPE_CHECKING:
     from bidora.trainer.checkpoint import Checkpoint

@@ -208,6 +208,38 @@ def test_column_files(tmp_path: Path) -> None:
         assert source.hints["label_column"] == "tags"
 
 
+def test_the_e2e_challenge_is_read_by_its_files(tmp_path: Path) -> None:
+    row = '"name[{}], food[French]","{} serves ""French"" food, mostly."\n'
+    text = "mr,ref\n" + row.format("A", "A") + row.format("A", "The A")
+    folder = write(tmp_path / "official", trainset_csv=text)
+    write(folder, devset_csv="mr,ref\n" + row.format("B", "B"))
+    (folder / "testset_w_refs.csv").write_text("mr,ref\n" + row.format("C", "C"))
+    for source in (
+        load_source("e2e", data_dir=str(folder)),
+        load_source("E2E", data_dir=str(folder)),
+        load_source(str(folder)),  # by the files' own names
+    ):
+        assert sizes(source) == {"train": 2, "validation": 1, "test": 1}
+        assert source.hints["task_type"] == "generation"
+        assert source.train.rows[1] == (
+            "name[A], food[French]",
+            'The A serves "French" food, mostly.',
+        )
+    (folder / "testset_w_refs.csv").write_text("MR\nname[C]\n")
+    with pytest.raises(UserError, match=r"has no column mr, ref.*official file of e2e"):
+        load_source("e2e", data_dir=str(folder))
+    with pytest.raises(UserError, match=r"lacks trainset.csv and devset.csv of e2e"):
+        load_source("e2e", data_dir=str(tmp_path))
+
+
+def test_the_real_e2e_challenge() -> None:
+    source = load_source("e2e", data_dir=str(shared_data("e2e")))
+    assert sizes(source) == {"train": 42061, "validation": 4672, "test": 4693}
+    meanings = [set(table.values("mr")) for table in source.parts.values()]
+    assert [len(some) for some in meanings] == [4862, 547, 630]
+    assert not meanings[0] & meanings[2]
+
+
 def test_reuters_is_read_by_its_name_or_its_files(tmp_path: Path) -> None:
     document = {
         "newid": 1,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from bidora.errors import UserError
-from bidora.tasks.base import Rows, Schema, draw_in_proportion
+from bidora.tasks.base import Rows, Schema
 from bidora.tasks.registry import make_task
+from bidora.tasks.splits import draw_in_proportion
 
 NAMES = ("a", "b", "c")
 SHARES = [0] * 60 + [1] * 30 + [2] * 10

@@ -1,0 +1,167 @@
+"""Conversations as a tokenizer's template writes them, and which of it is the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from bidora.errors import UserError
+from bidora.tasks.labels import BadValueError, shown
+
+__all__ = ["ROLES", "as_messages", "encode_chat", "open_prompt"]
+
+REFUSED = (
+    "the chat template of the model's tokenizer refuses a conversation ({}). Many want "
+    "turns of user and assistant one after the other, or no system turn."
+)
+
+ROLES = ("system", "user", "assistant")
+
+Message = dict[str, str]
+
+_MARKS = re.compile(r"\{%-?\s*generation\b")
+"""Begin what an assistant wrote, in templates that say so."""
+
+
+def as_messages(value: Any, *, answered: bool) -> list[Message]:
+    """Return the turns of a conversation.
+
+    Args:
+        value: What a row holds.
+        answered: Whether the assistant has to say something in it, from which to learn;
+            otherwise the last turn is left out where it is the assistant's, for the
+            model is to write it.
+
+    Returns:
+        One `role` and `content` a turn.
+
+    Raises:
+        BadValueError: If the row holds something else.
+
+    Example:
+        >>> as_messages([{"role": "user", "content": "Hi"}], answered=False)
+        [{'role': 'user', 'content': 'Hi'}]
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise BadValueError(
+            'holds no conversation: a list such as [{"role": "user", "content": "..."}, '
+            '{"role": "assistant", "content": "..."}] was expected'
+        )
+    turns = [_turn(turn, number) for number, turn in enumerate(value, start=1)]
+    if not answered:
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not turns:
+            raise BadValueError("holds an answer alone, and nothing to answer")
+        return turns
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadValueError(
+            "has no turn of the assistant, so there is nothing to learn from it"
+        )
+    return turns
+
+
+def _turn(turn: Any, number: int) -> Message:
+    if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+        raise BadValueError(f"turn {number} has no role and content")
+    others = [k for k, v in turn.items() if k not in ("role", "content") and v]
+    if others:
+        raise BadValueError(
+            f"turn {number} has {', '.join(map(repr, others))} too, and role and content "
+            "alone are read; leave it out"
+        )
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        raise BadValueError(
+            f"turn {number} is by {shown(str(role), 20)!r}; roles are {', '.join(ROLES)}"
+        )
+    if not isinstance(content, str) or not content.strip():
+        raise BadValueError(f"turn {number} ({role}) says nothing")
+    return {"role": role, "content": content}
+
+
+def open_prompt(messages: Sequence[Message], processor: Any) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant goes on.
+
+    Args:
+        messages: Its turns.
+        processor: The tokenizer.
+
+    Raises:
+        UserError: If there is no template, or it refuses the turns.
+    """
+    text = _rendered(messages, processor, add_generation_prompt=True)
+    return processor(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_chat(
+    messages: Sequence[Message], processor: Any
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and which of them the assistant wrote.
+
+    A template that marks what the assistant writes says it itself. With others, an answer
+    begins where the conversation before it ends with the assistant called on, and ends
+    where the conversation with it does; blanks at its end are not the assistant's.
+
+    Args:
+        messages: Its turns.
+        processor: The tokenizer.
+
+    Returns:
+        Tokens, and one truth value each.
+
+    Raises:
+        UserError: If there is no template, it refuses the turns, or it writes turns in
+            another way once others follow.
+    """
+    if _MARKS.search(_template(processor)):
+        try:
+            found = processor.apply_chat_template(
+                list(messages),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except Exception as error:  # what a template raises is its own
+            raise UserError(REFUSED.format(error)) from error
+        return found["input_ids"], [bool(m) for m in found["assistant_masks"]]
+    whole = _rendered(messages, processor)
+    spans: list[tuple[int, int]] = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(messages[:place], processor, add_generation_prompt=True)
+        with_it = _rendered(messages[: place + 1], processor)
+        if not (whole.startswith(with_it) and with_it.startswith(before)):
+            raise UserError(
+                "the chat template of the model's tokenizer writes a turn in another way "
+                "once others follow, so that which part is the answer can't be seen from "
+                "outside. Put {% generation %} and {% endgeneration %} around the answer "
+                "in its chat_template, or give each answer a conversation of its own."
+            )
+        spans.append((len(before), len(with_it.rstrip())))
+    made = processor(whole, add_special_tokens=False, return_offsets_mapping=True)
+    return made["input_ids"], [
+        any(start < b and a < end for start, end in spans)
+        for a, b in made["offset_mapping"]
+    ]
+
+
+def _rendered(messages: Sequence[Message], processor: Any, **how: Any) -> str:
+    _template(processor)
+    try:
+        return processor.apply_chat_template(list(messages), tokenize=False, **how)
+    except Exception as error:  # what a template raises is its own
+        raise UserError(REFUSED.format(error)) from error
+
+
+def _template(processor: Any) -> str:
+    found = processor.chat_template
+    if not found:
+        raise UserError(
+            "the model's tokenizer has no chat template, so nothing says how turns are "
+            "written. Choose a model that was trained for conversations, put a "
+            "chat_template.jinja into the model's folder, or give columns prompt and "
+            "completion, which need none."
+        )
+    return found if isinstance(found, str) else str(found)

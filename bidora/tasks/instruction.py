@@ -1,0 +1,197 @@
+"""Instructions and answers: conversations, or prompts with a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bidora.data.source import Source
+from bidora.data.table import Table, name_column
+from bidora.errors import UserError
+from bidora.tasks.base import Rows, Schema
+from bidora.tasks.chat import as_messages, encode_chat, open_prompt
+from bidora.tasks.generation import with_end, without_end
+from bidora.tasks.labels import BadValueError
+from bidora.tasks.language import IGNORED, Encoded, LanguageTask
+from bidora.tasks.metrics import choose_metric
+
+__all__ = ["COMPLETION_COLUMNS", "PROMPT_COLUMNS", "Instruction"]
+
+CHAT_COLUMN = "messages"
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
+COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction(LanguageTask):
+    """What a user asks, and what the model is to answer.
+
+    A row holds a conversation: a list of turns, each with `role` and `content`, which the
+    tokenizer's chat template writes. Every turn of the assistant is learnt, and nothing
+    else. Or it holds a prompt and its completion, which stand one after the other as they
+    are, without a template.
+
+    Args:
+        text_column: Column of the conversation or of the prompt; None for `messages`, or
+            one with a usual name.
+        label_column: Column of the completion; None for one with a usual name. A
+            conversation has none.
+        metric: `token_accuracy`; None for the same. Early stopping asks perplexity, of
+            which less is better.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "2 + 2?"}]
+        >>> turns.append({"role": "assistant", "content": "4"})
+        >>> table = Table("t.jsonl", ("messages",), ((turns,),), ("line 1",))
+        >>> Instruction().schema(Source("t.jsonl", {"train": table})).details
+        {'format': 'chat'}
+    """
+
+    name: ClassVar[str] = "instruction"
+    usual_length: ClassVar[int | None] = 1024
+    usual_new_tokens: ClassVar[int] = 256
+    usual_label_columns: ClassVar[Sequence[str]] = COMPLETION_COLUMNS
+
+    def for_model(self, config: Any) -> LanguageTask:
+        """Return this task; an encoder-decoder can't have it.
+
+        Args:
+            config: Of the model.
+
+        Raises:
+            UserError: If the model does not go on with what it reads.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                "instruction needs a decoder alone, such as --model smollm2; for an "
+                "encoder-decoder say --task-type generation, with columns for input and "
+                "output."
+            )
+        return super().for_model(config)
+
+    def text_columns(self, source: Source) -> dict[str, str]:
+        """Return the column of the conversation or of the prompt.
+
+        Args:
+            source: The examples.
+
+        Raises:
+            UserError: If there is none, or more is named.
+        """
+        self.refuse_other_texts()
+        given = self.text_column or source.hints.get("text_column")
+        usual = (CHAT_COLUMN, *PROMPT_COLUMNS)
+        return {"text_column": name_column(source.train, given, "--text-column", usual)}
+
+    def schema(self, source: Source) -> Schema:
+        """Find the columns, and whether they hold conversations."""
+        choose_metric(self.metric or self.main_metric, (self.main_metric,))
+        columns = self.text_columns(source)
+        column = columns["text_column"]
+        values = source.train.values(column)
+        is_chat = 2 * sum(isinstance(v, list | tuple) for v in values) > len(values)
+        if is_chat and self.label_column is not None:
+            raise UserError(
+                f"{source.train.origin}: column {column!r} holds conversations, which have "
+                "their answers in them; leave --label-column out."
+            )
+        if not is_chat:
+            columns = self.columns(source)
+        return Schema(
+            self.name,
+            {**columns, **self.settings_of_generation()},
+            (),
+            self.main_metric,
+            {"format": "chat" if is_chat else "prompt-completion"},
+        )
+
+    def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
+        """Read conversations, or prompts and completions; every bad row is told."""
+        if schema.details["format"] != "chat":
+            return super().rows(table, schema, labelled=labelled)
+        column = schema.settings["text_column"]
+        name_column(table, column, "--text-column", ())
+        chats: list[Any] = []
+        read = Rows({"messages": chats}, [])
+        for row, value in enumerate(table.values(column)):
+            try:
+                chats.append(as_messages(value, answered=labelled))
+                read.places.append(table.place(row))
+            except BadValueError as error:
+                read.bad.append(f"{table.place(row)}: column {column!r} {error}.")
+        if labelled:  # which turns are to be learnt
+            read.columns["labels"] = [
+                [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+                for chat in chats
+            ]
+        return read
+
+    def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
+        """Return a prompt as it is: blanks at its end divide it from the completion.
+
+        Args:
+            value: As the table has it.
+            column: Where it stands, for the message.
+            proteins: Whether it is a protein, which no prompt is.
+        """
+        read = super().read_text(value, column, proteins)
+        return value if isinstance(read, str) and isinstance(value, str) else read
+
+    def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
+        """Return each row's completion."""
+        column = schema.settings["label_column"]
+        column = name_column(table, column, "--label-column", ())
+        return [
+            value
+            if isinstance(value, str) and value.strip()
+            else BadValueError(f"column {column!r} holds no completion")
+            for value in table.values(column)
+        ]
+
+    def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
+        """Tell the columns, and how many answers there are to learn from."""
+        if schema.details["format"] != "chat":
+            return super().describe(rows, schema)
+        lines = [f"conversations from column {schema.settings['text_column']!r}"]
+        for part, found in rows.items():
+            turns = [turn for chat in found.columns["messages"] for turn in chat]
+            answers = sum(turn["role"] == "assistant" for turn in turns)
+            lines.append(
+                f"{part}: {len(found):,} conversations of {len(turns):,} turns, "
+                f"{answers:,} of them the assistant's"
+            )
+        return lines
+
+    def encoded(
+        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
+    ) -> Encoded:
+        """Return the tokens of each example, and labels on what the assistant says."""
+        del schema
+        if "messages" in batch:
+            return _chats(batch["messages"], processor, answered="labels" in batch)
+        prompts = [
+            without_end(ids, processor)
+            for ids in processor(list(batch["text"]))["input_ids"]
+        ]
+        answers: list[list[int]] = [[] for _ in prompts]
+        if "labels" in batch:
+            answers = with_end(batch["labels"], processor)
+        both = list(zip(prompts, answers, strict=True))
+        return [[*p, *a] for p, a in both], [[*[IGNORED] * len(p), *a] for p, a in both]
+
+
+def _chats(chats: Sequence[Any], processor: Any, *, answered: bool) -> Encoded:
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    for chat in chats:
+        if answered:
+            tokens, is_answer = encode_chat(chat, processor)
+        else:
+            tokens = open_prompt(chat, processor)
+            is_answer = [False] * len(tokens)
+        ids.append(tokens)
+        labels.append(
+            [t if a else IGNORED for t, a in zip(tokens, is_answer, strict=True)]
+        )
+    return ids, labels

@@ -1,0 +1,256 @@
+"""What tasks share that are answered with a text, by a language model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bidora.errors import UserError
+from bidora.tasks.base import Rows, Schema
+from bidora.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["IGNORED", "LANGUAGE_METRICS", "Encoded", "LanguageTask"]
+
+IGNORED = -100
+"""Label of what is not learnt: the prompt, and padding."""
+
+LANGUAGE_METRICS = ("perplexity", "token_accuracy")
+"""What a pass over known answers gives."""
+
+OF_WRITING = (
+    "max_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "no_repeat_ngram_size",
+)
+"""Settings of how texts are written."""
+
+Encoded = tuple[list[list[int]], list[list[int]]]
+"""Tokens of each example, and the labels of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTask(TextTask):
+    """A prompt, and a text that the model is to write after it.
+
+    The loss is that of the answer's tokens alone; those of the prompt are labelled
+    `IGNORED`. A prompt is never cut: one of `max_length` tokens or more is refused. An
+    answer is cut at the end, without the token that ends it, and how many are is told.
+
+    Args:
+        max_new_tokens: The most tokens that are written; None for the task's number.
+        num_beams: Width of the beam search; None for the task's number, 1 for the likeliest
+            token each time.
+        length_penalty: Above 0, beams are divided by that power of their length.
+        no_repeat_ngram_size: So many tokens never come twice in a row; 0 for no rule.
+    """
+
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    main_metric: ClassVar[str] = "token_accuracy"
+    judged_by: ClassVar[str] = "perplexity"
+    has_probe: ClassVar[bool] = False
+    evaluation_batch: ClassVar[int] = 8
+    usual_beams: ClassVar[int] = 1
+    usual_new_tokens: ClassVar[int] = 64
+    two_parts: ClassVar[bool] = False
+    """Whether the model reads the prompt in an encoder, and writes in a decoder."""
+
+    max_new_tokens: int | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+
+    @abstractmethod
+    def encoded(
+        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
+    ) -> Encoded:
+        """Return each example's tokens, uncut, and its labels: `IGNORED` for the prompt.
+
+        Without an answer, all labels are `IGNORED`.
+
+        Args:
+            batch: Columns of `rows`.
+            processor: The model's tokenizer.
+            schema: Of the data.
+        """
+
+    def for_model(self, config: Any) -> LanguageTask:
+        """Return this task; an encoder that was trained to fill gaps can't have it.
+
+        Args:
+            config: Of the model.
+
+        Raises:
+            UserError: If the model does not write texts.
+        """
+        kinds = [k for k in config.architectures or () if k.endswith("ForMaskedLM")]
+        if kinds and not getattr(config, "is_decoder", False):
+            raise UserError(
+                f"--model is a {kinds[0]}, which fills gaps and cannot write; {self.name} "
+                "needs a decoder, such as a GPT-2 or Llama."
+            )
+        return self
+
+    def refuse_other_texts(self) -> None:
+        """Refuse settings of texts that other tasks have.
+
+        Raises:
+            UserError: If one is given.
+        """
+        if self.text_pair_column is not None:
+            raise UserError(
+                f"--text-pair-column has no meaning for {self.name}; put both texts into "
+                "one column."
+            )
+        if self.proteins:
+            raise UserError(f"--proteins has no meaning for {self.name}; leave it out.")
+
+    def model_kwargs(self, schema: Schema) -> dict[str, Any]:
+        """Return nothing: the model's own head is kept."""
+        del schema
+        return {}
+
+    def features(
+        self,
+        batch: Mapping[str, list[Any]],
+        processor: Any,
+        schema: Schema,
+        length: int,
+    ) -> dict[str, list[Any]]:
+        """Tokenise prompts and answers; without labels, the prompts alone.
+
+        Args:
+            batch: Columns of `rows`.
+            processor: The model's tokenizer.
+            schema: Of the data.
+            length: Tokens kept of an example.
+
+        Returns:
+            `input_ids`, `attention_mask`, and `labels` where answers are known.
+
+        Raises:
+            UserError: If a prompt leaves no room for an answer.
+        """
+        ids, labels = self.encoded(batch, processor, schema)
+        refuse_long_prompts([_prompt_length(x) for x in labels], length)
+        ids = [tokens[:length] for tokens in ids]
+        made = {"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]}
+        if any(label != IGNORED for row in labels for label in row):
+            made["labels"] = [row[:length] for row in labels]
+        return made
+
+    def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
+        """Return how many examples have more than `length` tokens, so that answers are cut.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer.
+            length: Tokens kept of an example.
+        """
+        ids, _ = self.encoded(rows.columns, processor, Schema(self.name))
+        return sum(len(tokens) > length for tokens in ids)
+
+    def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return a collator that pads tokens, and labels with `IGNORED`."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def kept(self, logits: Any, labels: Any) -> Any:
+        """Return of each example the loss of its answer, tokens told right, and tokens."""
+        import torch
+
+        scores = logits[0] if isinstance(logits, tuple) else logits
+        if not self.two_parts:  # what stands at a place foretells the next
+            scores, labels = scores[:, :-1], labels[:, 1:]
+        losses = torch.nn.functional.cross_entropy(
+            scores.float().transpose(1, 2),
+            labels,
+            reduction="none",
+            ignore_index=IGNORED,
+        )
+        counts = labels != IGNORED
+        right = (scores.argmax(-1) == labels) & counts
+        return torch.stack([losses.sum(1), right.sum(1), counts.sum(1)], dim=1)
+
+    def metrics(
+        self, predictions: np.ndarray, labels: np.ndarray, schema: Schema
+    ) -> dict[str, float]:
+        r"""Return perplexity and accuracy over all tokens of all answers.
+
+        $\exp\left(-\frac{1}{n}\sum_i \log p(t_i)\right)$ over the $n$ tokens: unlike the
+        mean of batches that a Trainer calls its loss, each token counts alike.
+
+        Args:
+            predictions: What `kept` returned.
+            labels: Not used.
+            schema: Not used.
+        """
+        import numpy as np
+
+        del labels, schema
+        loss, right, count = np.asarray(predictions, dtype=np.float64).sum(axis=0)
+        with np.errstate(over="ignore"):
+            return {
+                "perplexity": float(np.exp(loss / count)),
+                "token_accuracy": float(right / count),
+            }
+
+    def generation(self) -> dict[str, Any]:
+        """Return the settings of the beam search; nothing is drawn at random."""
+        found: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens or self.usual_new_tokens,
+            "num_beams": self.num_beams or self.usual_beams,
+            "do_sample": False,
+        }
+        for name in ("length_penalty", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value
+        return found
+
+    def settings_of_generation(self) -> dict[str, Any]:
+        """Return the fields that say how texts are written, for a schema."""
+        return {name: getattr(self, name) for name in OF_WRITING}
+
+    def answers(
+        self,
+        predictions: Any,
+        rows: Rows,
+        schema: Schema,
+        labels: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the texts."""
+        del rows, schema, labels
+        return [{"generated": text} for text in predictions]
+
+
+def refuse_long_prompts(lengths: Sequence[int], length: int) -> None:
+    """Refuse prompts that leave no room for an answer.
+
+    Args:
+        lengths: Tokens of each prompt.
+        length: Tokens kept of an example.
+
+    Raises:
+        UserError: If there is one.
+    """
+    long = [n for n in lengths if n >= length]
+    if long:
+        raise UserError(
+            f"{len(long)} prompt(s) have {min(long)} to {max(long)} tokens, and "
+            f"--max-length {length} keeps no token of their answers. A prompt is not cut, "
+            f"for it may lose what the answer says: raise --max-length above {max(long)}, "
+            "as far as the model goes, or shorten them."
+        )
+
+
+def _prompt_length(labels: Sequence[int]) -> int:
+    """Return how many tokens come before the first that is learnt."""
+    return next((i for i, x in enumerate(labels) if x != IGNORED), len(labels))

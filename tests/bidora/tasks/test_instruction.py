@@ -1,0 +1,164 @@
+"""Instruction tuning: what is learnt of a conversation, counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bidora.data.source import Source
+from bidora.data.table import Table
+from bidora.errors import UserError
+from bidora.tasks import Schema
+from bidora.tasks.chat import encode_chat, open_prompt
+from bidora.tasks.guess import guess_task_type
+from bidora.tasks.instruction import Instruction
+from tests.bidora.language_models import (
+    CHAT_TEMPLATE,
+    MARKED_TEMPLATE,
+    tokenizer_of_words,
+)
+
+CHAT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "yes no"},
+    {"role": "user", "content": "What ?"},
+    {"role": "assistant", "content": "Bye"},
+]
+TASK = Instruction()
+OF_CHATS = Schema(
+    "instruction", {"text_column": "messages"}, details={"format": "chat"}
+)
+
+
+def source(*rows: tuple[Any, ...], columns: tuple[str, ...] = ("messages",)) -> Source:
+    lines = tuple(f"line {i}" for i in range(1, len(rows) + 1))
+    return Source("t.jsonl", {"train": Table("t.jsonl", columns, rows, lines)})
+
+
+def words(ids: list[int], tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
+def test_every_turn_of_the_assistant_is_learnt_and_nothing_else(template: str) -> None:
+    tokenizer = tokenizer_of_words(template=template)
+    ids, is_answer = encode_chat(CHAT, tokenizer)
+    whole = "<|user|> Hello </s> \n <|assistant|> yes no </s> \n "
+    whole += "<|user|> What ? </s> \n <|assistant|> Bye </s> \n"
+    assert words(ids, tokenizer) == whole.replace(" \n", " #").replace("#", "\n").split(
+        " "
+    )
+    learnt = [i for i, answer in zip(ids, is_answer, strict=True) if answer]
+    assert words(learnt, tokenizer) == ["yes", "no", "</s>", "Bye", "</s>"]
+
+
+def test_labels_are_tokens_or_ignored() -> None:
+    tokenizer = tokenizer_of_words(template=CHAT_TEMPLATE)
+    rows = TASK.rows(source((CHAT,)).train, OF_CHATS)
+    assert rows.columns["labels"] == [[1, 3]]
+    made = TASK.features(rows.columns, tokenizer, OF_CHATS, 99)
+    (ids,), (labels,) = made["input_ids"], made["labels"]
+    assert {label for label in labels if label not in ids} == {-100}
+    assert sum(label != -100 for label in labels) == 5
+
+
+def test_new_rows_end_where_the_assistant_is_called_on() -> None:
+    tokenizer = tokenizer_of_words(template=CHAT_TEMPLATE)
+    for chat in (CHAT, CHAT[:3]):
+        rows = TASK.rows(source((chat,)).train, OF_CHATS, labelled=False)
+        made = TASK.features(rows.columns, tokenizer, OF_CHATS, 99)
+        assert "labels" not in made
+        assert words(made["input_ids"][0], tokenizer)[-6:] == [
+            "<|user|>",
+            "What",
+            "?",
+            "</s>",
+            "\n",
+            "<|assistant|>",
+        ]
+
+
+def test_prompt_and_completion_stand_as_they_are() -> None:
+    tokenizer = tokenizer_of_words()
+    data = source(("What ?\n", "yes no"), columns=("prompt", "completion"))
+    assert guess_task_type(data, {})[0] == "instruction"
+    schema = TASK.schema(data)
+    assert schema.details == {"format": "prompt-completion"}
+    rows = TASK.rows(data.train, schema)
+    made = TASK.features(rows.columns, tokenizer, schema, 99)
+    assert words(made["input_ids"][0], tokenizer) == [
+        *("What", "?", "\n", "yes", "no", "</s>")
+    ]
+    assert made["labels"][0][:3] == [-100] * 3
+    assert made["labels"][0][3:] == made["input_ids"][0][3:]
+
+
+def test_answers_are_cut_and_counted_and_prompts_are_refused() -> None:
+    tokenizer = tokenizer_of_words(template=CHAT_TEMPLATE)
+    rows = TASK.rows(source((CHAT,), (CHAT[:2],)).train, OF_CHATS)
+    # By hand: 4 tokens of the first question, the call, 3 of the answer, a line's end.
+    assert TASK.count_over_long(rows, tokenizer, 9) == 1
+    made = TASK.features(rows.columns, tokenizer, OF_CHATS, 9)
+    assert [len(x) for x in made["labels"]] == [9, 9]
+    with pytest.raises(UserError, match=r"2 prompt.* 5 to 5 tokens.*--max-length 5"):
+        TASK.features(rows.columns, tokenizer, OF_CHATS, 5)
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (CHAT[:1], "no turn of the assistant"),
+        ([], "holds no conversation"),
+        ("Hello", "holds no conversation"),
+        ([{"role": "user"}], "turn 1 has no role and content"),
+        ([{"role": "tool", "content": "4"}], "turn 1 is by 'tool'; roles are system"),
+        ([{"role": "user", "content": " "}], "turn 1 .user. says nothing"),
+        ([{**CHAT[0], "tool_calls": [1]}], "turn 1 has 'tool_calls' too"),
+    ],
+)
+def test_each_bad_conversation_is_told_with_its_place(chat: Any, said: str) -> None:
+    rows = TASK.rows(source((CHAT,), (chat,)).train, OF_CHATS)
+    assert len(rows) == 1
+    with pytest.raises(AssertionError, match=said):
+        assert not rows.bad, rows.bad[0]
+    assert rows.bad[0].startswith("t.jsonl, line 2: column 'messages' ")
+
+
+def test_bad_prompts_and_completions_are_told() -> None:
+    rows = ("What", "yes"), ("", "yes"), ("What", " ")
+    data = source(*rows, columns=("prompt", "completion"))
+    read = TASK.rows(data.train, TASK.schema(data))
+    assert [line.split(": ")[0] for line in read.bad] == [
+        "t.jsonl, line 2",
+        "t.jsonl, line 3",
+    ]
+    with pytest.raises(UserError, match="leave --label-column out"):
+        Instruction(label_column="x").schema(source((CHAT,)))
+    with pytest.raises(UserError, match="unknown metric 'bleu'"):
+        Instruction(metric="bleu").schema(data)
+    with pytest.raises(UserError, match="--text-pair-column has no meaning"):
+        Instruction(text_pair_column="x").schema(data)
+
+
+def test_templates_that_do_not_fit_are_told() -> None:
+    with pytest.raises(UserError, match=r"has no chat template.*prompt and completion"):
+        encode_chat(CHAT, tokenizer_of_words())
+    with pytest.raises(UserError, match="has no chat template"):
+        open_prompt(CHAT, tokenizer_of_words())
+    changes = "{{ messages | length }}" + CHAT_TEMPLATE
+    with pytest.raises(UserError, match="in another way once others follow"):
+        encode_chat(CHAT, tokenizer_of_words(template=changes))
+    refuses = "{{ raise_exception('roles must alternate') }}"
+    for template in (refuses, refuses + "{% generation %}{% endgeneration %}"):
+        with pytest.raises(UserError, match=r"refuses a conversation \(roles must"):
+            encode_chat(CHAT, tokenizer_of_words(template=template))
+
+
+def test_models_that_can_not_answer_are_refused() -> None:
+    from transformers import BertConfig, T5Config
+
+    with pytest.raises(UserError, match="--task-type generation"):
+        TASK.for_model(T5Config())
+    with pytest.raises(UserError, match="BertForMaskedLM, which fills gaps"):
+        TASK.for_model(BertConfig(architectures=["BertForMaskedLM"]))
