@@ -90,6 +90,7 @@ PAGES = (
     "examples/data-weights.md",
     "examples/imaml.md",
     "examples/looking-back.md",
+    "examples/whole-runs.md",
 )
 TASK_PAGES = (
     "classification",

@@ -10,11 +10,12 @@ from transformers import (
     AutoTokenizer,
     DebertaV2Config,
     EsmConfig,
+    GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
     RobertaConfig,
 )
-from transformers.models.auto.modeling_auto import AutoModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from bidora.cli import main
 from bidora.dora import magnitudes
@@ -44,8 +45,14 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "microsoft/deberta-v2-xxlarge": DebertaV2Config,
     "meta-llama/Llama-2-7b-hf": LlamaConfig,
     "facebook/esm2_t33_650M_UR50D": EsmConfig,
+    "openai-community/gpt2-medium": GPT2Config,
 }
-TASKS = {"glue": "classification", "reuters": "multilabel", "conll2003": "tagging"}
+TASKS = {
+    "glue": "classification",
+    "reuters": "multilabel",
+    "conll2003": "tagging",
+    "e2e": "generation",
+}
 """Types by how the name of the data begins."""
 
 
@@ -108,7 +115,9 @@ def test_a_tiny_model_of_its_kind_is_built(
     recipe = load_recipe(name)
     sizes: dict[str, Any] = {**SIZES, "pad_token_id": 0}
     config = CONFIGS[recipe.settings["model"]](**sizes)
-    AutoModel.from_config(config).save_pretrained(tmp_path)
+    writes = isinstance(config, GPT2Config)
+    auto: Any = AutoModelForCausalLM if writes else AutoModel
+    auto.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
     settings = settings_of(name, model=str(tmp_path))
     kinds = [kind for start, kind in TASKS.items() if settings.task.startswith(start)]
