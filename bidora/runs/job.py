@@ -147,6 +147,7 @@ class _Job(Prepared):
     history: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
     probe: PhaseResult | None = field(default=None, kw_only=True)
     baseline: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
+    weights: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def trained_parameters(self) -> int:
@@ -253,6 +254,12 @@ class _Job(Prepared):
             trainer, self._final_sets(), listener, record, list(self.history)
         )
         trainer.add_callback(recorder)
+        if self.settings.record_weights:
+            from bidora.runs.weights import WeightRecorder
+
+            trainer.add_callback(
+                WeightRecorder(trainer, self.weights, record, list(self.history))
+            )
         self._start(trainer, recorder, listener, resume=last is not None)
         if self.method.phases == ("probe",):
             return [self.probe]
@@ -395,6 +402,12 @@ class _Job(Prepared):
             from bidora.methods.early_stopping import EarlyStopping
 
             trainer.add_callback(EarlyStopping(settings.early_stopping_patience))
+        if settings.record_weights:
+            from bidora.runs.weights import trained_weights
+
+            self.weights = trained_weights(
+                self.model, self.linear_layers, self.method.name
+            )
         if settings.average_last:
             from bidora.methods.averaging import AverageLast
 
