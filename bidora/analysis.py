@@ -1,4 +1,4 @@
-r"""How a training changes a weight: its rows' norms ($\Delta M$) and directions ($\Delta D$).
+r"""How a training changes norms ($\Delta M$) and directions ($\Delta D$) of a weight's rows.
 
 For the rows $n$ of a weight $W$ that began as $W_0$, the analysis of DoRA [LWY24] and
 BiDoRA [QZX24] compares
@@ -9,9 +9,9 @@ $$
 $$
 
 Here $W$ is the weight that the model computes with, whatever the method: $W_0 + sBA$ for
-LoRA, with each row scaled to its magnitude for DoRA, the weight itself for full fine-tuning.
-Differs from the papers in nothing for DoRA: $\lVert W_n \rVert$ is $|m_n|$, and $W_n$ has the
-direction of $V_n$ as long as $m_n$ is positive.
+LoRA, each row of that scaled to its magnitude for DoRA, the weight itself for full
+fine-tuning. With DoRA $\lVert W_n \rVert$ is the magnitude $m_n$, and $W_n$ has the
+direction of $V_n$, as long as $m_n$ is positive: there both are the papers' quantities.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def effective_weight(
 ) -> Tensor:
     r"""Return the weight that an adapted layer computes with.
 
-    $V = W_0 + sBA$ for LoRA, and $m_i V_i / \lVert V_i \rVert$ row by row for DoRA; a row of
-    zeros stays one. In float32, or float64 where the base is.
+    $V = W_0 + sBA$ for LoRA, and $m_i V_i / \lVert V_i \rVert$ row by row for DoRA; a row
+    of zeros stays one. In float32, or float64 where the base is.
 
     Args:
         base: W0, `(out, in)`.
