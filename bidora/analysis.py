@@ -1,4 +1,4 @@
-r"""How a training changes norms ($\Delta M$) and directions ($\Delta D$) of a weight's rows.
+r"""How a training changes norms ($\Delta M$) and directions ($\Delta D$) of weight rows.
 
 For the rows $n$ of a weight $W$ that began as $W_0$, the analysis of DoRA [LWY24] and
 BiDoRA [QZX24] compares
