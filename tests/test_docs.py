@@ -78,6 +78,7 @@ PAGES = (
     "precision-and-ranks.md",
     "compared.md",
     "bidora.md",
+    "analysis.md",
     "tasks/your-own.md",
     "methods.md",
     "probe.md",
@@ -339,6 +340,7 @@ def test_the_bidora_page_lists_every_option() -> None:
 @pytest.mark.parametrize(
     "page",
     [
+        "analysis.md",
         "methods.md",
         "predict.md",
         "probe.md",

@@ -207,10 +207,14 @@ def lora_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
         model: Any model.
     """
     check_peft_version()
-    return [
-        (name, DoraAdapter(module, adapter))
+    layers: list[tuple[str, Any]] = [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
+    ]
+    return [
+        (name, DoraAdapter(module, adapter))
+        for name, module in layers
         for adapter in module.lora_A  # empty for an embedding
         if module.lora_A[adapter].weight.dim() == 2
     ]

@@ -45,12 +45,12 @@ def draw_analysis(runs: Sequence[AnalyzedRun], path: Path) -> None:
     count = max(1, len(columns))
     # A legend line a kind stands below each panel.
     high = 4.2 + 0.2 * len(kinds)
-    figure = Figure(figsize=(1.0 + 4.6 * count, high + 6.0), layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.6 * count, high + 7.0), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's globals
-    axes: Any = figure.subplots(3, count, squeeze=False, height_ratios=(high, 3.0, 3.0))
+    axes: Any = figure.subplots(3, count, squeeze=False, height_ratios=(high, 3.0, 4.0))
     figure.suptitle(
         "change of norms (ΔM) against change of directions (ΔD)\n"
-        "a point is a layer after a step, pale: early, dark: late"
+        "a point is a layer after a step, pale: early, dark: late; scales differ"
     )
     for column, (run, phase) in enumerate(columns):
         change, loss, score = axes[:, column]
@@ -63,7 +63,7 @@ def draw_analysis(runs: Sequence[AnalyzedRun], path: Path) -> None:
         probe = next((r["result"] for r in run.history if r["phase"] == "probe"), None)
         draw_test(score, own, probe, run.metric)
         if score.get_lines():
-            score.legend(loc="best", fontsize=7)
+            _legend_below(score, fontsize=7)
         if alike and column:
             loss.sharey(axes[1][0])
             score.sharey(axes[2][0])
@@ -97,7 +97,7 @@ def _draw_change(ax: Any, run: AnalyzedRun, phase: str, kinds: Sequence[str]) ->
         number = kinds.index(fit.kind)
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         own = [p for p in points if p.kind == fit.kind]
-        shares = [PALEST + (1 - PALEST) * order[p.step] / last for p in own]
+        shares = [PALEST + (1 - PALEST) * (order[p.step] / last) for p in own]
         ax.scatter(
             [p.delta_d for p in own],
             [p.delta_m for p in own],
@@ -117,16 +117,15 @@ def _draw_change(ax: Any, run: AnalyzedRun, phase: str, kinds: Sequence[str]) ->
         handles.append(
             Line2D([], [], marker=marker, markersize=5, label=_told(fit), **style)
         )
-    ax.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.13),
-        fontsize=8,
-        handlelength=5,  # so that the dashes show beside the marker
-    )
+    _legend_below(ax, handles=handles, fontsize=8)
     ax.ticklabel_format(style="sci", scilimits=(-2, 3))
     ax.set_xlabel("ΔD")
     ax.set_ylabel("ΔM")
+
+
+def _legend_below(ax: Any, **given: Any) -> None:
+    """Put the legend where it hides nothing, its dashes long enough to be seen."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=5, **given)
 
 
 def _told(fit: Fit) -> str:

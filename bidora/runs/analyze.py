@@ -190,7 +190,7 @@ def table(runs: Sequence[AnalyzedRun]) -> str:
         runs: What `analyze` returned.
     """
     head = ("run", "method", "phase", "layers", "points", "slope", "correlation")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for run in runs:
         for fit in run.fits:
             line = fit.line

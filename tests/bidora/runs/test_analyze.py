@@ -315,6 +315,37 @@ def test_what_has_no_slope_says_why(
     json.loads((tmp_path / "out" / "analysis.json").read_text(), parse_constant=_refuse)
 
 
+def test_kinds_and_steps_show_without_colour(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def keep(self: Any, path: Path, **rest: Any) -> None:
+        figures.append(self)
+        path.touch()
+
+    monkeypatch.setattr("bidora.runs.analysis_plot.Figure.savefig", keep)
+    kinds = ("query", "key", "value")
+    points = [
+        {kind: {"delta_m": 2.0 - 0.1 * step, "delta_d": float(step)} for kind in kinds}
+        for step in range(1, 5)
+    ]
+    found = with_weights(run("lora"), tmp_path / "run", *points)
+    analyze([found], tmp_path / "out")
+    (figure,) = figures
+    change, loss, score = figure.axes
+    lines = change.get_lines()
+    assert len({line.get_linestyle() for line in lines}) == 3
+    clouds = change.collections
+    assert len({c.get_paths()[0].vertices.tobytes() for c in clouds}) == 3
+    for cloud in clouds:
+        assert cloud.get_facecolors()[:, 3] == pytest.approx([0.2, 7 / 15, 11 / 15, 1])
+    (slope,) = {t.get_text().split(": ")[1] for t in change.get_legend().get_texts()}
+    assert slope == "slope -0.1, r = -1.00"
+    assert (loss.get_ylabel(), score.get_xlabel()) == ("loss", "step")
+    assert len(loss.get_lines()) > 1
+
+
 def _touch(self: Any, path: Path, **rest: Any) -> None:
     path.touch()
 
