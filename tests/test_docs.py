@@ -80,6 +80,7 @@ PAGES = (
     "precision-and-ranks.md",
     "compared.md",
     "bidora.md",
+    "analysis.md",
     "tasks/your-own.md",
     "tasks/generation.md",
     "methods.md",
@@ -356,6 +357,7 @@ def test_the_bidora_page_lists_every_option() -> None:
 @pytest.mark.parametrize(
     "page",
     [
+        "analysis.md",
         "methods.md",
         "predict.md",
         "probe.md",

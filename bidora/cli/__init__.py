@@ -1,4 +1,4 @@
-"""The command line: `bidora train`, `predict`, `export`, `compare` and `estimators`."""
+"""The command line: `bidora train`, `predict`, `export`, `analyze`, `compare` and kin."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bidora._threads import brief_waiting
+from bidora.cli.analyze import add_analyze, run_analyze
 from bidora.cli.compare import add_compare, run_compare
 from bidora.cli.export import add_export, run_export
 from bidora.cli.lists import list_methods, list_recipes
@@ -114,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "predict": _predict,
         "export": _export,
+        "analyze": _analyze,
         "compare": _compare,
         "estimators": _estimators,
     }
@@ -231,6 +233,11 @@ def _predict(options: dict[str, Any]) -> int:
 def _export(options: dict[str, Any]) -> int:
     with _known_failures(), _quiet_libraries():
         return run_export(options)
+
+
+def _analyze(options: dict[str, Any]) -> int:
+    with _quiet_libraries():
+        return run_analyze(options)
 
 
 def _compare(options: dict[str, Any]) -> int:
@@ -409,6 +416,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_predict(commands)
     add_export(commands)
+    add_analyze(commands)
     add_compare(commands)
     _add_estimators(commands)
     return parser

@@ -27,6 +27,7 @@ __all__ = [
     "clear_cache",
     "dora_layers",
     "is_replaced",
+    "lora_layers",
     "obstacle",
     "replace_forward",
     "restore_forward",
@@ -128,6 +129,11 @@ class DoraAdapter:
     def magnitude(self) -> Tensor:
         """The magnitude vector, of `out` entries; a convolution's has further axes."""
         return self.module.lora_magnitude_vector[self.adapter].weight
+
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether it is DoRA, and not plain LoRA."""
+        return self.adapter in (self.module.lora_magnitude_vector or ())
 
     @property
     def scaling(self) -> float:
@@ -302,6 +308,26 @@ def dora_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
         for adapter in module.lora_magnitude_vector or ()
+    ]
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, DoraAdapter]]:
+    """Return name and handle of every adapter of a linear layer, with magnitudes or not.
+
+    Args:
+        model: Any model.
+    """
+    check_peft_version()
+    layers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    return [
+        (name, DoraAdapter(module, adapter))
+        for name, module in layers
+        for adapter in module.lora_A  # empty for an embedding
+        if module.lora_A[adapter].weight.dim() == 2
     ]
 
 

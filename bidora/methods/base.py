@@ -40,6 +40,8 @@ SEARCH_ONLY = (
 OF_MAGNITUDES = ("outer_learning_rate", "outer_weight_decay")
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 OF_LORA_PLUS = ("loraplus_lr_ratio",)
+OF_WEIGHTS = ("record_weights",)
+"""Settings that mean nothing to methods which leave the base model's weights alone."""
 
 
 @dataclass(frozen=True)

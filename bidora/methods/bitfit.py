@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from bidora import defaults
 from bidora.errors import UserError
+from bidora.methods.base import OF_WEIGHTS
 from bidora.methods.partial import Partial
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class BitFit(Partial):
         defaults.BITFIT_LEARNING_RATE,
         defaults.BITFIT_LEARNING_RATE,
     )
+    ignores: ClassVar[tuple[str, ...]] = (*Partial.ignores, *OF_WEIGHTS)
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
         """Return the model, everything but its biases and head frozen.

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from bidora.errors import UserError
 from bidora.methods._tensors import load_trained, save_trained
-from bidora.methods.base import OF_LORA_PLUS, OF_MAGNITUDES, SEARCH_ONLY, Method
+from bidora.methods.base import (
+    OF_LORA_PLUS,
+    OF_MAGNITUDES,
+    OF_WEIGHTS,
+    SEARCH_ONLY,
+    Method,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +88,7 @@ class Houlsby(Method):
         *SEARCH_ONLY,
         *OF_MAGNITUDES,
         *OF_LORA_PLUS,
+        *OF_WEIGHTS,
         "lora_alpha",
         "lora_dropout",
         "target_modules",

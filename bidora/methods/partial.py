@@ -11,6 +11,7 @@ from bidora.methods.base import (
     OF_ADAPTERS,
     OF_LORA_PLUS,
     OF_MAGNITUDES,
+    OF_WEIGHTS,
     SEARCH_ONLY,
     Method,
 )
@@ -81,6 +82,7 @@ class Probe(Partial):
     phases: ClassVar[tuple[str, ...]] = ("probe",)
     ignores: ClassVar[tuple[str, ...]] = (
         *Partial.ignores,
+        *OF_WEIGHTS,
         "max_steps",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

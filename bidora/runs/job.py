@@ -146,6 +146,7 @@ class _Job(Prepared):
     history: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
     probe: PhaseResult | None = field(default=None, kw_only=True)
     baseline: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
+    weights: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def trained_parameters(self) -> int:
@@ -258,6 +259,12 @@ class _Job(Prepared):
             lambda phase, name: self._text_scores(phase, name, listener),
         )
         trainer.add_callback(recorder)
+        if self.settings.record_weights:
+            from bidora.runs.weights import WeightRecorder
+
+            trainer.add_callback(
+                WeightRecorder(trainer, self.weights, record, list(self.history))
+            )
         self._start(trainer, recorder, listener, resume=last is not None)
         if self.method.phases == ("probe",):
             return [self.probe]
@@ -416,6 +423,12 @@ class _Job(Prepared):
             from bidora.methods.early_stopping import EarlyStopping
 
             trainer.add_callback(EarlyStopping(settings.early_stopping_patience))
+        if settings.record_weights:
+            from bidora.runs.weights import trained_weights
+
+            self.weights = trained_weights(
+                self.model, self.linear_layers, self.method.name
+            )
         if settings.average_last:
             from bidora.methods.averaging import AverageLast
 

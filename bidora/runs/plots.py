@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["draw_curves"]
+__all__ = ["TITLES", "draw_curves", "draw_evaluations", "draw_steps", "draw_test"]
 
 # Colour, line and marker: each tells the curves apart without the others.
 STYLES = {
@@ -32,6 +32,7 @@ TITLES = {
     "retrain": "2. retrain: magnitudes fixed, all examples",
     "train": "training",
 }
+"""What stands above a phase."""
 
 
 def draw_curves(
@@ -67,10 +68,10 @@ def draw_curves(
         records = [record for record in history if record["phase"] == phase]
         loss, score = axes[0][column], axes[1][column]
         loss.set_title(TITLES.get(phase, phase), fontsize=11)
-        loss.legend(handles=_draw_steps(loss, records), loc="center right", fontsize=8)
-        _draw_evaluations(loss, records, phase, "loss")
-        _draw_evaluations(score, records, phase, metric)
-        _draw_test(score, records, probe, metric)
+        loss.legend(handles=draw_steps(loss, records), loc="center right", fontsize=8)
+        draw_evaluations(loss, records, phase, "loss")
+        draw_evaluations(score, records, phase, metric)
+        draw_test(score, records, probe, metric)
         if score.get_lines():
             score.legend(loc="best", fontsize=8)
         if searched:
@@ -90,8 +91,16 @@ def draw_curves(
         figure.savefig(path, format="png")
 
 
-def _draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
-    """Draw what every step minimised, faint: it is noisy and seen under dropout."""
+def draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
+    """Draw what every step minimised, faint: it is noisy and seen under dropout.
+
+    Args:
+        ax: Where.
+        records: Of one phase.
+
+    Returns:
+        The line, for a legend.
+    """
     steps = [r for r in records if r.get("inner_loss") is not None]
     return ax.plot(
         [r["step"] for r in steps],
@@ -103,9 +112,17 @@ def _draw_steps(ax: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
     )
 
 
-def _draw_evaluations(
+def draw_evaluations(
     ax: Any, records: Sequence[dict[str, Any]], phase: str, score: str
 ) -> None:
+    """Draw the curves of each part that was evaluated on the way.
+
+    Args:
+        ax: Where.
+        records: Of one phase.
+        phase: Its name.
+        score: `loss`, or a metric.
+    """
     evaluations = [r for r in records if "evaluation" in r]
     names = dict.fromkeys(name for r in evaluations for name in r["evaluation"])
     for name in names:
@@ -122,10 +139,17 @@ def _draw_evaluations(
             )
 
 
-def _draw_test(
+def draw_test(
     ax: Any, records: Sequence[dict[str, Any]], probe: Any, metric: str
 ) -> None:
-    """Draw what is to be beaten, and what the phase came to: both on the test examples."""
+    """Draw what is to be beaten, and what the phase came to: both on the test examples.
+
+    Args:
+        ax: Where.
+        records: Of one phase.
+        probe: The record of the probe's result; None where there is none.
+        metric: The score.
+    """
     reached = probe["scores"].get("test", {}).get(metric) if probe else None
     if reached is not None:
         ax.axhline(

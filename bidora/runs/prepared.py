@@ -33,6 +33,7 @@ class Prepared:
         sets: Tokenised examples by part, as `datasets.Dataset`.
         length: Tokens kept of an example.
         pooling: How tokens are pooled; `head` for the stock class.
+        linear_layers: Names of the base model's linear layers, without the head's.
     """
 
     settings: Any
@@ -43,6 +44,7 @@ class Prepared:
     sets: dict[str, Any]
     length: int
     pooling: str
+    linear_layers: list[str]
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +112,7 @@ def prepare(
         seed=settings.seed,
         pooling=settings.pooling,
     )
+    linear_layers = base.linear_layers()  # before the method changes the model
     model: Any = method.adapt(base, settings).to(device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -130,7 +133,15 @@ def prepare(
             f"{length} tokens that are kept (--max-length)."
         )
     return Prepared(
-        settings, examples, source, tokenizer, model, sets, length, base.pooling
+        settings,
+        examples,
+        source,
+        tokenizer,
+        model,
+        sets,
+        length,
+        base.pooling,
+        linear_layers,
     )
 
 

@@ -166,6 +166,13 @@ class TrainSettings(JobSettings):
         OUTPUT,
         shown="a sixth of --max-steps",
     )
+    record_weights: bool = option(
+        False,
+        "keep how far each trained weight is from the base model's at the points of the "
+        "curves, for `bidora analyze`; method full holds a second copy of the linear "
+        "layers in memory for it",
+        OUTPUT,
+    )
     report_to: tuple[str, ...] = option(
         (), "where else to log, as transformers calls it, such as tensorboard", OUTPUT
     )

@@ -26,7 +26,7 @@ MARKER = "grid.yaml"
 ONE_AT_A_TIME = (
     "two would train the same runs twice. Wait for it, or choose another --output-dir."
 )
-UNIMPORTANT = ("output_dir", "overwrite")
+UNIMPORTANT = ("output_dir", "overwrite", "record_weights")
 """Settings that change nothing of what a run comes to."""
 
 
