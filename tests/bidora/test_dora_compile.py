@@ -154,6 +154,7 @@ def test_an_empty_cache_is_no_reason_to_compile_again() -> None:
         compiled(batch(0)[0])
 
 
+@pytest.mark.slow
 def test_a_second_size_of_batch_is_the_last_to_compile() -> None:
     eager, compiled = dora_net(), wrapped(dora_net())
     for rows in (9, 4):

@@ -154,11 +154,11 @@ def outer_step(problem: Any, opt: BilevelOptimizer) -> Any:
 
 
 def slow_ones(given: list[Any]) -> list[Any]:
-    """Mark solves by finite differences as slow, but for that of cg."""
+    """Mark what takes many steps or products by finite differences as slow, but cg."""
+    many = ("implicit", "neumann", "nystrom", "forward", "unrolled")
     return [
         pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
-        if p.id
-        in [f"{n} finite-difference" for n in ("implicit", "neumann", "nystrom")]
+        if p.id in [f"{n} finite-difference" for n in many]
         else p
         for p in given
     ]

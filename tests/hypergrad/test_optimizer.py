@@ -280,7 +280,14 @@ def test_hooks_see_a_step() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::hypergrad.errors.NumericalWarning")
-@pytest.mark.parametrize("stop", [3, 6, 9])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(3, marks=pytest.mark.slow),
+        6,
+        pytest.param(9, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", estimator_names())
 def test_resume_is_exact(name: str, stop: int) -> None:
     """Killed in mid-window, with dropout on, through a file read with weights_only."""

@@ -45,6 +45,7 @@ def run(tiny_encoder: Path, labelled_csv: Path, tmp_path: Path) -> Run:
     return run
 
 
+@pytest.mark.slow  # each of fourteen, on a real model
 def test_all_estimators_end_in_a_table_a_picture_and_advice(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -250,9 +250,9 @@ class Stop(Listener):
     [
         ("lora", 3),  # before the first weights that count
         ("lora", 7),
-        ("houlsby", 7),
+        pytest.param("houlsby", 7, marks=pytest.mark.slow),
         ("bidora", 15),  # in the retraining
-        ("bidora-no-retraining", 7),
+        pytest.param("bidora-no-retraining", 7, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_ends_with_the_same_bits(

@@ -70,7 +70,11 @@ def destinations(command: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "cls", "others"),
     [
-        ("train", TrainSettings, {"help", "fields", "config", "resume", "dry_run"}),
+        (
+            "train",
+            TrainSettings,
+            {"help", "fields", "config", "recipe", "resume", "dry_run"},
+        ),
         ("estimators", CompareSettings, {"help"}),
     ],
 )
