@@ -25,6 +25,7 @@ __all__ = [
     "ModelSource",
     "find_model",
     "load_base",
+    "load_processor",
     "load_tokenizer",
     "longest_input",
 ]
@@ -121,6 +122,37 @@ def load_tokenizer(source: ModelSource, **kwargs: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def load_processor(source: ModelSource, task: Task, **kwargs: Any) -> Any:
+    """Load what makes the model's inputs for a task: a tokenizer, or an image processor.
+
+    Args:
+        source: Where the model is.
+        task: What it is for.
+        kwargs: What else `from_pretrained` is told.
+
+    Returns:
+        What the task's `auto_processor` loads.
+
+    Raises:
+        UserError: If there is none, it can't be fetched, or the model is not of a kind
+            that does such a task.
+    """
+    if task.auto_processor == "AutoTokenizer":
+        return load_tokenizer(source, **kwargs)
+    import transformers
+
+    config: Any = _load(source, transformers.AutoConfig.from_pretrained, "model")
+    auto: Any = getattr(transformers, task.auto_model)
+    if type(config) not in auto._model_mapping:
+        raise UserError(
+            f"--model {source.name} is a {config.model_type}, which {task.auto_model} of "
+            f"transformers does not load, so it can't be used for {task.name}. Pass "
+            "another model, such as google/vit-base-patch16-224-in21k."
+        )
+    load = getattr(transformers, task.auto_processor).from_pretrained
+    return _load(source, load, "image processor", **kwargs)
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded model with a new head, before a method puts anything in.
@@ -129,7 +161,8 @@ class Base:
         source: Where it came from.
         model: The transformers model.
         head: Modules to train whole: the head, and what came without weights.
-        peft_type: PEFT's name for the kind of task.
+        peft_type: PEFT's name for the kind of task, where it has one. Without one it
+            knows no head, and `head` alone says what is trained whole.
         pooling: How tokens are pooled in front of a linear head; `head` for the stock
             class, whose head is its own.
     """
@@ -137,7 +170,7 @@ class Base:
     source: ModelSource
     model: Any
     head: list[str]
-    peft_type: str
+    peft_type: str | None
     pooling: str = "head"
 
     def linear_layers(self) -> list[str]:
@@ -205,7 +238,8 @@ def load_base(
         output_loading_info=True,
     )
     model, info = loaded
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(tokenizer, "pad_token_id"):
+        model.config.pad_token_id = tokenizer.pad_token_id
     if not pooled:
         return Base(source, model, _head_modules(model, info), task.peft_type)
     new = {key.rsplit(".", 1)[0].removeprefix("body.") for key in info["missing_keys"]}
@@ -295,6 +329,14 @@ def _embeddings(model: Any) -> Any:
     return next((m for n, m in named if n.endswith(".position_embeddings")), None)
 
 
+HOLDS = {
+    "model": "a transformers encoder or decoder with its tokenizer",
+    "image processor": "a transformers model for images with its "
+    "preprocessor_config.json",
+}
+"""What a folder is to hold, by what was not found in it."""
+
+
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
     try:
         with _no_progress_bar():
@@ -310,14 +352,13 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
             raise UserError(
                 f"the {what} in the folder {source.location} cannot be loaded "
                 f"({type(error).__name__}: {first_line}). Pass a "
-                "folder that holds a transformers encoder or decoder with its "
-                "tokenizer."
+                f"folder that holds {HOLDS.get(what, HOLDS['model'])}."
             ) from error
         raise UserError(
             f"the {what} {source.name!r} cannot be fetched from the Hub "
             f"({first_line}). Check its name and the network connection, or work "
             f"offline: --model FOLDER loads a saved model, and without --model the "
-            f"bundled {BUNDLED_MODEL} is used."
+            f"bundled {BUNDLED_MODEL} is used, for texts."
         ) from error
 
 

@@ -55,7 +55,7 @@ class TextTask(LabelledTask):
             else the task's.
     """
 
-    peft_type: ClassVar[str] = "SEQ_CLS"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     noun: ClassVar[str] = "text"
 
