@@ -102,10 +102,11 @@ def _class_table(folder: Path, root: Path) -> Table:
     bad: list[str] = []
     for child in _children(root):
         if not child.is_dir():
-            bad.append(
-                f"{root}, {child.name}: lies beside the folders of the classes, so its "
-                "class is not known; move it into one of them, or away."
-            )
+            if is_image_file(child.name):  # others are notes on the data
+                bad.append(
+                    f"{root}, {child.name}: lies beside the folders of the classes, so "
+                    "its class is not known; move it into one of them, or away."
+                )
             continue
         before = len(rows)
         for file in _children(child):

@@ -26,7 +26,9 @@ from bidora.errors import UserError
 COLOURS = {"red": (200, 10, 10), "blue": (10, 10, 200)}
 
 
-def png(colour: Any = "red", size: tuple[int, int] = (4, 4), mode: str = "RGB") -> bytes:
+def png(
+    colour: Any = "red", size: tuple[int, int] = (4, 4), mode: str = "RGB"
+) -> bytes:
     return png_bytes(Image.new(mode, size, colour))
 
 
@@ -60,7 +62,9 @@ def test_grey_and_palettes_become_rgb() -> None:
     assert open_picture(palette).traits == ()
 
 
-@pytest.mark.parametrize(("deep", "byte"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+@pytest.mark.parametrize(
+    ("deep", "byte"), [(0, 0), (257, 1), (32896, 128), (65535, 255)]
+)
 def test_16_bits_are_scaled_and_not_clipped(deep: int, byte: int) -> None:
     values = np.full((2, 3), deep, dtype=np.uint16)
     opened = open_picture(saved(Image.fromarray(values), "PNG"))
@@ -82,7 +86,9 @@ def test_what_is_transparent_lies_on_white() -> None:
 
 def test_an_animation_is_its_first_image() -> None:
     frames = [Image.new("RGB", (2, 2), c) for c in COLOURS.values()]
-    opened = open_picture(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    opened = open_picture(
+        saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    )
     assert opened.image.getpixel((0, 0)) == COLOURS["red"]
     assert opened.traits == ("animated",)
 
@@ -96,7 +102,9 @@ def test_a_photograph_is_turned_upright() -> None:
 
 def test_equal_images_have_one_digest_whatever_their_files() -> None:
     image = Image.new("RGB", (3, 3), (9, 9, 9))
-    digests = {open_picture(saved(image, kind)).digest for kind in ("PNG", "BMP", "TIFF")}
+    digests = {
+        open_picture(saved(image, kind)).digest for kind in ("PNG", "BMP", "TIFF")
+    }
     assert len(digests) == 1
     turned = Image.new("RGB", (1, 9), (9, 9, 9))  # the same bytes in another shape
     assert open_picture(saved(turned, "PNG")).digest not in digests
@@ -147,7 +155,9 @@ def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 # -- paths ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "OUTSIDE", "link"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "a/../../secret.png", "OUTSIDE", "link"]
+)
 def test_no_path_leaves_its_folder(name: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(png())
@@ -175,7 +185,9 @@ def test_what_is_no_file_is_told(name: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_for_each_class_and_part(tmp_path: Path) -> None:
-    names = [f"{p}/{c}/{i}.png" for p in ("train", "val", "test") for c in "ab" for i in "12"]
+    names = [
+        f"{p}/{c}/{i}.png" for p in ("train", "val", "test") for c in "ab" for i in "12"
+    ]
     source = load_source(str(folder_of(tmp_path / "pets", *names)))
     assert list(source.parts) == ["train", "validation", "test"]
     assert source.train.columns == ("image", "label")
@@ -215,7 +227,9 @@ def test_folders_without_a_training_part_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_folders_for_one_part_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train and training, and one of them is wanted"):
+    with pytest.raises(
+        UserError, match="train and training, and one of them is wanted"
+    ):
         load_source(str(folder_of(tmp_path, "train/a/1.png", "training/a/1.png")))
 
 
@@ -285,8 +299,14 @@ def test_images_of_the_hub_stay_encoded(
 ) -> None:
     file = tmp_path / "1.png"
     file.write_bytes(png((1, 2, 3)))
-    features = Features({"image": HubImage(), "label": ClassLabel(names=["cat", "dog"])})
-    images = [Image.new("RGB", (2, 2), (7, 7, 7)), {"bytes": None, "path": str(file)}, None]
+    features = Features(
+        {"image": HubImage(), "label": ClassLabel(names=["cat", "dog"])}
+    )
+    images = [
+        Image.new("RGB", (2, 2), (7, 7, 7)),
+        {"bytes": None, "path": str(file)},
+        None,
+    ]
     rows = Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *given, **more: DatasetDict(train=rows)
