@@ -88,7 +88,7 @@ PAGES = (
     "examples/imaml.md",
     "examples/looking-back.md",
 )
-TASK_PAGES = ("classification", "regression", "multilabel", "tagging")
+TASK_PAGES = ("classification", "regression", "multilabel", "images", "tagging")
 HEADINGS = (
     "Idea",
     "Equation",
@@ -389,6 +389,7 @@ def test_every_type_of_task_has_a_page_with_its_metrics() -> None:
         "classification": CLASSIFICATION_METRICS,
         "regression": (*REGRESSION_METRICS, "mse"),
         "multilabel": MULTILABEL_METRICS,
+        "images": CLASSIFICATION_METRICS,
         "tagging": TAGGING_METRICS,
     }.items():
         table = text_of(f"tasks/{name}.md").split("## Metrics")[1]
