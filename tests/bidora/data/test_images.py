@@ -309,7 +309,7 @@ def test_images_of_the_hub_stay_encoded(
     ]
     rows = Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
     monkeypatch.setattr(
-        "datasets.load_dataset", lambda *given, **more: DatasetDict(train=rows)
+        "datasets.load_dataset", lambda *given, **more: DatasetDict([("train", rows)])
     )
     table = load_source("owner/pets").train
     first, second, third = table.values("image")
