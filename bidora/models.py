@@ -26,6 +26,7 @@ __all__ = [
     "find_model",
     "load_base",
     "load_config",
+    "load_processor",
     "load_tokenizer",
     "longest_input",
 ]
@@ -146,6 +147,37 @@ def load_config(source: ModelSource) -> Any:
     return _load(source, AutoConfig.from_pretrained, "model")
 
 
+def load_processor(source: ModelSource, task: Task, **kwargs: Any) -> Any:
+    """Load what makes the model's inputs for a task: a tokenizer, or an image processor.
+
+    Args:
+        source: Where the model is.
+        task: What it is for.
+        kwargs: What else `from_pretrained` is told.
+
+    Returns:
+        What the task's `auto_processor` loads.
+
+    Raises:
+        UserError: If there is none, it can't be fetched, or the model is not of a kind
+            that does such a task.
+    """
+    if task.auto_processor == "AutoTokenizer":
+        return load_tokenizer(source, **kwargs)
+    import transformers
+
+    config = load_config(source)
+    auto: Any = getattr(transformers, task.auto_model)
+    if type(config) not in auto._model_mapping:
+        raise UserError(
+            f"--model {source.name} is a {config.model_type}, which {task.auto_model} of "
+            f"transformers does not load, so it can't be used for {task.name}. Pass "
+            "another model, such as google/vit-base-patch16-224-in21k."
+        )
+    load = getattr(transformers, task.auto_processor).from_pretrained
+    return _load(source, load, "image processor", **kwargs)
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded model with a new head, before a method puts anything in.
@@ -155,7 +187,8 @@ class Base:
         model: The transformers model.
         head: Modules to train whole: the head, and what came without weights; none where
             the model's own outputs are what the task needs.
-        peft_type: PEFT's name for the kind of task.
+        peft_type: PEFT's name for the kind of task, where it has one. Without one it
+            knows no head, and `head` alone says what is trained whole.
         pooling: How tokens are pooled in front of a linear head; `head` for the stock
             class, whose head is its own.
     """
@@ -163,7 +196,7 @@ class Base:
     source: ModelSource
     model: Any
     head: list[str]
-    peft_type: str
+    peft_type: str | None
     pooling: str = "head"
 
     def linear_layers(self) -> list[str]:
@@ -239,7 +272,8 @@ def load_base(
         output_loading_info=True,
     )
     model, info = loaded
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(tokenizer, "pad_token_id"):
+        model.config.pad_token_id = tokenizer.pad_token_id
     if source.gguf_file is not None:
         # They are plain float32 weights by now, which libraries would not train.
         del model.config.quantization_config
@@ -341,6 +375,14 @@ def _embeddings(model: Any) -> Any:
     return next((m for n, m in named if n.endswith(".position_embeddings")), None)
 
 
+HOLDS = {
+    "model": "a transformers encoder or decoder with its tokenizer",
+    "image processor": "a transformers model for images with its "
+    "preprocessor_config.json",
+}
+"""What a folder is to hold, by what was not found in it."""
+
+
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
     if source.gguf_file is not None:
         settings["gguf_file"] = source.gguf_file
@@ -358,14 +400,13 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
             raise UserError(
                 f"the {what} in the folder {source.location} cannot be loaded "
                 f"({type(error).__name__}: {first_line}). Pass a "
-                "folder that holds a transformers encoder or decoder with its "
-                "tokenizer."
+                f"folder that holds {HOLDS.get(what, HOLDS['model'])}."
             ) from error
         raise UserError(
             f"the {what} {source.name!r} cannot be fetched from the Hub "
             f"({first_line}). Check its name and the network connection, or work "
             f"offline: --model FOLDER loads a saved model, and without --model the "
-            f"bundled {BUNDLED_MODEL} is used."
+            f"bundled {BUNDLED_MODEL} is used, for texts."
         ) from error
 
 

@@ -473,7 +473,8 @@ def _add_predict(commands: Any) -> None:
         allow_abbrev=False,
     )
     predict.add_argument("run", metavar="RUN", help="folder of a finished run")
-    for name, text in (("input", "rows to score"), ("output", "where the scores go")):
+    rows = "rows to score, or a folder of images"
+    for name, text in (("input", rows), ("output", "where the scores go")):
         predict.add_argument(
             f"--{name}",
             required=True,

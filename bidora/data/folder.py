@@ -19,7 +19,7 @@ from bidora.data.files import (
 from bidora.data.table import Table
 from bidora.errors import UserError
 
-__all__ = ["find_class_files", "read_folder", "read_official", "recognise"]
+__all__ = ["find_class_files", "own_file", "read_folder", "read_official", "recognise"]
 
 STEMS = {
     "train": ("train", "training"),
@@ -56,7 +56,7 @@ def read_folder(
     tables: dict[str, Table] = {}
     notes: list[str] = []
     for part in STEMS:
-        path = _own_file(folder, part)
+        path = own_file(folder, part)
         if path is not None:
             names = list(column_names or ())
             optional = label_column if part != "train" else None
@@ -64,9 +64,10 @@ def read_folder(
             notes += [note] if note else []
     if "train" not in tables:
         raise UserError(
-            f"the folder {folder} holds no train.csv, train.tsv or train.jsonl "
-            f"({_listing(folder)}). Name the file itself with --task FILE, or, for a "
-            "data set that is known by name, say --task NAME --data-dir FOLDER."
+            f"the folder {folder} holds no train.csv, train.tsv or train.jsonl, nor "
+            f"folders of images ({_listing(folder)}). Name the file itself with --task "
+            "FILE, or, for a data set that is known by name, say --task NAME --data-dir "
+            "FOLDER."
         )
     return tables, notes
 
@@ -208,7 +209,16 @@ def _official_file(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _own_file(folder: Path, part: str) -> Path | None:
+def own_file(folder: Path, part: str) -> Path | None:
+    """Return the table or FASTA file of a part, None where the folder has none.
+
+    Args:
+        folder: Where to look.
+        part: A key of `STEMS`.
+
+    Raises:
+        UserError: If there are two.
+    """
     found: dict[str, Path] = {}
     for stem in STEMS[part]:
         for suffix in (*SUFFIXES, *SEQUENCE_FILES):

@@ -100,8 +100,11 @@ def _table(part: Any, origin: str, renamed: dict[str, str]) -> Table:
     class_names: list[tuple[str, tuple[str, ...]]] = []
     values: list[list[Any]] = []
     for name, our in zip(names, ours, strict=True):
-        column = list(part[name])
         feature = part.features[name]
+        if type(feature).__name__ == "Image":
+            values.append(_encoded(part, name))
+            continue
+        column = list(part[name])
         item: Any = getattr(feature, "feature", None)  # of a list
         if hasattr(feature, "int2str"):
             class_names.append((our, tuple(feature.names)))
@@ -118,3 +121,18 @@ def _words(indices: list[int] | None, names: list[str]) -> list[str | None] | No
     if indices is None:
         return None
     return [names[i] if i is not None and i >= 0 else None for i in indices]
+
+
+def _encoded(part: Any, name: str) -> list[bytes | None]:
+    """Return images as the bytes of their files, which need no decoding to be held."""
+    from datasets import Image
+
+    found = part.cast_column(name, Image(decode=False))[name]
+    return [None if image is None else _file_bytes(image) for image in found]
+
+
+def _file_bytes(image: dict[str, Any]) -> bytes:
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with open(image["path"], "rb") as file:  # in the cache of datasets
+        return file.read()

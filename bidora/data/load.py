@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from bidora.data.catalog import Entry, find_entry
+from bidora.data.digits import digits_source
 from bidora.data.docstrings import docstrings_source
 from bidora.data.files import is_table_file, read_file
 from bidora.data.folder import (
     find_class_files,
+    own_file,
     read_folder,
     read_official,
     recognise,
 )
 from bidora.data.hub import read_hub
+from bidora.data.image_folder import has_class_folders, read_class_folders
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
@@ -37,6 +40,9 @@ LABEL_COLUMNS = (
 )
 """Usual names of the column that a hidden part lacks."""
 
+_MADE = {"docstrings": docstrings_source, "digits": digits_source}
+"""Data sets that come with what is installed, by name."""
+
 _FILE_OPTIONS = ("--validation-file", "--test-file", "--column-names", "--quoting")
 
 
@@ -55,11 +61,11 @@ def load_source(
     """Load the examples of a job.
 
     Args:
-        name: `docstrings`; a file (csv, tsv, jsonl, FASTA, column file, SGML, also
-            `.gz`); a folder with a train file, with a FASTA file for each class, or with
-            the official files of a known data set; or a data set of the Hub, such as
-            `glue/cola` or `owner/data:config`.
-        seed: Seed of the docstrings' split; nothing else here is random.
+        name: `docstrings` or `digits`; a file (csv, tsv, jsonl, FASTA, column file,
+            SGML, also `.gz`); a folder with a train file, with a FASTA file or a folder
+            of images for each class, or with the official files of a known data set; or
+            a data set of the Hub, such as `glue/cola` or `owner/data:config`.
+        seed: Seed of the split of docstrings and digits; nothing else here is random.
         data_dir: Folder with the files of the data set `name`; with it, nothing is
             fetched from the network.
         validation_file: File with the validation examples, for files and folders.
@@ -83,9 +89,9 @@ def load_source(
         "--quoting": quoting != "auto",
         "--encoding": encoding != "auto",
     }
-    if name == "docstrings":
+    if name in _MADE:
         _refuse(name, given, tuple(given))
-        return docstrings_source(seed)
+        return _MADE[name](seed)
     place = None if data_dir is None else Path(data_dir).expanduser()
     if is_hub_name(name):
         entry = find_entry(name)
@@ -136,6 +142,10 @@ def load_source(
         source = conll_source(place, encoding=encoding)
         tables = {p.replace("validation", "dev"): t for p, t in source.parts.items()}
         notes = [source.note]
+    elif _is_image_folder(place):
+        _refuse(name, given, _FILE_OPTIONS)
+        tables, note = read_class_folders(place)
+        notes, hints = [note], {"task_type": "images", "label_column": "label"}
     elif place.is_dir():
         usual = (c for c in LABEL_COLUMNS if c in (column_names or ()))
         label = label_column or next(usual, None)
@@ -223,11 +233,11 @@ def is_hub_name(name: str) -> bool:
         name: As `load_source` takes it.
 
     Returns:
-        True unless it is `docstrings`, or a file or folder, there or not.
+        True unless it is made here, or a file or folder, there or not.
     """
     is_file = is_table_file(name) or _is_sgml(name) or _exists(name)
     looks_local = name.startswith((".", "/", "~"))
-    return not (name == "docstrings" or is_file or looks_local)
+    return not (name in _MADE or is_file or looks_local)
 
 
 def _exists(name: str) -> bool:
@@ -261,6 +271,11 @@ def _is_column_folder(place: Path) -> bool:
         return is_conll(place)
     except UserError:
         return False  # told when the file is read
+
+
+def _is_image_folder(place: Path) -> bool:
+    """Return whether it holds folders of images, and no file of training rows."""
+    return has_class_folders(place) and own_file(place, "train") is None
 
 
 def _is_tagged(table: Table) -> bool:

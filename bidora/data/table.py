@@ -28,6 +28,8 @@ class Table:
             columns whose source says so; their order is the source's own.
         bad: What is wrong with rows that could not be read, each with its place; such
             rows are not among `rows`.
+        folder: Where paths in the rows start from; None for the folder of the file
+            `origin`.
 
     Example:
         >>> Table("t.csv", ("text",), (("one",),), ("line 2",)).place(0)
@@ -40,6 +42,7 @@ class Table:
     lines: tuple[str, ...]
     class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     bad: tuple[str, ...] = ()
+    folder: str | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -62,6 +65,7 @@ class Table:
             tuple(self.rows[i] for i in indices),
             tuple(self.lines[i] for i in indices),
             self.class_names,
+            folder=self.folder,
         )
 
 

@@ -44,8 +44,8 @@ def base_lines(names: Mapping[str, str], imports: str = "") -> str:
     """Return lines that load the base model, with a new head, as `base`.
 
     Args:
-        names: `folder`, `base`, `auto_model` and `pooling`, to be put in, and `gguf_file`
-            where the base is one.
+        names: `folder`, `base`, `auto_model`, `auto_processor` and `pooling`, to be put
+            in, and `gguf_file` where the base is one.
         imports: What else is imported, lines.
     """
     folder, base, auto = names["folder"], names["base"], names["auto_model"]
@@ -63,12 +63,13 @@ base = {auto}.from_pretrained(
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
     if names["pooling"] == "head":
+        processor, what = _processor(names)
         return f"""\
-{imports}from transformers import AutoConfig, AutoTokenizer, {auto}
+{imports}from transformers import {_listed("AutoConfig", processor, auto)}
 
 config = AutoConfig.from_pretrained({folder!r})
 base = {auto}.from_pretrained({base!r}, config=config, ignore_mismatched_sizes=True)
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+{what} = {processor}.from_pretrained({folder!r})
 """
     return f"""\
 import torch
@@ -92,11 +93,12 @@ def whole_lines(names: Mapping[str, str]) -> str:
     """
     folder, auto = names["folder"], names["auto_model"]
     if names["pooling"] == "head":
+        processor, what = _processor(names)
         return f"""\
-from transformers import AutoTokenizer, {auto}
+from transformers import {_listed(processor, auto)}
 
 model = {auto}.from_pretrained({folder!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+{what} = {processor}.from_pretrained({folder!r})
 """
     return f"""\
 import torch
@@ -117,6 +119,16 @@ if lacking or found.unexpected_keys:
     raise ValueError(f"the weights do not fit: {{lacking}}, {{found.unexpected_keys}}")
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
+
+
+def _processor(names: Mapping[str, str]) -> tuple[str, str]:
+    """Return the class of what makes inputs, and what its object is called."""
+    name = names.get("auto_processor", "AutoTokenizer")
+    return name, "tokenizer" if name == "AutoTokenizer" else "processor"
+
+
+def _listed(*names: str) -> str:
+    return ", ".join(sorted(names))
 
 
 def _pooled(names: Mapping[str, str]) -> str:

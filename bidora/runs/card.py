@@ -20,7 +20,9 @@ PIPELINES = {
     "TOKEN_CLS": "token-classification",
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
+    "AutoModelForImageClassification": "image-classification",
 }
+"""What the Hub calls them, by PEFT's kind of task, or the class where PEFT has none."""
 
 
 def write_card(
@@ -51,8 +53,9 @@ def write_card(
         else "peft",
         "tags": sorted({settings.method, "hypergrad-bidora", "bidora"}),
     }
-    if task.peft_type in PIPELINES:
-        data["pipeline_tag"] = PIPELINES[task.peft_type]
+    kind = task.peft_type or task.auto_model
+    if kind in PIPELINES:
+        data["pipeline_tag"] = PIPELINES[kind]
     if not source.is_local or source.hub_name != source.location:
         data["base_model"] = source.hub_name
     code = method.loading_code(
@@ -60,6 +63,7 @@ def write_card(
             "folder": ".",
             "base": source.hub_name,
             "auto_model": task.auto_model,
+            "auto_processor": task.auto_processor,
             "pooling": pooling,
             "gguf_file": source.gguf_file or "",
         }

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bidora.tasks.base import Rows, Schema, Task
 
 __all__ = ["by_length", "encode"]
 
+MOST_BYTES = 2**30
+"""What is kept of features that are made when they are needed."""
+
 
 def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) -> Any:
-    """Return the features of rows as a `datasets.Dataset`, in memory.
+    """Return the features of rows as a `datasets.Dataset`.
+
+    They are made at once and held in memory; those of a lazy task are made when a batch
+    needs them, and a gigabyte of them is kept for the next epoch.
 
     Args:
         rows: The examples.
         task: What they mean.
         schema: What the task found out about the data.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, or its image processor.
         length: Tokens kept of an example.
     """
     from datasets import (
@@ -26,12 +33,18 @@ def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) 
         is_progress_bar_enabled,
     )
 
+    def features(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        return task.features(batch, tokenizer, schema, length)
+
+    table = Dataset.from_dict(rows.columns)
+    if task.lazy:
+        numbered = table.add_column("row", list(range(len(table))))
+        return numbered.with_transform(_Remembering(features))
     shown = is_progress_bar_enabled()
     disable_progress_bars()
     try:
-        table = Dataset.from_dict(rows.columns)
         return table.map(
-            lambda batch: task.features(batch, tokenizer, schema, length),
+            features,
             batched=True,
             remove_columns=table.column_names,
             keep_in_memory=True,
@@ -40,6 +53,40 @@ def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) 
     finally:
         if shown:
             enable_progress_bars()
+
+
+class _Remembering:
+    """Make the features of a batch, and keep them while there is room.
+
+    Args:
+        make: Makes those of columns, a list an input.
+    """
+
+    def __init__(self, make: Callable[[Mapping[str, list[Any]]], dict[str, list[Any]]]):
+        self.make = make
+        self.kept: dict[int, dict[str, Any]] = {}
+        self.room = MOST_BYTES
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return the features of a batch of numbered rows."""
+        rows = batch["row"]
+        new = [i for i, row in enumerate(rows) if row not in self.kept]
+        made: dict[int, dict[str, Any]] = {}
+        if new:
+            found = self.make({name: [v[i] for i in new] for name, v in batch.items()})
+            for place, i in enumerate(new):
+                one = {name: values[place] for name, values in found.items()}
+                made[rows[i]] = one
+                size = sum(getattr(value, "nbytes", 8) for value in one.values())
+                if size <= self.room and rows[i] not in self.kept:
+                    self.room -= size
+                    self.kept[rows[i]] = one
+        several = [made.get(row) or self.kept[row] for row in rows]
+        return {name: [one[name] for one in several] for name in several[0]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept: datasets takes a hash of this, and copies it."""
+        return {"make": self.make, "kept": {}, "room": MOST_BYTES}
 
 
 def by_length(features: Any) -> Any:

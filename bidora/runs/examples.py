@@ -210,7 +210,9 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
     unused = [
         k
         for k in (
+            "text_column",
             "text_pair_column",
+            "image_column",
             "label_separator",
             "label_columns",
             "allow_empty",
@@ -229,7 +231,9 @@ def _task(settings: JobSettings, source: Source, listener: Listener) -> Task:
             f"--{', --'.join(k.replace('_', '-') for k in unused)} has no meaning for "
             f"{name}; leave it out, or choose another --task-type."
         )
-    return make_task(name, **{**hinted, **given})
+    task = make_task(name, **{**hinted, **given})
+    task.check(settings)
+    return task
 
 
 def _bad_rows(

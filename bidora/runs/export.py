@@ -94,6 +94,7 @@ def export(
     names = {
         "folder": str(target),
         "auto_model": task.auto_model,
+        "auto_processor": task.auto_processor,
         "pooling": getattr(merged.config, "pooling", "head"),
     }
     code = whole_lines(names)
@@ -156,9 +157,14 @@ def _merge(model: Any, method: str) -> Any:
 
 
 def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Return two rows of tokens, the second with padding at its end."""
+    """Return two rows of tokens, the second with padding at its end; or two images."""
     import torch
 
+    if not hasattr(tokenizer, "all_special_ids"):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (2, 32, 32, 3), generator=generator)
+        images = list(noise.to(torch.uint8).numpy())
+        return dict(tokenizer(images=images, return_tensors="pt"))
     special = set(tokenizer.all_special_ids)
     words = [i for i in range(min(len(tokenizer), 2000)) if i not in special][:12]
     ids = torch.tensor([words, words[::-1]])

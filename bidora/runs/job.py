@@ -167,6 +167,7 @@ class _Job(Prepared):
                 "folder": str(folder),
                 "base": self.source.location,
                 "auto_model": self.examples.task.auto_model,
+                "auto_processor": self.examples.task.auto_processor,
                 "pooling": self.pooling,
                 "gguf_file": self.source.gguf_file or "",
             }
@@ -382,8 +383,9 @@ class _Job(Prepared):
             "report_to": list(settings.report_to),
             "disable_tqdm": True,
         }
-        # Without this, a third of the work on short texts is padding.
-        arguments |= group_by_length()
+        if "input_ids" in self.sets["train"].column_names:
+            # Without this, a third of the work on short texts is padding.
+            arguments |= group_by_length()
         if settings.gradient_checkpointing:  # its older name warns, whatever it is
             arguments["gradient_checkpointing"] = True
         if self.judge:

@@ -41,15 +41,17 @@ class JobSettings(Declared):
     )
     task: str = option(
         "docstrings",
-        "the examples: docstrings, a csv, tsv, jsonl, FASTA or column file, a folder with "
-        "a train file, glue/cola and its kin, reuters/modapte, conll2003, e2e, bbp, "
-        "thermophilicity, or a data set of the Hub such as OWNER/NAME",
+        "the examples: docstrings, digits, a csv, tsv, jsonl, FASTA or column file, a "
+        "folder with a train file or a folder of images for each class, glue/cola and its "
+        "kin, reuters/modapte, conll2003, e2e, bbp, thermophilicity, or a data set of the "
+        "Hub such as OWNER/NAME",
         WHAT,
         metavar="NAME",
     )
     task_type: str | None = option(
         None,
-        "classification, regression, multilabel, tagging, generation or instruction",
+        "classification, regression, multilabel, images, tagging, generation or "
+        "instruction",
         WHAT,
         shown="from the data",
         metavar="NAME",
@@ -72,6 +74,9 @@ class JobSettings(Declared):
         DATA,
         shown="by name",
         metavar="NAME",
+    )
+    image_column: str | None = option(
+        None, "column of the image's path", DATA, shown="by name", metavar="NAME"
     )
     label_column: str | None = option(
         None, "column of the label", DATA, shown="by name", metavar="NAME"

@@ -62,7 +62,8 @@ def predict(
 
     Args:
         run: Folder of a finished run.
-        input_file: A csv, tsv or jsonl file with the columns of the training data.
+        input_file: A csv, tsv or jsonl file with the columns of the training data; for
+            a run on images, also a folder of images.
         output_file: A csv, tsv or jsonl file to write.
         on_bad_row: `error`, or `skip` to leave such rows out.
         column_names: Names of the columns of a csv or tsv without a header line.
@@ -86,12 +87,15 @@ def predict(
     if output.suffix not in (".csv", ".tsv", ".jsonl"):
         raise UserError(f"--output {output} must end in .csv, .tsv or .jsonl.")
     task = make_task(schema.task, **schema.settings)
-    table, note = read_file(
-        Path(input_file).expanduser(),
-        column_names=column_names,
-        quoting=quoting,
-        encoding=encoding,
-    )
+    place, column = Path(input_file).expanduser(), schema.settings.get("image_column")
+    if place.is_dir() and column is not None:
+        from bidora.data.image_folder import read_images
+
+        table, note = read_images(place, column), ""
+    else:
+        table, note = read_file(
+            place, column_names=column_names, quoting=quoting, encoding=encoding
+        )
     if note:
         listener.message(note)
     rows = task.rows(table, schema, labelled=False)
@@ -130,14 +134,14 @@ def _beside(
 
 
 def load_run(run: str | Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Load the model and the tokenizer that a run saved.
+    """Load the model and the tokenizer, or image processor, that a run saved.
 
     Args:
         run: Folder of a finished run.
         device: Where the model goes.
 
     Returns:
-        The model, in eval mode, and its tokenizer.
+        The model, in eval mode, and what makes its inputs.
 
     Raises:
         UserError: If the run is not finished or its base model is not there.
@@ -190,14 +194,14 @@ def _load(
         find_model,
         load_base,
         load_config,
-        load_tokenizer,
+        load_processor,
     )
     from bidora.runs.prepared import find_device
 
     method = make_method(settings.method)
     own = ModelSource(settings.model, str(folder), is_local=True)
     source = own if method.saves_whole else find_model(settings.model)
-    tokenizer = load_tokenizer(own)
+    tokenizer = load_processor(own, task)
     task = task.for_model(load_config(source))
     base = load_base(
         source,

@@ -28,7 +28,7 @@ class Prepared:
         settings: What the user asked for.
         examples: Rows and their split.
         source: Where the base model came from.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, or its image processor.
         model: The model with what the method put in, on its device.
         sets: Tokenised examples by part, as `datasets.Dataset`.
         length: Tokens kept of an example.
@@ -76,7 +76,7 @@ def prepare(
     device: torch.device,
     listener: Listener,
 ) -> Prepared:
-    """Load the model, put in what the method needs, and tokenise; nothing is written.
+    """Load the model, put in what the method needs, and encode; nothing is written.
 
     Args:
         settings: What to load, and how.
@@ -92,7 +92,7 @@ def prepare(
     Raises:
         UserError: If the model can't be loaded, or does not fit.
     """
-    from bidora.models import load_base, load_config, load_tokenizer, longest_input
+    from bidora.models import load_base, load_config, load_processor, longest_input
 
     if not examples.task.has_probe and method.phases == ("probe",):
         raise UserError(
@@ -102,7 +102,7 @@ def prepare(
         )
     examples.task = examples.task.for_model(load_config(source))
     task, schema = examples.task, examples.schema
-    tokenizer = load_tokenizer(source, **getattr(task, "processor_kwargs", {}))
+    tokenizer = load_processor(source, task, **getattr(task, "processor_kwargs", {}))
     tokenizer = task.fit_processor(tokenizer, schema)
     base = load_base(
         source,

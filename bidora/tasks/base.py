@@ -25,6 +25,8 @@ from bidora.tasks.splits import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from bidora.runs.job_settings import JobSettings
+
 __all__ = [
     "Rows",
     "Schema",
@@ -127,8 +129,13 @@ class Task(ABC):
 
     Attributes:
         name: Name in the registry, and on the command line.
-        peft_type: PEFT's name for the kind of task, such as `SEQ_CLS`.
+        peft_type: PEFT's name for the kind of task, such as `SEQ_CLS`; None for kinds
+            that PEFT has no name for, such as images.
         auto_model: The class of transformers that loads such a model.
+        auto_processor: The class of transformers that loads what makes the model's
+            inputs.
+        lazy: Whether features are made when a batch needs them: those of images would
+            fill the memory.
         main_metric: The metric that choices are made by, a key of what `metrics`
             returns; a schema may name another.
         greater_is_better: Whether more of it is better.
@@ -146,8 +153,10 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
     auto_model: ClassVar[str]
+    auto_processor: ClassVar[str] = "AutoTokenizer"
+    lazy: ClassVar[bool] = False
     main_metric: ClassVar[str]
     greater_is_better: ClassVar[bool] = True
     judged_by: ClassVar[str] = ""
@@ -165,6 +174,17 @@ class Task(ABC):
         """
         del config
         return self
+
+    def check(self, settings: JobSettings) -> None:
+        """Refuse settings of a job that do not go with the task.
+
+        Args:
+            settings: Of the job.
+
+        Raises:
+            UserError: If there is one.
+        """
+        del settings
 
     @abstractmethod
     def schema(self, source: Source) -> Schema:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
-from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
-from bidora.tasks.labels import (
-    BadValueError,
-    alike,
-    class_names_of,
-    class_of,
-    count_text,
-    is_number,
-    joined_names,
-    nearest,
-    ordered,
-    shown,
-    some_of,
-    whole_number,
-)
-from bidora.tasks.metrics import (
-    CLASSIFICATION_METRICS,
-    choose_metric,
-    classification_scores,
-    outputs,
-    softmax,
-)
-from bidora.tasks.text import SKIP, TextTask, texts_of
-
-if TYPE_CHECKING:
-    import numpy as np
+from bidora.tasks.classes import OneClass
+from bidora.tasks.labels import is_number, joined_names, some_of
+from bidora.tasks.text import TextTask
 
 __all__ = ["Classification"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(TextTask):
+class Classification(OneClass, TextTask):
     """Classes that exclude each other.
 
     Labels are words, whole numbers or truth values. Their order is the source's own
@@ -57,6 +32,7 @@ class Classification(TextTask):
         min_examples_per_class: Classes with fewer examples in train are left out.
 
     Example:
+        >>> from bidora.data.table import Table
         >>> rows = tuple((f"text {i}", "ab"[i % 2]) for i in range(8))
         >>> places = tuple(f"line {i + 1}" for i in range(8))
         >>> table = Table("t.csv", ("text", "label"), rows, places)
@@ -65,226 +41,26 @@ class Classification(TextTask):
     """
 
     name: ClassVar[str] = "classification"
-    main_metric: ClassVar[str] = "accuracy"
-
-    min_examples_per_class: int = 1
 
     def schema(self, source: Source) -> Schema:
-        """Find the columns and the classes."""
-        columns = self.columns(source)
-        column = columns["label_column"]
-        counts = {
-            part: _count(_names(table, column))
-            for part, table in source.parts.items()
-            if column in table.columns
-        }
-        given = class_names_of(source.train, column)
-        _refuse_mixed(source.train, column)
-        # Words such as 1.0 are numbers only where every label is one.
-        if given is None and all(is_number(whole_number(n)) for n in counts["train"]):
-            counts = {part: _as_whole(found) for part, found in counts.items()}
-        train = counts["train"]
-        names = list(given) if given is not None else ordered(train)
-        rare = [n for n in names if 0 < train[n] < self.min_examples_per_class]
-        kept = [n for n in names if n not in rare]
-        self._check(source.train, column, kept, train)
-        metric = self.metric or source.hints.get("metric") or self.main_metric
-        choose_metric(metric, CLASSIFICATION_METRICS)
-        if metric == "f1" and len(kept) != 2:
-            raise UserError(
-                f"the metric f1 is that of class 1 of two, and column {column!r} has "
-                f"{len(kept)} classes; choose f1_macro or accuracy with --metric."
-            )
-        known = {*kept, *rare}
-        return Schema(
-            self.name,
-            {
-                **columns,
-                "proteins": self.holds_proteins(source, columns),
-                "min_examples_per_class": self.min_examples_per_class,
-            },
-            tuple(kept),
-            metric,
-            {
-                "rare": {n: {p: c[n] for p, c in counts.items()} for n in rare},
-                "unknown": {
-                    part: unknown
-                    for part, found in counts.items()
-                    if part != "train"
-                    and (unknown := {n: c for n, c in found.items() if n not in known})
-                },
-            },
-        )
+        """Find the columns and the classes, and whether texts are proteins."""
+        found = super().schema(source)
+        proteins = self.holds_proteins(source, found.settings)
+        return replace(found, settings={**found.settings, "proteins": proteins})
 
-    def _check(
-        self, table: Table, column: str, names: Sequence[str], counts: Counter[str]
-    ) -> None:
-        used = [n for n in names if counts[n]]
-        total = sum(counts[n] for n in used)
-        if len(used) < 2:
-            found = f"only {shown(used[0])!r}" if used else "no class"
-            fewest = self.min_examples_per_class
-            rarer = f" with at least {fewest} examples" if fewest > 1 else ""
-            raise UserError(
-                f"{table.origin}: column {column!r} holds {found}{rarer}, and a "
-                "classification needs two classes or more. Choose another column with "
-                "--label-column, or add examples of other classes."
-            )
-        if len(used) > max(2, total // 2):
-            numbers = all(is_number(n) for n in used)
-            other = "regression" if numbers else "multilabel"
-            raise UserError(
-                f"{table.origin}: column {column!r} has {len(used)} different values in "
-                f"{total} rows, which looks like text or a measurement rather than a "
-                "class. Choose another column with --label-column, another kind of "
-                f"task with --task-type {other}, or leave rare classes out with "
-                "--min-examples-per-class."
-            )
-
-    def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
-        """Return the index of each row's class."""
-        names = schema.label_names
-        column = name_column(
-            table, schema.settings["label_column"], "--label-column", ()
-        )
-        known: dict[str, Any] = {name: i for i, name in enumerate(names)}
-        known |= dict.fromkeys(schema.details["rare"], SKIP)
-        found = _names(table, column)
-        counts = _count(found)
-        unknown: dict[str, BadValueError] = {}
-
-        def index(name: str | BadValueError) -> Any:
-            if isinstance(name, BadValueError):
-                return name
-            for spelling in (name, whole_number(name)):
-                if spelling in known:
-                    return known[spelling]
-            if name not in unknown:
-                count = counts[name]
-                others = f" ({count:,} rows do)" if count > 1 else ""
-                # A search for the nearest name takes a while where there are many.
-                near = nearest(name, names) if len(unknown) < 20 else ""
-                unknown[name] = BadValueError(
-                    f"column {column!r} holds {shown(name)!r}{others}, which is no class "
-                    f"of the training examples: {some_of(names)}.{near}"
-                )
-            return unknown[name]
-
-        return [index(name) for name in found]
+    def other_type(self, names: Sequence[str]) -> str:
+        """Return the type of task of numbers, or of several labels."""
+        other = "regression" if all(map(is_number, names)) else "multilabel"
+        return f", another kind of task with --task-type {other}"
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Tell columns, classes with their counts, and what looks odd."""
-        names = schema.label_names
-        counts = {
-            part: Counter(names[i] for i in read.columns["labels"])
-            for part, read in rows.items()
-            if "labels" in read.columns
-        }
-        lines = super().describe(rows, schema)
-        lines.insert(1, f"{len(names)} classes: {count_text(counts, names)}")
-        if schema.metric == "f1":
-            lines.append(f"f1 is that of class {shown(names[1])!r}.")
-        return [*lines, *_contradicting(rows), *_oddities(counts, schema)]
-
-    def strata(self, rows: Rows, schema: Schema) -> Sequence[Hashable]:
-        """Return the classes."""
-        del schema
-        return rows.columns["labels"]
-
-    def model_kwargs(self, schema: Schema) -> dict[str, Any]:
-        """Return the number of classes, their names, and cross-entropy."""
-        names = schema.label_names
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            # Said always: a base that was fine-tuned before has its own.
-            "problem_type": "single_label_classification",
-        }
-
-    def metrics(
-        self, predictions: np.ndarray, labels: np.ndarray, schema: Schema
-    ) -> dict[str, float]:
-        """Return accuracy, macro F1 and the main metric."""
-        chosen = outputs(predictions).argmax(axis=-1)
-        return classification_scores(chosen, labels, schema.metric)
-
-    def answers(
-        self,
-        predictions: np.ndarray,
-        rows: Rows,
-        schema: Schema,
-        labels: np.ndarray | None = None,
-    ) -> list[dict[str, Any]]:
-        """Return the class, its probability `p`, and `p(NAME)` for every class."""
-        del rows, labels
-        names = schema.label_names
-        return [
-            {
-                "label": names[int(p.argmax())],
-                "probability": float(p.max()),
-                **{f"p({name})": float(p[i]) for i, name in enumerate(names)},
-            }
-            for p in softmax(outputs(predictions))
-        ]
+        return [*super().describe(rows, schema), *_other_types(schema.label_names)]
 
 
-def _names(table: Table, column: str) -> list[str | BadValueError]:
-    given = class_names_of(table, column)
-    found: list[str | BadValueError] = []
-    for value in table.values(column):
-        try:
-            found.append(class_of(value, given))
-        except BadValueError as error:
-            found.append(BadValueError(f"column {column!r} {error}"))
-    return found
-
-
-def _count(found: Sequence[str | BadValueError]) -> Counter[str]:
-    # What is wrong with the others is told by `rows`, with their places.
-    return Counter(name for name in found if isinstance(name, str))
-
-
-def _as_whole(counts: Counter[str]) -> Counter[str]:
-    whole: Counter[str] = Counter()
-    for name, count in counts.items():
-        whole[whole_number(name)] += count
-    return whole
-
-
-def _refuse_mixed(table: Table, column: str) -> None:
-    values = table.values(column)
-    truths = sum(isinstance(v, bool) for v in values)
-    numbers = sum(isinstance(v, int | float) for v in values) - truths
-    if truths and numbers:
-        raise UserError(
-            f"{table.origin}: column {column!r} holds {truths} truth values (true, "
-            f"false) and {numbers} numbers, and whether true is 1 can't be known. Write "
-            "the classes in one way."
-        )
-
-
-def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
-    names = schema.label_names
-    train = counts.get("train", Counter())
+def _other_types(names: Sequence[str]) -> list[str]:
+    """Tell of names that look like those of another type of task."""
     told: list[str] = []
-    if schema.details["rare"]:
-        rare = schema.details["rare"]
-        fewest = schema.settings["min_examples_per_class"]
-        total = sum(sum(parts.values()) for parts in rare.values())
-        told.append(
-            f"classes with fewer than {fewest} examples in train are left out, with all "
-            f"their {total:,} examples: {some_of(ordered(rare))}."
-        )
-    for part, unknown in schema.details["unknown"].items():
-        some = ", ".join(f"{shown(n)!r} ({c:,})" for n, c in list(unknown.items())[:8])
-        told.append(f"warning: {part} has classes that train lacks: {some}.")
-    for group in alike(dict.fromkeys(names, 0)):
-        some = ", ".join(f"{n!r} ({train[n]:,})" for n in group)
-        told.append(
-            f"warning: the classes {some} differ in spelling alone; if they are one, "
-            "write them in one way."
-        )
     numbers = [n for n in names if is_number(n)]
     if len(numbers) > 5 and len(numbers) == len(names):
         told.append(
@@ -297,25 +73,4 @@ def _oddities(counts: Mapping[str, Counter[str]], schema: Schema) -> list[str]:
             f"warning: {len(joined)} classes look like several labels joined "
             f"({some_of(joined)}); if they are, use --task-type multilabel."
         )
-    empty = [n for n in names if train and not train[n]]
-    if empty:
-        told.append(f"warning: no example of {some_of(empty)} in train.")
     return told
-
-
-def _contradicting(rows: Mapping[str, Rows]) -> list[str]:
-    """Warn of training texts that stand there twice, with different labels."""
-    if "train" not in rows or "labels" not in rows["train"].columns:
-        return []
-    labels: dict[tuple[str, ...], set[str]] = {}
-    for text, label in zip(
-        texts_of(rows["train"]), rows["train"].columns["labels"], strict=True
-    ):
-        labels.setdefault(text, set()).add(repr(label))
-    torn = [text for text, found in labels.items() if len(found) > 1]
-    if not torn:
-        return []
-    return [
-        f"warning: {len(torn):,} text(s) of train have several labels in several rows, "
-        f"such as {shown(' / '.join(torn[0]), 60)!r}; no model can learn both."
-    ]

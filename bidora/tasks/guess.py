@@ -10,6 +10,7 @@ from bidora.data.source import Source
 from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.classification import Classification
+from bidora.tasks.images import IMAGE_COLUMNS, holds_images
 from bidora.tasks.labels import (
     SEPARATORS,
     BadValueError,
@@ -84,6 +85,9 @@ def guess_task_type(source: Source, settings: Mapping[str, Any]) -> tuple[str, s
     tagged = _tagged(table, known)
     if tagged:
         return "tagging", tagged
+    pictured = _pictured(table, given)
+    if pictured:
+        return "images", pictured
     for kind, columns in _WRITTEN:
         if set(columns) <= set(table.columns):
             return kind, f"the columns are called {' and '.join(columns)}"
@@ -125,6 +129,18 @@ def _tagged(table: Table, known: Mapping[str, Any]) -> str:
     if 2 * fitting <= len(pairs):
         return ""
     return f"column {tags!r} holds a tag for each word of column {tokens!r}"
+
+
+def _pictured(table: Table, given: Mapping[str, Any]) -> str:
+    """Return why the examples look like images; nothing where they don't."""
+    if given.get("image_column"):
+        return "chosen with --image-column"
+    if given.get("text_column"):
+        return ""
+    for name in IMAGE_COLUMNS:
+        if name in table.columns and holds_images(table, name):
+            return f"column {name!r} holds images"
+    return ""
 
 
 def _by_values(table: Table, column: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ TASKS = Registry(
         "classification": "bidora.tasks.classification:Classification",
         "regression": "bidora.tasks.regression:Regression",
         "multilabel": "bidora.tasks.multilabel:MultiLabel",
+        "images": "bidora.tasks.images:ImageClassification",
         "tagging": "bidora.tasks.tagging:Tagging",
         "generation": "bidora.tasks.generation:Generation",
         "instruction": "bidora.tasks.instruction:Instruction",

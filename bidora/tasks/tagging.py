@@ -66,7 +66,7 @@ class Tagging(Task):
     """
 
     name: ClassVar[str] = "tagging"
-    peft_type: ClassVar[str] = "TOKEN_CLS"
+    peft_type: ClassVar[str | None] = "TOKEN_CLS"
     auto_model: ClassVar[str] = "AutoModelForTokenClassification"
     main_metric: ClassVar[str] = "f1"
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bidora.data.source import Source
 from bidora.data.table import Table, name_column
-from bidora.errors import UserError
-from bidora.tasks.base import Rows, Schema, Task
+from bidora.tasks.base import Rows, Schema
+from bidora.tasks.labelled import LABEL_COLUMNS, SKIP, LabelledTask
 from bidora.tasks.labels import BadValueError, plain, shown
 from bidora.tasks.proteins import by_residue, looks_like_residues, read_residues
 
@@ -21,11 +19,7 @@ __all__ = [
     "SKIP",
     "TEXT_COLUMNS",
     "TextTask",
-    "texts_of",
 ]
-
-SKIP = object()
-"""What `read_labels` returns for a row that is neither used nor wrong."""
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -43,11 +37,10 @@ TEXT_COLUMNS = (
     "question",
     "sequence",
 )
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask(Task):
+class TextTask(LabelledTask):
     """What tasks share whose examples are texts, or pairs of texts.
 
     Args:
@@ -62,31 +55,13 @@ class TextTask(Task):
             else the task's.
     """
 
-    peft_type: ClassVar[str] = "SEQ_CLS"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
-    usual_label_columns: ClassVar[Sequence[str]] = LABEL_COLUMNS
+    noun: ClassVar[str] = "text"
 
     text_column: str | None = None
     text_pair_column: str | None = None
-    label_column: str | None = None
     proteins: bool | None = None
-    metric: str | None = None
-
-    @abstractmethod
-    def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
-        """Return what each row's label means.
-
-        Args:
-            table: The rows.
-            schema: Of the training data.
-
-        Returns:
-            One value a row: the label; `SKIP` for a row that is left out; or a
-            `BadValueError` that says what is wrong with it.
-
-        Raises:
-            UserError: If a column is missing.
-        """
 
     def text_columns(self, source: Source) -> dict[str, str]:
         """Return the columns of texts by setting: chosen, hinted, or by usual names.
@@ -112,29 +87,9 @@ class TextTask(Task):
         pair = name_column(table, pair, "--text-pair-column", ())
         return {"text_column": text, "text_pair_column": pair}
 
-    def columns(self, source: Source) -> dict[str, str]:
-        """Return the columns of texts and of the label, by setting.
-
-        Args:
-            source: The examples.
-
-        Raises:
-            UserError: If one is missing, or serves twice.
-        """
-        chosen = self.text_columns(source)
-        label = self.label_column or source.hints.get("label_column")
-        usual = [n for n in self.usual_label_columns if n not in chosen.values()]
-        chosen["label_column"] = name_column(
-            source.train, label, "--label-column", usual
-        )
-        if len(set(chosen.values())) < len(chosen):
-            raise UserError(
-                f"{source.train.origin}: one column serves twice "
-                f"({', '.join(chosen.values())}). The text, the second text and the "
-                "label need a column each; name them with --text-column, "
-                "--text-pair-column and --label-column."
-            )
-        return chosen
+    def input_columns(self, source: Source) -> dict[str, str]:
+        """Return the columns of texts."""
+        return self.text_columns(source)
 
     def holds_proteins(self, source: Source, columns: Mapping[str, str]) -> bool:
         """Return whether the texts are proteins: chosen, known, or seen.
@@ -156,36 +111,30 @@ class TextTask(Task):
         values = [v for v in source.train.values(column) if isinstance(v, str) and v]
         return bool(values) and all(map(looks_like_residues, values))
 
-    def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
-        """Read texts and labels; every bad row is told."""
+    def read_inputs(self, table: Table, schema: Schema) -> dict[str, Sequence[Any]]:
+        """Return the texts, without the blanks around them."""
         columns = {"text": schema.settings["text_column"]}
         if schema.settings.get("text_pair_column"):
             columns["text_pair"] = schema.settings["text_pair_column"]
         for key, column in columns.items():
             name_column(table, column, f"--{key.replace('_', '-')}-column", ())
         proteins = schema.settings.get("proteins", False)
-        read: dict[str, Sequence[Any]] = {
+        return {
             key: [
                 self.read_text(value, column, proteins)
                 for value in table.values(column)
             ]
             for key, column in columns.items()
         }
-        if labelled:
-            read["labels"] = self.read_labels(table, schema)
-        clean: dict[str, list[Any]] = {key: [] for key in read}
-        places: list[str] = []
-        bad: list[str] = []
-        for row, values in enumerate(zip(*read.values(), strict=True)):
-            wrong = [str(v) for v in values if isinstance(v, BadValueError)]
-            if wrong:
-                end = "" if wrong[-1].endswith(("?", ".")) else "."
-                bad.append(f"{table.place(row)}: {'; '.join(wrong)}{end}")
-            elif values[-1] is not SKIP:
-                places.append(table.place(row))
-                for key, value in zip(read, values, strict=True):
-                    clean[key].append(value)
-        return Rows(clean, places, bad)
+
+    def contents(self, part: Rows) -> list[tuple[str, ...]]:
+        """Return each example's text, or its two texts."""
+        names = [n for n in ("text", "text_pair") if n in part.columns]
+        return list(zip(*(part.columns[n] for n in names), strict=True))
+
+    def spelled(self, part: Rows, index: int) -> str:
+        """Return the beginning of a text, quoted."""
+        return repr(shown(" / ".join(self.contents(part)[index]), 60))
 
     def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
         """Return a text without the blanks around it, or what is wrong with it.
@@ -199,15 +148,10 @@ class TextTask(Task):
 
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Return which columns are read, and how many texts two parts share."""
-        used = [
-            f"{name.removesuffix('_column').replace('_', ' ')} from column {column!r}"
-            for name, column in schema.settings.items()
-            if name.endswith("_column") and column
-        ]
-        told = [", ".join(used)]
+        told = super().describe(rows, schema)
         if schema.settings.get("proteins"):
-            told.append("proteins: one token a residue")
-        return [*told, *_shared(rows)]
+            told.insert(1, "proteins: one token a residue")
+        return told
 
     def usual_pooling(self, schema: Schema) -> str:
         """Return `mean` for proteins, whose models seldom trained their first token."""
@@ -285,32 +229,3 @@ def _text(value: Any, column: str, proteins: bool) -> str | BadValueError:
         return read_residues(value) if proteins else plain(value, "text")
     except BadValueError as error:
         return BadValueError(f"column {column!r} {error}")
-
-
-def texts_of(part: Rows) -> list[tuple[str, ...]]:
-    """Return each example's text, or its two texts.
-
-    Args:
-        part: Examples of a text task.
-    """
-    names = [n for n in ("text", "text_pair") if n in part.columns]
-    return list(zip(*(part.columns[n] for n in names), strict=True))
-
-
-def _shared(rows: Mapping[str, Rows]) -> list[str]:
-    if "train" not in rows:
-        return []
-    known = set(texts_of(rows["train"]))
-    told: list[str] = []
-    for name, part in rows.items():
-        if name == "train":
-            continue
-        both = Counter(text for text in texts_of(part) if text in known)
-        if both:
-            example = shown(" / ".join(next(iter(both))), 60)
-            told.append(
-                f"warning: {sum(both.values()):,} of {len(part):,} examples of {name} "
-                f"have a text that train has too, such as {example!r}; what the model "
-                "has seen makes its scores too good."
-            )
-    return told
