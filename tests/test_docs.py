@@ -31,7 +31,7 @@ from transformers import (
 import hypergrad
 from bidora import _registry, defaults, magnitudes, train
 from bidora.budget import budget_defaults
-from bidora.cli import _parser
+from bidora.cli.parser import make_parser
 from bidora.data.catalog import CATALOG
 from bidora.data.source import Source
 from bidora.data.table import Table
@@ -339,7 +339,7 @@ def test_defaults_of_the_bidora_page_are_the_defaults() -> None:
 
 def options(command: str) -> set[str]:
     """Return the options of a command, without those that switch one off."""
-    parser = _parser()
+    parser = make_parser()
     (chosen,) = [
         a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
     ]

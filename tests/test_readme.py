@@ -112,9 +112,9 @@ def test_the_comparison_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_is_known() -> None:
-    from bidora.cli import _parser
+    from bidora.cli.parser import make_parser
 
-    parser: Any = _parser()
+    parser: Any = make_parser()
     commands = [
         line.split("#")[0].split()[1:]
         for block in blocks("bash")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from bidora import defaults
-from bidora.cli import _parser
 from bidora.cli.options import NOT_OPTIONS
+from bidora.cli.parser import make_parser
 from bidora.defaults import BUNDLED_MODEL
 from bidora.errors import UserError
 from bidora.runs.comparison_settings import CompareSettings
@@ -62,7 +62,7 @@ def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
 
 
 def destinations(command: str) -> dict[str, Any]:
-    (commands,) = (a for a in _parser()._actions if a.dest == "command")
+    (commands,) = (a for a in make_parser()._actions if a.dest == "command")
     choices: Any = commands.choices
     return {a.dest: a for a in choices[command]._actions}
 
