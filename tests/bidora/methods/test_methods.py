@@ -19,6 +19,7 @@ from bidora.methods.base import (
     OF_ADAPTERS,
     OF_LORA_PLUS,
     OF_MAGNITUDES,
+    OF_WEIGHTS,
     SEARCH_ONLY,
 )
 from bidora.runs.settings import TrainSettings
@@ -171,6 +172,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "gradient_checkpointing": True,
     "start": "random",
+    "record_weights": True,
 }
 
 
@@ -188,14 +190,14 @@ def test_settings_without_a_meaning_are_refused(method: str, name: str) -> None:
 
 def test_what_each_method_ignores() -> None:
     others = {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_ADAPTERS, *OF_LORA_PLUS}
-    for name in ("full", "bitfit"):
-        assert set(useless(name)) == others
+    assert set(useless("full")) == others
+    assert set(useless("bitfit")) == {*others, *OF_WEIGHTS}
     assert set(useless("probe")) == set(OTHER_VALUES) > others  # takes no step
     for name in ("lora", "rslora", "dora-peft"):
         assert set(useless(name)) == {*SEARCH_ONLY, *OF_MAGNITUDES, *OF_LORA_PLUS}
     assert set(useless("lora-plus")) == {*SEARCH_ONLY, *OF_MAGNITUDES}
     assert set(useless("dora")) == {*SEARCH_ONLY, *OF_LORA_PLUS}  # a rate of magnitudes
-    assert set(useless("houlsby")) == others - {"lora_r"}
+    assert set(useless("houlsby")) == {*others, *OF_WEIGHTS} - {"lora_r"}
     assert set(useless("bidora")) == set(OF_LORA_PLUS)
     # Nothing is held back, and nothing is retrained.
     assert set(useless("bidora-one-split")) == {*OF_LORA_PLUS, "validation_fraction"}
