@@ -118,7 +118,12 @@ def no_recompiles() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("how", "checkpointed"), [(wrapped, False), (wrapped, True), (in_place, False)]
+    ("how", "checkpointed"),
+    [
+        (wrapped, False),
+        pytest.param(wrapped, True, marks=pytest.mark.slow),
+        (in_place, False),
+    ],
 )
 def test_numbers_are_those_of_eager(
     how: Callable[[Any], Any], checkpointed: bool

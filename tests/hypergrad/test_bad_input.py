@@ -420,7 +420,12 @@ def seeded() -> None:
 
 @every
 @pytest.mark.parametrize(
-    "kind", [RuntimeError("on purpose"), KeyboardInterrupt()], ids=repr
+    "kind",
+    [
+        RuntimeError("on purpose"),
+        pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 @pytest.mark.filterwarnings("ignore::hypergrad.NumericalWarning")
 def test_a_loss_that_raises_at_any_call(name: str, kind: BaseException) -> None:

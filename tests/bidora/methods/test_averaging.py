@@ -204,7 +204,7 @@ Whole = Callable[[str, dict[str, Any]], Averaged]
         ("lora", "train"),
         ("full", "train"),
         ("bidora", "retrain"),
-        ("bidora-no-retraining", "search"),
+        pytest.param("bidora-no-retraining", "search", marks=pytest.mark.slow),
     ],
 )
 def test_a_job_scores_and_saves_the_average(
