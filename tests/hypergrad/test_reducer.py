@@ -440,6 +440,7 @@ def destroyed_before_use() -> str:
     """Destroy a group that a problem holds and never averaged over."""
     group: Any = dist.new_group([0, 1])
     reducer = Reducer(group)
+    dist.barrier()  # or one rank closes what the other is still connecting to
     dist.destroy_process_group(group)
     try:
         return f"{reducer.ranks} rank"
