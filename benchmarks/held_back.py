@@ -13,9 +13,11 @@ validation examples alone.
 - `search-averaged`: the mean of that search's magnitudes over its outer steps.
 - `cross-fitting`: no retraining; two halves take turns as training and held-back part.
 - `whole-run`: magnitudes moved by hypergradients through whole runs (`unrolled` over all
-  steps of a run), each iteration the mean over folds, so that every example serves on
-  both sides.
+  steps of a run), each iteration on another fold, so that every example serves on both
+  sides.
 - `whole-run-factors`: the same with one factor for each layer's magnitudes.
+- `whole-run-rates`: the magnitudes stay; what is moved so is the learning rates of A and of
+  B in each layer of the encoder, and of all else.
 
 Runs that are in the results are not run again.
 """
@@ -24,8 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +51,14 @@ from bidora.runs.examples import read_examples
 from bidora.runs.prepared import prepare
 from bidora.runs.results import Listener, environment
 from bidora.runs.settings import TrainSettings
+from hypergrad import BilevelOptimizer
 from hypergrad.estimators import Unrolled
 
 OUT = RESULTS / "held_back.json"
 BATCH, RANK = 16, 32
 SEARCH_STEPS, STEPS = 120, 120
 OUTER_EVERY = 4
-FOLDS = 3
-ITERATIONS = 3
+ITERATIONS = 5
 
 
 class Job:
@@ -144,14 +149,23 @@ class Job:
         return made, get_linear_schedule_with_warmup(made, int(0.06 * steps), steps)
 
     def train(
-        self, values: dict[str, Tensor], *, joint: bool = False
+        self,
+        values: dict[str, Tensor],
+        *,
+        joint: bool = False,
+        rates: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         """Train the directions on everything, from the start; return the score."""
         self.restart(self.everything, values)
         for parameter in self.found.values():
             parameter.requires_grad_(joint)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.rate, weight_decay=0.01)
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = list(named.values())
+        optimizer = torch.optim.AdamW(
+            _by_group(trained, [_group(n) for n in named], rates) if rates else trained,
+            lr=self.rate,
+            weight_decay=0.01,
+        )
         schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * STEPS), STEPS)
         stream = self.batches(self.everything)
         for _ in range(STEPS):
@@ -231,44 +245,20 @@ def cross_fitting(job: Job) -> dict[str, Any]:
 
 
 def whole_run(job: Job, *, factors: bool = False) -> dict[str, Any]:
-    folds = _folds(job, FOLDS)
     first = job.values()
     logs = {n: torch.zeros(1 if factors else p.shape[0]) for n, p in first.items()}
     adam = torch.optim.Adam(list(logs.values()), lr=0.05 if factors else 0.01)
     history = []
-    for _ in range(ITERATIONS):
-        total = {n: torch.zeros_like(x) for n, x in logs.items()}
-        told = []
-        for number, held in enumerate(folds):
-            inner = sorted(set(job.everything) - set(held))
-            job.restart(inner, {n: first[n] * logs[n].exp() for n in first})
-            now = job.values()
-            optimizer, schedule = job.optimizer(Unrolled(num_steps=STEPS), STEPS)
-            stream = job.batches(inner, number)
-            for _ in range(STEPS):
-                optimizer.inner_step(next(stream))
-                schedule.step()
-            job.model.eval()
-            found = optimizer.estimator.estimate(
-                optimizer.problem,
-                inner_batch=None,
-                outer_batch=job.batch(held),
-                steps=optimizer.recorded_steps,
-            )
-            for name, gradient in found.outer_grads.items():
-                # λ = log of the factor: dm/dλ = m.
-                moved = gradient * now[name]
-                total[name] += moved.sum() if factors else moved
-            told.append(
-                {
-                    "outer_loss": float(found.outer_loss),
-                    "direct": _norm(found.direct),
-                    "indirect": _norm(found.indirect),
-                }
-            )
-        history.append(told)
-        for name, log in logs.items():
-            log.grad = total[name] / len(folds)
+    for number, held in enumerate(_folds(job, ITERATIONS)):
+        inner = sorted(set(job.everything) - set(held))
+        job.restart(inner, {n: first[n] * logs[n].exp() for n in first})
+        now = job.values()
+        optimizer, schedule = job.optimizer(Unrolled(num_steps=STEPS), STEPS)
+        found = _walk_back(job, optimizer, schedule, inner, held, number)
+        history.append(_told(found))
+        for name, gradient in found.outer_grads.items():
+            moved = gradient * now[name]  # λ = log of the factor: dm/dλ = m
+            logs[name].grad = moved.sum().reshape(1) if factors else moved
         adam.step()
     result = job.train({n: first[n] * logs[n].exp() for n in first})
     return {**result, "iterations": history}
@@ -276,6 +266,89 @@ def whole_run(job: Job, *, factors: bool = False) -> dict[str, Any]:
 
 def whole_run_factors(job: Job) -> dict[str, Any]:
     return whole_run(job, factors=True)
+
+
+def whole_run_rates(job: Job) -> dict[str, Any]:
+    for parameter in job.found.values():
+        parameter.requires_grad_(False)
+    names = [n for n, p in job.model.named_parameters() if p.requires_grad]
+    groups = [_group(n) for n in names]
+    kinds = sorted(set(groups))
+    logs = torch.full((len(kinds),), math.log(job.rate))
+    adam = torch.optim.Adam([logs], lr=0.3)
+    history = []
+    for number, held in enumerate(_folds(job, ITERATIONS)):
+        inner = sorted(set(job.everything) - set(held))
+        job.restart(inner, {})
+        rates = dict(zip(kinds, logs.exp().tolist(), strict=True))
+        optimizer = BilevelOptimizer(
+            job.model,
+            lambda model, batch: model(**batch).loss,
+            estimator=Unrolled(num_steps=STEPS),
+            inner_optimizer=lambda tensors, rates=rates: torch.optim.AdamW(
+                _by_group(tensors, groups, rates), weight_decay=0.01
+            ),
+            outer_optimizer=partial(torch.optim.SGD, lr=0.0),  # moved here, by Adam
+            inner_settings={"lr": list(rates.values())},
+            max_grad_norm=1.0,
+        )
+        schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * STEPS), STEPS)
+        found = _walk_back(job, optimizer, schedule, inner, held, number)
+        history.append({**_told(found), "rates": rates})
+        logs.grad = found.outer_grads["log_lr"]
+        adam.step()
+    rates = dict(zip(kinds, logs.exp().tolist(), strict=True))
+    return {**job.train({}, rates=rates), "iterations": history, "rates": rates}
+
+
+def _walk_back(
+    job: Job,
+    optimizer: Any,
+    schedule: Any,
+    inner: list[int],
+    held: list[int],
+    salt: int,
+) -> Any:
+    """Train on `inner`; return the hypergradient on `held` through all steps."""
+    stream = job.batches(inner, salt)
+    for _ in range(STEPS):
+        optimizer.inner_step(next(stream))
+        schedule.step()
+    job.model.eval()
+    return optimizer.estimator.estimate(
+        optimizer.problem,
+        inner_batch=None,
+        outer_batch=job.batch(held),
+        steps=optimizer.recorded_steps,
+    )
+
+
+def _told(found: Any) -> dict[str, float]:
+    return {
+        "outer_loss": float(found.outer_loss),
+        "direct": _norm(found.direct),
+        "indirect": _norm(found.indirect),
+        "largest_adjoint": max(found.info.adjoint_norms),
+    }
+
+
+def _group(name: str) -> str:
+    """Return what shares a rate with a parameter: A or B of its layer, or the head."""
+    part = re.search(r"layer\.(\d+)\..*lora_([AB])", name)
+    return f"layer {part[1]} {part[2]}" if part else "rest"
+
+
+def _by_group(
+    tensors: Iterable[Tensor], groups: list[str], rates: dict[str, float]
+) -> list[dict[str, Any]]:
+    tensors = list(tensors)
+    return [
+        {
+            "params": [t for t, g in zip(tensors, groups, strict=True) if g == kind],
+            "lr": rate,
+        }
+        for kind, rate in rates.items()
+    ]
 
 
 VARIANTS: dict[str, Callable[[Job], dict[str, Any]]] = {
@@ -286,6 +359,7 @@ VARIANTS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "cross-fitting": cross_fitting,
     "whole-run": whole_run,
     "whole-run-factors": whole_run_factors,
+    "whole-run-rates": whole_run_rates,
 }
 
 
