@@ -35,12 +35,14 @@ class GridTask:
         settings: Of its runs, over those of the grid.
         sizes: Training examples, 0 for all there are.
         seeds: Of the runs that are reported.
+        equal: What is held equal on it; None for what is in the grid.
     """
 
     name: str
     settings: Mapping[str, Any]
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
+    equal: tuple[Purpose, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,15 @@ class Grid:
         """Return what is tried of a method."""
         return self.method(method).trials(self.trials)
 
+    def equal_on(self, task: str) -> tuple[Purpose, ...]:
+        """Return what is held equal on that task."""
+        own = self.task(task).equal
+        return self.equal if own is None else own
+
+    def is_timed(self, task: str, method: str) -> bool:
+        """Return whether that method is run at the reference's time on that task."""
+        return "time" in self.equal_on(task) and method != self.reference
+
     def sweeps(self, method: str) -> bool:
         """Return whether settings of that method are chosen by a sweep."""
         return len(self.trials_of(method)) > 1
@@ -230,6 +241,7 @@ class Grid:
                     **task.settings,
                     "sizes": [size or "all" for size in task.sizes],
                     "seeds": [*task.seeds],
+                    **({} if task.equal is None else {"equal": [*task.equal]}),
                 }
                 for task in self.tasks
             },

@@ -48,7 +48,7 @@ class Outlook:
         task, method, size = group
         grid = self.plan.grid
         seeds = len(grid.task(task).seeds)
-        is_timed = "time" in grid.equal and method != grid.reference
+        is_timed = grid.is_timed(task, method)
         sweep = len(self.plan.sweep(group))
         counts = sweep, seeds, seeds if is_timed else 0, self.plan.left(group)
         return task, method, str(size or "all"), *(str(n or "-") for n in counts)

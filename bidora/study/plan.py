@@ -174,8 +174,6 @@ class Plan:
         though further seeds may move the medians a little.
         """
         found: dict[Group, int | None] = {}
-        if "time" not in self.grid.equal:
-            return found
         begun = {
             replace(cell, seed=0): record.settings["max_steps"]
             for cell, record in self.by_cell.items()
@@ -183,7 +181,7 @@ class Plan:
         }
         for group in self.grid.groups():
             cells = self.finals(group, "time")
-            if not cells:
+            if not cells or "time" not in self.grid.equal_on(group[0]):
                 continue
             if group[1] == self.grid.reference:
                 found[group] = None
@@ -280,8 +278,7 @@ class Plan:
         return self.grid.task(group[0]).seeds
 
     def _kinds(self, group: Group) -> int:
-        is_timed = "time" in self.grid.equal and group[1] != self.grid.reference
-        return 2 if is_timed else 1
+        return 2 if self.grid.is_timed(group[0], group[1]) else 1
 
     def settings_notes(self) -> Iterable[str]:
         """Say what grid and tasks give, and a method has no use for."""
@@ -330,17 +327,17 @@ class Plan:
                 f"{len(failed)} of {len(self._own())} runs failed, such as "
                 f"{_of(first.cell)}: {first.error}"
             )
-        if "time" in self.grid.equal:
-            without = [
-                task.name
-                for task in self.grid.tasks
-                if not self.grid.has(task.name, self.grid.reference)
-            ]
-            if without:
-                yield (
-                    f"{self.grid.reference} is not run on {_words(without)}, so that "
-                    "nothing is compared there at its time."
-                )
+        without = [
+            task.name
+            for task in self.grid.tasks
+            if "time" in self.grid.equal_on(task.name)
+            and not self.grid.has(task.name, self.grid.reference)
+        ]
+        if without:
+            yield (
+                f"{self.grid.reference} is not run on {_words(without)}, so that "
+                "nothing is compared there at its time."
+            )
         if self.remaining:
             yield f"{self.remaining} of {self.total} runs are still to do."
 
@@ -382,7 +379,7 @@ class Plan:
         for group, trial in self.outcomes.items():
             if trial is None:
                 for seed in self._seeds(group):
-                    for purpose in self.grid.equal:
+                    for purpose in self.grid.equal_on(group[0]):
                         cell = Cell(*group, seed, purpose)
                         stand_ins.append(
                             Record(cell, {}, error=self._all_failed(group))

@@ -136,7 +136,7 @@ class _Reader:
             settings=settings,
             sweep_seeds=self.seeds(sweep.get("seeds", [100]), "sweep.seeds"),
             trials=self.count(sweep.get("trials"), "sweep.trials"),
-            equal=self.equal(values.get("equal", ["steps"])),
+            equal=self.equal(values.get("equal", ["steps"]), "equal"),
             reference=self.reference(
                 values.get("reference"), [m.name for m in methods]
             ),
@@ -152,17 +152,19 @@ class _Reader:
     def task(
         self, name: str, entry: Any, sizes: tuple[int, ...], seeds: tuple[int, ...]
     ) -> GridTask:
-        """Return a task; its own sizes and seeds go before the grid's."""
+        """Return a task; its own sizes, seeds and `equal` go before the grid's."""
         key = f"tasks.{name}"
         entry = dict(self.mapping(entry, key))
-        own_sizes, own_seeds = entry.pop("sizes", None), entry.pop("seeds", None)
-        settings = self.settings(entry, key, ("method",), beside=("sizes", "seeds"))
+        beside = ("sizes", "seeds", "equal")
+        own_sizes, own_seeds, own_equal = (entry.pop(name, None) for name in beside)
+        settings = self.settings(entry, key, ("method",), beside=beside)
         settings = self.located({"task": name, **settings}, key)
         return GridTask(
             name,
             settings,
             sizes if own_sizes is None else self.sizes(own_sizes, f"{key}.sizes"),
             seeds if own_seeds is None else self.seeds(own_seeds, f"{key}.seeds"),
+            None if own_equal is None else self.equal(own_equal, f"{key}.equal"),
         )
 
     def method(self, name: str, entry: Any, tasks: Sequence[str]) -> GridMethod:
@@ -350,15 +352,15 @@ class _Reader:
             self.refuse(key, f"{values} lists one twice; leave it out.")
         return tuple(values)
 
-    def equal(self, value: Any) -> Any:
+    def equal(self, value: Any, key: str) -> Any:
         """Return what is held equal, steps first: equal time is measured on them."""
-        given = [value] if isinstance(value, str) else self.listed(value, "equal")
+        given = [value] if isinstance(value, str) else self.listed(value, key)
         for name in given:
             if name not in EQUAL:
-                self.unknown("equal", name, EQUAL, "thing to hold equal")
+                self.unknown(key, name, EQUAL, "thing to hold equal")
         if "steps" not in given:
             self.refuse(
-                "equal",
+                key,
                 "time alone cannot be held equal, because it is measured on the runs of "
                 "equal steps; write [steps, time].",
             )

@@ -20,7 +20,12 @@ WHOLE = """\
 settings: {max_steps: 12, lora_r: 3}
 tasks:
   docstrings: {}
-  reviews: {task: data/reviews.csv, validation_file: more.csv, seeds: [7], max_steps: 30}
+  reviews:
+    task: data/reviews.csv
+    validation_file: more.csv
+    max_steps: 30
+    seeds: [7]
+    equal: steps
   glue: {task: glue/sst2, data_dir: ~/glue}
 methods:
   bidora: {tasks: [docstrings]}
@@ -57,6 +62,13 @@ def test_a_file_becomes_the_grid_it_describes(tmp_path: Path) -> None:
     assert [task.sizes for task in grid.tasks] == [(0,)] * 3
     assert (grid.sweep_seeds, grid.trials, grid.processes) == ((100, 101), 3, 2)
     assert (grid.equal, grid.reference) == (("steps", "time"), "lora")
+    assert grid.equal_on("docstrings") == ("steps", "time")
+    assert grid.equal_on("reviews") == ("steps",)
+    assert [t.name for t in grid.tasks if grid.is_timed(t.name, "full")] == [
+        "docstrings",
+        "glue",
+    ]
+    assert not grid.is_timed("docstrings", "lora")
     # What is a path depends on the file's folder, and on no other.
     reviews, glue = grid.task("reviews").settings, grid.task("glue").settings
     assert reviews["task"] == str(tmp_path / "data" / "reviews.csv")
@@ -169,6 +181,7 @@ def test_trials_are_the_product_or_a_part_of_it_that_only_grows() -> None:
         ({"sweep": {"trials": 0}}, "sweep.trials: it has 0"),
         ({"equal": ["time"]}, "time alone cannot"),
         ({"equal": ["tme"]}, "Did you mean 'time'"),
+        ({"tasks": {"docstrings": {"equal": "time"}}}, "tasks.docstrings.equal"),
         ({"reference": "lorra"}, "reference: .*Did you mean 'lora'"),
         ({"reference": None}, "reference: it is left out"),
         ({"processes": 0}, "processes: it has 0"),

@@ -192,6 +192,22 @@ def test_runs_of_about_equal_time_serve_as_they_are(
     assert plan.remaining == (0 if steps is None else 2)
 
 
+def test_time_is_held_equal_on_the_tasks_that_say_so() -> None:
+    plan = Plan(
+        grid_of(
+            tasks={"a": {"equal": ["steps", "time"]}, "b": {}},
+            methods={"lora": {}, "dora": {}},
+            seeds=[0],
+        )
+    )
+    assert plan.total == 5
+    seconds = {"lora": 10.0, "dora": 20.0}
+    records = tuple(done(c, seconds=seconds[c.method]) for c in plan.due)
+    plan = replace(plan, records=records)
+    assert plan.steps_in_time == {("a", "lora", 0): None, ("a", "dora", 0): 20}
+    assert [(c.purpose, c.task, c.method) for c in plan.due] == [("time", "a", "dora")]
+
+
 def test_a_method_without_steps_serves_as_it_is() -> None:
     plan = timed({"lora": [10.0], "probe": [0.2]})
     without = tuple(
