@@ -30,6 +30,7 @@ class Table:
             rows are not among `rows`.
         folder: Where paths in the rows start from; None for the folder of the file
             `origin`.
+        remedy: How such a source comes to a column that it lacks.
 
     Example:
         >>> Table("t.csv", ("text",), (("one",),), ("line 2",)).place(0)
@@ -43,6 +44,7 @@ class Table:
     class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     bad: tuple[str, ...] = ()
     folder: str | None = None
+    remedy: str = "if the first line holds no names, give them with --column-names"
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -66,6 +68,7 @@ class Table:
             tuple(self.lines[i] for i in indices),
             self.class_names,
             folder=self.folder,
+            remedy=self.remedy,
         )
 
 
@@ -106,6 +109,5 @@ def name_column(
             return name
     raise UserError(
         f"{table.origin} has no column with a usual name ({', '.join(usual)}); its "
-        f"columns are {available}. Choose one with {option}, or, if the first line "
-        "holds no names, give them with --column-names."
+        f"columns are {available}. Choose one with {option}, or, {table.remedy}."
     )

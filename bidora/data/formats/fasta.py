@@ -20,6 +20,10 @@ from bidora.errors import UserError
 
 __all__ = ["classes_of_files", "fasta_source", "fasta_table"]
 
+REMEDY = (
+    "since a FASTA file has no labels of its own, write one into each name line, as in "
+    "'>P12345 label=1', or pass a folder with a file for each class"
+)
 _WORD = re.compile(r"(?<!\S)([A-Za-z_]\w*)=(\S+)")
 
 
@@ -62,6 +66,7 @@ def fasta_table(origin: str, text: str) -> Table:
         ),
         tuple(f"line {line}" for line, _, _ in found),
         bad=tuple(bad),
+        remedy=REMEDY,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from bidora.data.formats import fasta_table
 from bidora.data.load import load_source
+from bidora.data.table import name_column
 from bidora.errors import UserError
 
 TWO = ">sp|P1|ONE first protein\nMKTA\nYGK*\n\n>P2\n acd\tef\n"
@@ -31,6 +32,14 @@ def test_words_that_every_name_line_has_are_columns() -> None:
     table = fasta_table("t.fasta", text)
     assert table.columns == ("sequence", "name", "label", "OX")
     assert table.rows[1] == ("AC", "B", "0", "10090")
+
+
+def test_a_file_without_labels_is_told_how_it_can_have_them() -> None:
+    table = fasta_table("t.fasta", ">P1\nMK\n>P2\nAC\n")
+    with pytest.raises(
+        UserError, match=r"'>P12345 label=1', or pass a folder with a file"
+    ):
+        name_column(table, None, "--label-column", ("label",))
 
 
 def test_a_name_without_a_sequence_is_a_bad_row_and_the_others_stay() -> None:
