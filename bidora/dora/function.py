@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "Function",
     "is_last",
+    "is_plain",
 ]
 
 # Where torch has no such test, every call takes its own, slower way.
@@ -38,5 +39,10 @@ class Function(torch.autograd.Function):
 
 def is_last() -> bool:
     """Return whether nothing differentiates, or vmaps, what is computed now."""
+    return not torch.is_grad_enabled() and is_plain()
+
+
+def is_plain() -> bool:
+    """Return whether nothing but autograd's backward pass can differentiate it."""
     dual = getattr(forward_ad, "_current_level", 0) >= 0
-    return not (torch.is_grad_enabled() or dual or _in_transform())
+    return not (dual or _in_transform() or torch.compiler.is_compiling())

@@ -17,11 +17,20 @@ $$\sum_{ij} e_i e_j (G_0)_{ij}^2
 
 so $V$ is never formed and $G_0$ is all that depends on `in`. Rows of V that are zero have
 no direction and no part in the term.
+
+The gradient is thin too. With $M = V V^\top$, $E = \operatorname{diag}(e)$ and
+$h_i = e_i^2 \sum_j e_j M_{ij}^2$,
+
+$$\partial / \partial V = 4\,(E M E - \operatorname{diag}(h))\,V ,$$
+
+of which $s\,V A^\top$ on the right gives that of $B$, and $s\,B^\top$ on the left that
+of $A$.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,9 +39,14 @@ from torch import Tensor, nn
 from bidora.dora import forward as dora
 from bidora.dora import norms as _norms
 from bidora.dora import peft as _peft
-from bidora.dora.norms import BaseWeight, WeightCache
+from bidora.dora.function import is_last, is_plain
+from bidora.dora.norms import BaseNorms, BaseWeight, WeightCache
 
 __all__ = ["gram_penalty", "orthogonality"]
+
+# Squares of W Wᵀ are summed over this many entries at a time on a CPU: 256 KiB in
+# float32, which stay in its cache.
+SQUARED_ELEMENTS = 1 << 16
 
 
 class _Gram:
@@ -54,6 +68,23 @@ class _Gram:
                 left = torch.cat([left @ block.T for _, block in right], dim=1)
             yield left
 
+    def times(self, x: Tensor) -> Tensor:
+        """Return W Wᵀ x, `(out, k)`."""
+        parts = [rows @ x for rows in self.blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def times_both(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W Wᵀ x, and the squares of W Wᵀ times e, `(out,)`."""
+        products, squares = [], []
+        for block in self.blocks():
+            count = block.shape[0]
+            if block.device.type == "cpu":
+                count = max(1, SQUARED_ELEMENTS // block.shape[1])
+            for rows in block.split(count):
+                products.append(rows @ x)
+                squares.append(rows.square() @ e)
+        return torch.cat(products), torch.cat(squares)
+
 
 class _GramProducts(torch.autograd.Function):
     r"""The linear map $(X, e) \mapsto (G_0 X, (G_0 \circ G_0)\, e)$.
@@ -69,9 +100,7 @@ class _GramProducts(torch.autograd.Function):
         x: Tensor, e: Tensor, stored: Tensor, gram: _Gram
     ) -> tuple[Tensor, Tensor]:
         with _norms.autocast_off(x.device):
-            parts = [(rows @ x, rows.square() @ e) for rows in gram.blocks()]
-        products, squares = zip(*parts, strict=True)
-        return torch.cat(products), torch.cat(squares)
+            return gram.times_both(x, e)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -127,9 +156,7 @@ def gram_penalty(
     rows = BaseWeight.of(weight)
     dtype = _norms.compute_dtype(weight, lora_a, lora_b)
     base = _norms.base_norms(rows, dtype)
-    squared = _norms.squared_norms(rows, lora_a, lora_b, scaling, base)
-    gram, gone = _Gram(rows, dtype, None), _norms.without_norm(squared, base)
-    return _penalty(gram, lora_a, lora_b, scaling, squared, gone)
+    return _Term(_Gram(rows, dtype, None), scaling, base)(lora_a, lora_b)
 
 
 def orthogonality(
@@ -196,28 +223,140 @@ def orthogonality(
     size = sum(max(4, x.lora_b.itemsize) * x.lora_b.shape[0] ** 2 for x in layers)
     total: Tensor | None = None
     for layer in layers:
-        squared = dora.squared_norms(layer)
-        gram = _cached_gram(
-            layer.weight, squared.dtype, layer.cache, size <= max_cache_bytes
-        )
-        gone = _norms.without_norm(squared, dora.base_norms(layer))
-        term = _penalty(gram, layer.lora_a, layer.lora_b, layer.scaling, squared, gone)
+        base, weight = dora.base_norms(layer), layer.weight
+        kept = size <= max_cache_bytes
+        gram = _cached_gram(weight, base.squared.dtype, layer.cache, kept)
+        rows = layer.cache.get(weight.key(), dora.rows_name(layer))
+        term = _Term(gram, layer.scaling, base, rows)(layer.lora_a, layer.lora_b)
         total = term if total is None else total + term.to(total.device, total.dtype)
     return cast(Tensor, total)
 
 
+@dataclass(frozen=True)
+class _Term:
+    """The term of one layer, as a function of its factors.
+
+    Attributes:
+        gram: Of the base weight.
+        scaling: s.
+        base: What the norms need of the base weight.
+        rows: Whose norms are computed from their entries, if known.
+    """
+
+    gram: _Gram
+    scaling: float
+    base: BaseNorms
+    rows: Tensor | None = None
+
+    def __call__(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """Return the term, a scalar."""
+        weight, dtype = self.gram.weight, self.gram.dtype
+        with _norms.autocast_off(lora_a.device):
+            a, b = lora_a.to(dtype), lora_b.to(dtype)
+            if is_plain() and weight.key() is not None:
+                thin = self.expansion(a, b)
+                if thin is not None:
+                    return cast(Tensor, _Penalty.apply(a, b, weight.stored, self, thin))
+            return self.by_autograd(a, b)
+
+    @torch.no_grad()
+    def expansion(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...] | None:
+        """Return squared norms, s·V·Aᵀ and A·Aᵀ; None where the norms lose digits."""
+        base = self.base
+        if self.rows is not None or base.zero is not None:
+            return None
+        squared, minus, inner = _norms.expansion(
+            self.gram.weight, a, b, self.scaling, base.squared
+        )
+        if squared.device.type == "cpu" and _norms.cancels(squared, base.guard):
+            return None
+        return squared, minus.neg().T.contiguous(), inner
+
+    def by_autograd(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the term of factors in the compute dtype, differentiable in any way."""
+        base, scaling = self.base, self.scaling
+        squared = _norms.squared_norms(self.gram.weight, a, b, scaling, base, self.rows)
+        gone = _norms.without_norm(squared, base)
+        return _penalty(self.gram, a, b, scaling, squared, gone)
+
+
+class _Penalty(torch.autograd.Function):
+    """A term and its gradient in closed form, for autograd's backward pass alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        stored: Tensor,
+        term: _Term,
+        thin: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        expanded, k, inner = thin
+        squared = expanded.clamp(min=term.base.floor)
+        e = squared.reciprocal()
+        c = torch.addmm(k, b, inner, alpha=-0.5 * term.scaling**2)
+        b_e, c_e = e[:, None] * b, e[:, None] * c
+        g_b, squares = term.gram.times_both(b_e, e)
+        bb, bc, cc = b.T @ b_e, b.T @ c_e, c.T @ c_e
+        ctx.save_for_backward(a, b, stored)
+        ctx.term, ctx.clamped = term, expanded < squared
+        ctx.kept = (e, k, inner, c, c_e, g_b, squares, bb, bc, cc)
+        return (
+            e @ squares
+            + 4 * (c_e * g_b).sum()
+            + 2 * (cc * bb).sum()
+            + 2 * (bc * bc.T).sum()
+            - squared.numel()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, _ = ctx.saved_tensors
+        with _norms.autocast_off(a.device):
+            if is_last():
+                in_a, in_b = _penalty_gradient(ctx, a, b)
+                return grads[0] * in_a, grads[0] * in_b, None, None, None
+            with torch.enable_grad():
+                value = ctx.term.by_autograd(a, b)
+        wanted = ctx.needs_input_grad[:2]
+        own = [t for t, is_wanted in zip((a, b), wanted, strict=True) if is_wanted]
+        found = iter(torch.autograd.grad(value, own, create_graph=True))
+        moved = (grads[0] * next(found) if is_wanted else None for is_wanted in wanted)
+        return *moved, None, None, None
+
+
+def _penalty_gradient(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient in A and B, by what the forward pass kept."""
+    term: _Term = ctx.term
+    e, k, inner, c, c_e, g_b, squares, bb, bc, cc = ctx.kept
+    s, half, column = term.scaling, 0.5 * term.scaling**2, e[:, None]
+    g_c = term.gram.times(c_e)
+    h = squares + 2 * ((c * g_b) + (b * g_c)).sum(1)
+    h += ((c @ bb + 2 * (b @ bc.T)) * c + (b @ cc) * b).sum(1)
+    h = torch.where(ctx.clamped, 0.0, e.square() * h)[:, None]
+    # M E K and M E B, with K = s V Aᵀ = C + s²/2 B A Aᵀ.
+    m_k = g_c + c @ (bc + half * (bb @ inner)) + b @ (cc + half * (bc.T @ inner))
+    m_k = torch.addmm(m_k, g_b, inner, alpha=half)
+    m_b = g_b + c @ bb + b @ bc.T
+    z = (column * m_b - h * b).T
+    in_a = torch.addmm(
+        _norms.times_rows(z, term.gram.weight, adjoint=True), z @ b, a, alpha=s
+    )
+    return 4 * s * in_a, 4 * (column * m_k - h * k)
+
+
 def _penalty(
     gram: _Gram,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    a: Tensor,
+    b: Tensor,
     scaling: float,
     squared: Tensor,
     gone: Tensor | None,
 ) -> Tensor:
     """Return the penalty, given the rows' squared norms and which of them are zero."""
     dtype, weight = gram.dtype, gram.weight
-    with _norms.autocast_off(lora_a.device):
-        a, b = lora_a.to(dtype), lora_b.to(dtype)
+    with _norms.autocast_off(a.device):
         e, rows = squared.reciprocal(), squared.numel()
         if gone is not None:
             e, rows = torch.where(gone, 0.0, e), (~gone).sum()

@@ -13,6 +13,7 @@ from torch.func import grad, jvp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from bidora.dora import norms as _norms
+from bidora.dora import orthogonality as _orthogonality
 from bidora.dora import use_exact_dora
 from bidora.dora.orthogonality import gram_penalty, orthogonality
 
@@ -60,6 +61,38 @@ def test_value_gradient_and_second_derivative(out: int) -> None:
         found.append((value, *first, *second))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13 * out)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("out", [1, OUT, 3 * IN])
+@pytest.mark.parametrize("wanted", ["a", "b", "both"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_gradient_in_closed_form(
+    out: int, wanted: str, create_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_orthogonality, "SQUARED_ELEMENTS", 2 * out)
+    w, a, b = factors(out)
+    own = [t.requires_grad_() for n, t in (("a", a), ("b", b)) if wanted in (n, "both")]
+    got, expected = (
+        torch.autograd.grad(value, own, create_graph=create_graph)
+        for value in (3 * gram_penalty(w, a, b, SCALING), 3 * row_gram(w, a, b))
+    )
+    assert all(t.requires_grad == create_graph for t in got)
+    for mine, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12 * out)
+
+
+def test_rows_that_cancel_are_computed_from_their_entries() -> None:
+    w, a, b = factors()
+    w[2] = -1.3 * SCALING * (b[2] @ a)  # three parts of thirteen stay of its norm
+    a.requires_grad_()
+    b.requires_grad_()
+    got, expected = (
+        (value, *torch.autograd.grad(value, [a, b]))
+        for value in (gram_penalty(w, a, b, SCALING), row_gram(w, a, b))
+    )
+    for mine, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-11, atol=1e-11)
 
 
 def test_derivatives_in_both_modes() -> None:
