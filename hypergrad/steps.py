@@ -177,8 +177,7 @@ def take_steps(
             )
             w, state = taken.apply(w, state, found)
             if i == 0:
-                slots = [t for held in state.values() for t in held.values()]
-                size = bytes_of([*w.values(), *slots, *kept.values()])
+                size = record_bytes([replace(records[0], state=state)])
                 held = n_snapshots(problem, len(batches), snapshots, size)
                 every = snapshots_of.spacing(len(batches), held)
             elif i % every:
@@ -190,26 +189,23 @@ def take_steps(
 
 
 def n_snapshots(
-    problem: BilevelProblem, n_steps: int, limit: SnapshotLimit, record_bytes: int
+    problem: BilevelProblem, n_steps: int, limit: SnapshotLimit, size: int
 ) -> int:
     """Return how many copies of w and the optimizer's state to hold at once.
 
     Args:
         problem: the problem.
         n_steps: number of steps that are looked back at.
-        limit: a number, `"all"`, or `"auto"`: all where the records of all steps take at
-            most a quarter of the memory of the weights, frozen ones included, or 64 MiB;
-            else as few as retake each step 1.5 times at most, on average.
-        record_bytes: what one record takes.
+        limit: a number, `"all"`, or `"auto"`: as many as take at most a quarter of the
+            memory of the weights, frozen ones included, or 64 MiB; and at least as many
+            as retake each step 1.5 times at most, on average.
+        size: bytes that one record takes.
     """
     if limit == "all":
         return n_steps
     if limit == "auto":
-        if n_steps * record_bytes <= _SMALL:
-            return n_steps
-        if n_steps * record_bytes <= _SHARE * _weight_bytes(problem):
-            return n_steps
-        limit = snapshots_of.enough(n_steps)
+        cheap = max(_SMALL, int(_SHARE * _weight_bytes(problem))) // max(1, size)
+        limit = max(cheap, snapshots_of.enough(n_steps))
     return min(limit, n_steps)
 
 
@@ -226,6 +222,15 @@ def check_snapshots(given: Any) -> None:
         msg = f"snapshots={given!r} must be 'auto', 'all' or a whole number."
         raise ValueError(msg)
     check_count("snapshots", given, snapshots_of.LEAST)
+
+
+def record_bytes(steps: Sequence[InnerStep]) -> int:
+    """Return how much memory the newest record with w and a state takes."""
+    kept = [step for step in steps if step.is_snapshot]
+    if not kept:
+        return 0
+    slots = [t for held in kept[-1].state.values() for t in held.values()]
+    return bytes_of([*kept[-1].inner_params.values(), *slots, *kept[-1].grads.values()])
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -299,9 +304,7 @@ def steps_back(
             "or record with snapshots='all'."
         )
         raise ValueError(msg)
-    held = len(steps) if limit == "all" else limit
-    if held == "auto":
-        held = snapshots_of.enough(n_steps)
+    held = n_snapshots(problem, len(steps), limit, record_bytes(steps))
 
     def advance(i: int, step: InnerStep) -> InnerStep:
         w, state = take_again(problem, step, tally)

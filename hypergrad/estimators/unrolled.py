@@ -57,9 +57,9 @@ class Unrolled(HypergradEstimator):
         product: how products with second derivatives are taken: a name of
             `hypergrad.products.product_names()`, or a product.
         snapshots: how many copies of w and the optimizer's state are held at once, at
-            least 3; `"all"` for one of each step; `"auto"` for all where they take little
+            least 3; `"all"` for one of each step; `"auto"` for as many as take little
             (64 MiB, or a quarter of the memory of the weights, frozen ones included),
-            else for as few as retake each step 1.5 times at most, on average.
+            and at least as many as retake each step 1.5 times at most, on average.
 
     Raises:
         TypeError: `num_steps` or `snapshots` is not a whole number, or `rule` not a rule.

@@ -226,16 +226,18 @@ def test_records_between_steps_are_fewer_than_the_snapshots(outer_every: Any) ->
         assert len(opt._run.window) < 20 + spacing(20, 5)
 
 
-def test_by_default_small_records_are_kept_of_every_step(monkeypatch: Any) -> None:
+def test_by_default_as_many_are_kept_as_take_little(monkeypatch: Any) -> None:
     opt = trained("auto")
     assert n_held(opt) == 8
     # A record is 3 x 1,280 numbers of 8 bytes; the weights are a third of one.
     room = 8 * 3 * 1280 * 8
     for small, share, held in (
         (room, 0, 8),
-        (room - 1, 0, 2),
+        (room - 1, 0, 4),  # every second, and three on the way back
+        (room // 2, 0, 2),
         (0, 24.1, 8),
-        (0, 23, 2),
+        (0, 23, 4),
+        (0, 0, 2),
     ):
         monkeypatch.setattr("hypergrad.steps._SMALL", small)
         monkeypatch.setattr("hypergrad.steps._SHARE", share)
