@@ -356,6 +356,18 @@ class Task(ABC):
         del schema
         return processor
 
+    def try_model(self, model: Any, processor: Any) -> None:
+        """Refuse a model that can't read what its processor makes; most tasks look at none.
+
+        Args:
+            model: As it was loaded, in eval mode; left as it is.
+            processor: The model's tokenizer or image processor.
+
+        Raises:
+            UserError: If the two do not fit.
+        """
+        del model, processor
+
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.
 

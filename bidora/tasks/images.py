@@ -155,6 +155,23 @@ class ImageClassification(OneClass):
         )
         return [*lines, *(f"{n:,} {TRAITS[trait]}" for trait, n in traits.items())]
 
+    def try_model(self, model: Any, processor: Any) -> None:
+        """Show the model a blank image."""
+        import torch
+        from PIL import Image
+
+        inputs = processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except (ValueError, RuntimeError) as error:
+            size = " × ".join(map(str, inputs["pixel_values"].shape[-2:]))
+            raise UserError(
+                f"The model's image processor brings images to {size} pixels, which the "
+                f"model refuses: {str(error).splitlines()[0][:200]} Set `size` in its "
+                "preprocessor_config.json to what the model was trained with."
+            ) from error
+
     def features(
         self,
         batch: Mapping[str, list[Any]],

@@ -15,7 +15,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTImageProcessor,
+)
 
 from bidora.cli import main
 from bidora.errors import UserError
@@ -70,6 +74,17 @@ def run_of(vit: Path, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> R
         return runs[method]
 
     return run
+
+
+def test_an_image_processor_of_another_size_is_told(
+    vit: Path, pets: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "vit"
+    shutil.copytree(vit, other)
+    ViTImageProcessor(size={"height": 12, "width": 12}).save_pretrained(other)
+    with pytest.raises(UserError, match=r"to 12 × 12 pixels, .* `size` in its preproc"):
+        finish(model=str(other), task=str(pets), output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
