@@ -104,6 +104,17 @@ class Recorder(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
+    def on_steps_back(self, state: Any, done: int, of: int) -> None:
+        """Show how far an outer step is that looks back over many.
+
+        Args:
+            state: The Trainer's.
+            done: Steps that it walked back over.
+            of: All of them.
+        """
+        told = f"back over {done} of {of} steps" if done < of else ""
+        self.listener.working_on(state.global_step, told)
+
     def on_log(
         self,
         args: Any,

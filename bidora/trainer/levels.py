@@ -21,17 +21,23 @@ class SteppedElsewhere(BiDoRAOptimizer):
     The Trainer's own call of `step()` comes after that and has nothing left to do.
     """
 
-    def take_step(self, inner_batch: Any, outer_batch: Any) -> StepReport:
+    def take_step(
+        self,
+        inner_batch: Any,
+        outer_batch: Any,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> StepReport:
         """Take an inner step and, where one is due, an outer step.
 
         Args:
             inner_batch: as for `BiDoRAOptimizer.step`.
             outer_batch: likewise.
+            on_progress: likewise.
 
         Returns:
             What was done.
         """
-        return super().step(inner_batch, outer_batch)
+        return super().step(inner_batch, outer_batch, on_progress=on_progress)
 
     def step(self, closure: Any = None, outer_batch: Any = None) -> StepReport:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Do nothing.

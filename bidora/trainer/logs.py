@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from bidora.trainer.upstream import NOTES
 from hypergrad.optimizer import BilevelOptimizer, StepReport
 
-__all__ = ["StepLog", "noted_by_the_loss"]
+__all__ = ["StepLog", "noted_by_the_loss", "tells_steps_back"]
+
+LONG = 20
+"""Steps from which on a walk back over them is worth a word."""
 
 
 def noted_by_the_loss(trainer: Any) -> dict[str, Any]:
@@ -21,6 +25,27 @@ def noted_by_the_loss(trainer: Any) -> dict[str, Any]:
     """
     held = vars(trainer)
     return {name: copy.deepcopy(held[name]) for name in NOTES if name in held}
+
+
+def tells_steps_back(trainer: Any) -> Callable[[int, int], None]:
+    """Return what tells the Trainer's callbacks how far an outer step is.
+
+    A callback hears of it by a method `on_steps_back(state, done, of)`, and the bar of
+    transformers shows it.
+    """
+
+    def tell(done: int, of: int) -> None:
+        if of < LONG:
+            return
+        for callback in trainer.callback_handler.callbacks:
+            hear = getattr(callback, "on_steps_back", None)
+            bar = getattr(callback, "training_bar", None)
+            if hear is not None:
+                hear(trainer.state, done, of)
+            elif bar is not None:
+                bar.set_postfix_str(f"back over {done} of {of}" if done < of else "")
+
+    return tell
 
 
 @dataclass

@@ -39,7 +39,7 @@ from bidora.trainer.levels import (
     make_bilevel_optimizer,
 )
 from bidora.trainer.lock import held_folder
-from bidora.trainer.logs import StepLog, noted_by_the_loss
+from bidora.trainer.logs import StepLog, noted_by_the_loss, tells_steps_back
 from bidora.trainer.loss import (
     add_orthogonality,
     judge_search,
@@ -398,7 +398,9 @@ class BiDoRAMixin(PrivateTrainer):
         batches, weights = zip(*self._queue, strict=True)
         self._queue, self._notes = [], {}
         report = self._bilevel.take_step(
-            Accumulated(list(batches), list(weights)), self._next_outer
+            Accumulated(list(batches), list(weights)),
+            self._next_outer,
+            tells_steps_back(self),
         )
         vars(self).update(self._notes)
         self._log.add(report, self._bilevel)

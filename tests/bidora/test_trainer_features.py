@@ -654,6 +654,35 @@ def test_every_line_names_its_phase(
     assert "phase" not in t.state.log_history[-1]
 
 
+class HearsStepsBack(TrainerCallback):
+    """Note how far outer steps were."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, int, int]] = []
+
+    def on_steps_back(self, state: Any, done: int, of: int) -> None:
+        self.heard.append((state.global_step, done, of))
+
+
+@pytest.mark.parametrize(("steps", "walk"), [(4, []), (20, list(range(1, 21)))])
+def test_callbacks_hear_of_a_long_walk_back(
+    tmp_path: Path, steps: int, walk: list[int]
+) -> None:
+    t = trainer(
+        tmp_path,
+        estimator="unrolled",
+        estimator_settings={"num_steps": steps},
+        outer_every=steps,
+        outer_warmup_steps=0,
+        max_steps=steps,
+    )
+    callback = HearsStepsBack()
+    t.add_callback(callback)
+    t.train()
+    # The outer step belongs to the last step of the search, which is not counted yet.
+    assert callback.heard == [(steps - 1, done, steps) for done in walk]
+
+
 # -- TensorBoard and the hub -----------------------------------------------------------
 
 
