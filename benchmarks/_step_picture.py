@@ -51,8 +51,8 @@ def draw(results: list[dict[str, Any]], name: str, title: str) -> Path:
     labels = [_label(row) for row in results]
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    _log_axis(panels[0], "time of an iteration, in PEFT LoRA steps\n")
-    _log_axis(panels[1], "peak memory of an iteration, in exact-DoRA steps\n")
+    _log_axis(panels[0], "time, in PEFT LoRA steps\n")
+    _log_axis(panels[1], "peak memory, in exact-DoRA steps\n")
     for panel in panels[:2]:
         panel.axvline(1, color=GREY, lw=1)
     panels[1].tick_params(axis="y", length=0)
