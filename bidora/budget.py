@@ -31,10 +31,12 @@ def budget_defaults(
 
     `full`: an outer step after every inner one, on batches of equal size, by `darts`;
     the retraining starts from fresh directions and a fresh head and takes as many steps
-    as the search. `economical`: an outer step after every fourth inner one, on a batch
-    scaled to its split, with the mixed product on a quarter of the inner batch; the
-    search takes half of the steps, and the retraining two thirds of them, going on from
-    the directions and the head that the search ended with.
+    as the search; the paper's orthogonality term is in the loss. `economical`: an outer
+    step after every fourth inner one, on a batch scaled to its split, with the mixed
+    product on a quarter of the inner batch; the search takes half of the steps, and the
+    retraining two thirds of them, going on from the directions and the head that the
+    search ended with; no such term, which costs as much as a step on short texts, and
+    brought nothing.
 
     Args:
         budget: One of `BUDGETS`.
@@ -44,7 +46,7 @@ def budget_defaults(
 
     Returns:
         Settings by name: `estimator`, `estimator_settings`, `outer_every`,
-        `outer_batch_size`, `steps`, `retrain_steps` and `retrain`.
+        `outer_batch_size`, `steps`, `retrain_steps`, `retrain` and `orthogonality`.
 
     Raises:
         UserError: If there is no such budget.
@@ -69,6 +71,7 @@ def budget_defaults(
             "steps": steps,
             "retrain_steps": steps,
             "retrain": "fresh",
+            "orthogonality": defaults.ORTHOGONALITY,
         }
     share = validation_fraction / (1 - validation_fraction)
     return {
@@ -82,6 +85,7 @@ def budget_defaults(
         "steps": max(1, math.ceil(defaults.SEARCH_SHARE * steps)),
         "retrain_steps": max(1, round(defaults.RETRAIN_SHARE * steps)),
         "retrain": "warm",
+        "orthogonality": 0.0,
     }
 
 

@@ -90,7 +90,7 @@ OUTER_WARMUP = 10
 """Inner steps before the first outer step, at most a quarter of the search."""
 
 ORTHOGONALITY = 1e-5
-"""Weight of the orthogonality term in the inner loss."""
+"""Weight of the orthogonality term in the inner loss, where there is one: the paper's."""
 
 PRODUCT_FRACTION = 0.25
 """Part of the inner batch that the mixed product is taken on, in the economical budget."""

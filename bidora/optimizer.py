@@ -224,14 +224,18 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def orthogonality_weight(
-    weight: float | None, estimator: HypergradEstimator, model: nn.Module
+    weight: float | None,
+    estimator: HypergradEstimator,
+    model: nn.Module,
+    usual: float = defaults.ORTHOGONALITY,
 ) -> float:
     """Return the weight of the orthogonality term.
 
     Args:
-        weight: as given; None for the default, where the term has a place.
+        weight: as given; None for the usual one, where the term has a place.
         estimator: the estimator.
         model: the model.
+        usual: the usual one.
 
     Raises:
         ValueError: out of range, or given where the term has no place.
@@ -239,7 +243,7 @@ def orthogonality_weight(
     gauss_newton = getattr(estimator, "curvature", "") == "gauss-newton"
     if weight is None:
         directions = exact_dora_layers(model) or plain_dora_layers(model)
-        return defaults.ORTHOGONALITY if directions and not gauss_newton else 0.0
+        return usual if directions and not gauss_newton else 0.0
     if not 0 <= weight < float("inf"):
         msg = (
             f"orthogonality={weight} must be finite and at least 0: it is the weight of "

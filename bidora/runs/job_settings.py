@@ -221,8 +221,11 @@ class JobSettings(Declared):
         "part of the training examples held back for the magnitudes, or for early stopping",
         SEARCH,
     )
-    orthogonality: float = option(
-        defaults.ORTHOGONALITY, "weight of the term that keeps directions apart", SEARCH
+    orthogonality: float | None = option(
+        None,
+        "weight of the term that keeps directions apart",
+        SEARCH,
+        shown=f"0, and {defaults.ORTHOGONALITY:g} by the full budget",
     )
 
     output_dir: str | None = option(

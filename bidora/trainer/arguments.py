@@ -63,8 +63,8 @@ class BiDoRAArguments:
         outer_warmup_steps: inner steps before the first outer step; None for 10, at most
             a quarter of the search.
         per_device_outer_batch_size: examples of an outer batch; None for the budget's.
-        orthogonality: weight of the orthogonality term in the inner loss; None for
-            1e-5, and for 0 with Gauss-Newton curvature, which has no place for it.
+        orthogonality: weight of the orthogonality term in the inner loss; None for the
+            budget's, and for 0 with Gauss-Newton curvature, which has no place for it.
         dora_dropout: what adapter dropout applies to; see `use_exact_dora`.
         audit_every: outer steps from one audit to the next; 0 for none.
         search_patience: evaluations without a lower loss on the held-back part after

@@ -62,7 +62,7 @@ def make_plan(trainer: Any, dataset: Any) -> Plan:
     whole = trainer.args
     if dataset is None:
         estimator = whole.make_estimator()
-        weight = orthogonality_weight(whole.orthogonality, estimator, trainer.model)
+        weight = _orthogonality(whole, estimator, trainer.model)
         return Plan(None, estimator, 1, 0, weight)
     trainer.args = arguments_of_phase(whole, "search")
     try:
@@ -94,8 +94,13 @@ def _plan(trainer: Any, dataset: Any) -> Plan:
                 *(*usual, steps, every, warmup),
                 outer_steps_due(every=every, warmup=warmup, **due),
             )
-    weight = orthogonality_weight(args.orthogonality, estimator, trainer.model)
+    weight = _orthogonality(args, estimator, trainer.model)
     return Plan(steps, estimator, every, warmup, weight, args.dataloader_drop_last)
+
+
+def _orthogonality(args: Any, estimator: HypergradEstimator, model: Any) -> float:
+    usual = args._budget()["orthogonality"]
+    return orthogonality_weight(args.orthogonality, estimator, model, usual)
 
 
 def _fitted(trainer: Any, dataset: Any) -> HypergradEstimator:

@@ -29,6 +29,7 @@ def test_what_the_budgets_stand_for() -> None:
         "steps": 90,
         "retrain_steps": 90,
         "retrain": "fresh",
+        "orthogonality": 1e-5,
     }
     assert of("economical", steps=91) == {
         "estimator": "darts",
@@ -38,6 +39,7 @@ def test_what_the_budgets_stand_for() -> None:
         "steps": 46,
         "retrain_steps": 61,  # two thirds
         "retrain": "warm",
+        "orthogonality": 0.0,
     }
     halves = of("economical", validation_fraction=0.5)
     assert halves["outer_batch_size"] == 12
@@ -66,7 +68,8 @@ def test_all_have_the_same_defaults(tmp_path: Path) -> None:
     assert settings["outer_warmup_steps"] == optimizer["outer_warmup"] == 10
     assert settings["outer_every"] == 4
     assert settings["orthogonality"] is optimizer["orthogonality"] is None
-    assert defaults.ORTHOGONALITY == 1e-5
+    assert defaults.ORTHOGONALITY == of("full")["orthogonality"] == 1e-5
+    assert of("economical")["orthogonality"] == 0.0
     assert (args.warmup_steps, args.validation_fraction) == (0.06, 0.2)
     assert settings["retrain"] == "warm"
 
@@ -77,7 +80,7 @@ def test_the_command_has_them_too(tmp_path: Path) -> None:
     for name in ("budget", "weight_decay", "validation_fraction", "estimator"):
         assert getattr(settings, name) == getattr(args, name), name
     assert settings.warmup_ratio == args.warmup_steps
-    assert settings.orthogonality == defaults.ORTHOGONALITY
+    assert settings.orthogonality is args.orthogonality is None
 
 
 def due(steps: int, every: int, warmup: int, lookback: int = 0) -> list[int]:

@@ -478,6 +478,18 @@ def test_the_economical_budget_shares_out_the_epochs(tmp_path: Path) -> None:
     assert (t.search_state.global_step, output.global_step) == (6, 12)
 
 
+@pytest.mark.parametrize(
+    ("budget", "given", "weight"),
+    [("economical", None, 0.0), ("full", None, 1e-5), ("economical", 1e-3, 1e-3)],
+)
+def test_the_orthogonality_term_is_the_budgets(
+    tmp_path: Path, budget: str, given: float | None, weight: float
+) -> None:
+    t = trainer(tmp_path, budget=budget, orthogonality=given, max_steps=4)
+    t.train()
+    assert t._plan.orthogonality == weight
+
+
 def test_what_is_given_goes_before_the_budget(tmp_path: Path) -> None:
     economical = partial(
         arguments,
