@@ -48,8 +48,8 @@ def reports() -> Iterator[list[StepReport]]:
     kept: list[StepReport] = []
     take_step = SteppedElsewhere.take_step
 
-    def keep(self: Any, inner_batch: Any, outer_batch: Any) -> StepReport:
-        report = take_step(self, inner_batch, outer_batch)
+    def keep(self: Any, *given: Any) -> StepReport:
+        report = take_step(self, *given)
         kept.append(report)
         return report
 
@@ -403,8 +403,8 @@ def test_a_mean_loss_of_ones_own_is_averaged_over_the_step(tmp_path: Path) -> No
         patch.setattr(
             SteppedElsewhere,
             "take_step",
-            lambda self, inner, outer: (
-                kept.append(inner) or take_step(self, inner, outer)
+            lambda self, inner, *other: (
+                kept.append(inner) or take_step(self, inner, *other)
             ),
         )
         t.train()

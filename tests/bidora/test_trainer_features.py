@@ -48,8 +48,8 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[StepReport]:
     kept: list[StepReport] = []
     take_step = SteppedElsewhere.take_step
 
-    def keep(self: Any, inner_batch: Any, outer_batch: Any) -> StepReport:
-        report = take_step(self, inner_batch, outer_batch)
+    def keep(self: Any, *given: Any) -> StepReport:
+        report = take_step(self, *given)
         kept.append(report)
         return report
 
