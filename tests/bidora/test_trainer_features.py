@@ -487,6 +487,7 @@ def test_the_orthogonality_term_is_the_budgets(
 ) -> None:
     t = trainer(tmp_path, budget=budget, orthogonality=given, max_steps=4)
     t.train()
+    assert t._plan is not None
     assert t._plan.orthogonality == weight
 
 
