@@ -321,6 +321,7 @@ def test_defaults_of_the_bidora_page_are_the_defaults() -> None:
         "learning_rate": defaults.LEARNING_RATE,
         "per_device_outer_batch_size": derived["outer_batch_size"],
         "retrain": derived["retrain"],
+        "orthogonality": derived["orthogonality"],
     }
     assert set(rows) <= set(settings)
     left_open = {n for n, shown in rows.items() if not re.match(r"`|never|\d", shown)}
