@@ -35,8 +35,8 @@ def budget_defaults(
     step after every fourth inner one, on a batch scaled to its split, with the mixed
     product on a quarter of the inner batch; the search takes half of the steps, and the
     retraining two thirds of them, going on from the directions and the head that the
-    search ended with; no such term, which costs as much as a step on short texts, and
-    brought nothing.
+    search ended with; no such term, which on short texts takes three quarters of a
+    step of LoRA, and brought nothing.
 
     Args:
         budget: One of `BUDGETS`.

@@ -45,4 +45,4 @@ def is_last() -> bool:
 def is_plain() -> bool:
     """Return whether nothing but autograd's backward pass can differentiate it."""
     dual = getattr(forward_ad, "_current_level", 0) >= 0
-    return not (dual or _in_transform() or torch.compiler.is_compiling())
+    return not (dual or _in_transform())

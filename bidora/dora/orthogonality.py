@@ -253,7 +253,7 @@ class _Term:
         weight, dtype = self.gram.weight, self.gram.dtype
         with _norms.autocast_off(lora_a.device):
             a, b = lora_a.to(dtype), lora_b.to(dtype)
-            if is_plain() and weight.key() is not None:
+            if weight.key() is not None and is_plain():
                 thin = self.expansion(a, b)
                 if thin is not None:
                     return cast(Tensor, _Penalty.apply(a, b, weight.stored, self, thin))
