@@ -266,6 +266,7 @@ def load_base(
         source,
         (PooledModel if was_pooled else auto).from_pretrained,
         "model",
+        **_unpacked(source),
         **task.model_kwargs(schema),
         ignore_mismatched_sizes=task.peft_type not in LANGUAGE_TYPES,
         dtype=torch.float32,
@@ -274,8 +275,8 @@ def load_base(
     model, info = loaded
     if hasattr(tokenizer, "pad_token_id"):
         model.config.pad_token_id = tokenizer.pad_token_id
-    if source.gguf_file is not None:
-        # They are plain float32 weights by now, which libraries would not train.
+    if hasattr(model.config, "quantization_config") and source.gguf_file is not None:
+        # Plain float32 weights by now; an older transformers still calls them quantised.
         del model.config.quantization_config
     if task.peft_type in LANGUAGE_TYPES:
         if info["missing_keys"]:
@@ -381,6 +382,15 @@ HOLDS = {
     "preprocessor_config.json",
 }
 """What a folder is to hold, by what was not found in it."""
+
+
+def _unpacked(source: ModelSource) -> dict[str, Any]:
+    """Return what makes plain weights of packed ones, which nothing here could train."""
+    import transformers
+
+    if source.gguf_file is None or not hasattr(transformers, "GgufConfig"):
+        return {}  # an older transformers unpacks them unasked
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:

