@@ -144,6 +144,7 @@ class Job:
             outer_lr=own.pop("outer_lr", 10 * self.rate),
             outer_warmup=min(10, steps // 4),
             outer_weight_decay=0.0,
+            loss_fn=_loss,
             **own,
         )
         return made, get_linear_schedule_with_warmup(made, int(0.06 * steps), steps)
@@ -253,7 +254,9 @@ def whole_run(job: Job, *, factors: bool = False) -> dict[str, Any]:
         inner = sorted(set(job.everything) - set(held))
         job.restart(inner, {n: first[n] * logs[n].exp() for n in first})
         now = job.values()
-        optimizer, schedule = job.optimizer(Unrolled(num_steps=STEPS), STEPS)
+        optimizer, schedule = job.optimizer(
+            Unrolled(num_steps=STEPS, snapshots="all"), STEPS
+        )
         found = _walk_back(job, optimizer, schedule, inner, held, number)
         history.append(_told(found))
         for name, gradient in found.outer_grads.items():
@@ -283,8 +286,8 @@ def whole_run_rates(job: Job) -> dict[str, Any]:
         rates = dict(zip(kinds, logs.exp().tolist(), strict=True))
         optimizer = BilevelOptimizer(
             job.model,
-            lambda model, batch: model(**batch).loss,
-            estimator=Unrolled(num_steps=STEPS),
+            _loss,
+            estimator=Unrolled(num_steps=STEPS, snapshots="all"),
             inner_optimizer=lambda tensors, rates=rates: torch.optim.AdamW(
                 _by_group(tensors, groups, rates), weight_decay=0.01
             ),
@@ -314,13 +317,19 @@ def _walk_back(
     for _ in range(STEPS):
         optimizer.inner_step(next(stream))
         schedule.step()
-    job.model.eval()
     return optimizer.estimator.estimate(
         optimizer.problem,
         inner_batch=None,
-        outer_batch=job.batch(held),
+        outer_batch={**job.batch(held), "without_dropout": True},
         steps=optimizer.recorded_steps,
     )
+
+
+def _loss(model: Any, batch: Any) -> Tensor:
+    """Return the loss, with dropout unless the batch says that it is without."""
+    inputs = dict(batch)
+    model.train(not inputs.pop("without_dropout", False))
+    return model(**inputs).loss
 
 
 def _told(found: Any) -> dict[str, float]:
