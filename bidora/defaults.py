@@ -14,7 +14,7 @@ __all__ = [
     "ORTHOGONALITY",
     "OTHER_FULL_LEARNING_RATE",
     "OTHER_LEARNING_RATE",
-    "OTHER_METHOD",
+    "OTHER_METHODS",
     "OUTER_EVERY",
     "OUTER_WARMUP",
     "POOLINGS",
@@ -44,8 +44,9 @@ POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 METHOD = "full"
 """How the bundled encoder is trained; a model as small loses nothing by it."""
 
-OTHER_METHOD = "bidora"
-"""How every other model is trained, and where settings of an adapter are given."""
+OTHER_METHODS = ("lora", "bidora")
+"""How every other model is trained, and this one where a setting is given that means
+nothing to `METHOD`: by the first of these to which every given setting is of use."""
 
 STARTS = ("probe", "random")
 """What the head starts from."""

@@ -23,12 +23,13 @@ Without any option this trains a small encoder (all-MiniLM-L6-v2, 22.7 M paramet
 to tell which package of Python's standard library a docstring comes from: 12 classes,
 20 training examples each. Nothing is downloaded, and it takes some minutes on a laptop.
 
-This encoder is trained in full, which measured best for it. A larger model gets BiDoRA,
-and so does this one where an option of BiDoRA or of its adapter is given. It writes each
-adapted weight as a magnitude (one number per output) times a direction (a low-rank
-change). In the *search*, directions learn on 80 % of the training examples and magnitudes
-on the other 20 %. Then the *retraining* keeps the magnitudes and learns the directions on
-everything. The result is a plain PEFT adapter.
+This encoder is trained in full, which measured best for it. A larger model gets LoRA, and
+so does this one where an option of an adapter is given. --method bidora, or an option of
+its own, takes BiDoRA, which scores as LoRA does where it was measured, in more time. It
+writes each adapted weight as a magnitude (one number per output) times a direction (a
+low-rank change). In the *search*, directions learn on 80 % of the training examples and
+magnitudes on the other 20 %. Then the *retraining* keeps the magnitudes and learns the
+directions on everything. The result of either is a plain PEFT adapter.
 """
 
 EXAMPLES = """\

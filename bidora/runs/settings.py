@@ -51,9 +51,9 @@ class TrainSettings(JobSettings):
 
     method: str = option(
         "auto",
-        f"how to train; auto is {defaults.METHOD} for the bundled encoder, and "
-        f"{defaults.OTHER_METHOD} for other models or where one of its settings is given; "
-        "help lists all",
+        f"how to train; auto is {defaults.METHOD} for the bundled encoder, else "
+        f"{defaults.OTHER_METHODS[0]}, or {defaults.OTHER_METHODS[1]} where one of its own "
+        "settings is given; help lists all",
         WHAT,
         metavar="NAME",
     )
@@ -249,12 +249,13 @@ class TrainSettings(JobSettings):
 
     @property
     def usual_method(self) -> str:
-        """The method where none is given.
+        """The method where none is given: the first to which every given setting is of use.
 
-        That of the bundled encoder, unless a setting is given that means nothing to it.
+        That of the bundled encoder is none for other models.
         """
-        suits = self.is_bundled and not METHODS.get(defaults.METHOD).useless(self)
-        return defaults.METHOD if suits else defaults.OTHER_METHOD
+        names = (defaults.METHOD,) * self.is_bundled + defaults.OTHER_METHODS
+        suit = (n for n in names if not METHODS.get(n).useless(self))
+        return next(suit, names[-1])
 
     def differs(self) -> set[str]:
         """Return the names of the settings that are not at their defaults."""

@@ -233,7 +233,7 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
 ) -> None:
     with monkeypatch.context() as patch:
         stop_at_step(patch, 3, KeyboardInterrupt())
-        assert run() == 130
+        assert run("--method", "bidora") == 130
     shown = capsys.readouterr().err
     assert "stopped by Ctrl-C at step" in shown
     assert "of the search phase" in shown
@@ -251,8 +251,8 @@ def test_ctrl_c_keeps_the_history_and_nothing_broken(
         json.loads(s) for s in (folder / "history.jsonl").read_text().splitlines()
     ]
     assert history[-1]["step"] == 3
-    assert run() == 2
-    assert run("--overwrite") == 0
+    assert run("--method", "bidora") == 2
+    assert run("--method", "bidora", "--overwrite") == 0
     assert (folder / "metrics.json").exists()
 
 

@@ -370,7 +370,7 @@ def test_fields_of_the_trainer_are_checked(
     options: dict[str, Any], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train(TrainSettings(**options, trainer=given), dry_run=True)
+        train(TrainSettings(**options, method="bidora", trainer=given), dry_run=True)
 
 
 def test_a_search_too_short_for_its_warm_up_is_refused(options: dict[str, Any]) -> None:
