@@ -43,6 +43,8 @@ class BiDoRAOptimizer(BilevelOptimizer):
             `add_adapter` with `LoraConfig(use_dora=True)`.
         estimator: a name of `hypergrad.estimator_names()` or an estimator.
         loss_fn: `(model, batch) -> scalar`; None for `model(**batch).loss`.
+        outer_loss_fn: the outer loss, which `zeroth-order` takes without a derivative too,
+            such as minus a metric; None for `loss_fn`, without the orthogonality term.
         inner_lr: AdamW's learning rate of the directions and the head.
         outer_lr: AdamW's learning rate of the magnitudes; None for `inner_lr`.
         inner_weight_decay: decoupled weight decay of the directions and the head.
@@ -94,6 +96,7 @@ class BiDoRAOptimizer(BilevelOptimizer):
         estimator: str | HypergradEstimator = defaults.ESTIMATOR,
         *,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
         inner_lr: float = defaults.OTHER_LEARNING_RATE,
         outer_lr: float | None = None,
         inner_weight_decay: float = defaults.WEIGHT_DECAY,
@@ -152,7 +155,7 @@ class BiDoRAOptimizer(BilevelOptimizer):
                 model,
                 inner_loss,
                 outer=sorted(outer),
-                outer_loss_fn=compute,
+                outer_loss_fn=outer_loss_fn or compute,
                 # For Gauss-Newton curvature; a loss of the user's own says nothing of it.
                 inner_outputs=predictions if loss_fn is None else None,
                 inner_criterion=criterion_of(model) if loss_fn is None else None,

@@ -91,6 +91,7 @@ PAGES = (
     "examples/data-weights.md",
     "examples/imaml.md",
     "examples/looking-back.md",
+    "examples/rates.md",
     "examples/whole-runs.md",
 )
 TASK_PAGES = (

@@ -54,8 +54,12 @@ def outer_step_cost(estimator: Any) -> float:
     )
     revisited = getattr(estimator, "num_steps", 0)
     name = getattr(estimator, "name", "")
-    if name == "first-order":
+    if name in ("first-order", "pbgd-free"):
         return 1.0
+    if name == "f2sa":  # g and f at each point
+        return 2.0 * estimator.num_points + 2.0
+    if name == "penalty":  # each of its steps is on g twice, and on f once
+        return 3.0 * revisited + 2.0
     if name == "forward":  # a graph for each step, and a product for each direction
         directions = estimator.num_directions
         count = 8 if directions == "all" else directions
@@ -65,6 +69,23 @@ def outer_step_cost(estimator: Any) -> float:
         count = 8 if directions == "all" else directions
         return count * (2.0 * revisited + 2.0)
     return 3.0 + products + 2.25 * revisited
+
+
+def inner_step_cost(estimator: Any) -> float:
+    """Return about how many inner steps one costs, with an estimator's own part in it.
+
+    Args:
+        estimator: An estimator; its settings are read where it has them.
+
+    Example:
+        >>> from hypergrad import make_estimator
+        >>> inner_step_cost(make_estimator("f2sa", num_points=2))
+        5.0
+    """
+    name = getattr(estimator, "name", "")
+    if name == "pbgd-free":  # a gradient of f
+        return 2.0
+    return 1.0 + 2.0 * estimator.num_points if name == "f2sa" else 1.0
 
 
 def memory_in_use(device: torch.device) -> int:

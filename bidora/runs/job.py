@@ -198,7 +198,7 @@ class _Job(Prepared):
 
     def expected_seconds(self, trainer: Any) -> float:
         """Time a few steps and return how long the phases will take, roughly."""
-        from bidora.runs.cost import outer_step_cost, time_a_step
+        from bidora.runs.cost import inner_step_cost, outer_step_cost, time_a_step
         from bidora.trainer.arguments import arguments_of_phase
 
         settings, args = self.settings, trainer.args
@@ -215,9 +215,9 @@ class _Job(Prepared):
             search = arguments_of_phase(args, "search").max_steps
             outer = max(0, search - own["outer_warmup_steps"]) / own["outer_every"]
             small = own["per_device_outer_batch_size"] / size
-            steps = search + outer * outer_step_cost(args.make_estimator()) * min(
-                1, small
-            )
+            estimator = args.make_estimator()
+            steps = search * inner_step_cost(estimator)
+            steps += outer * outer_step_cost(estimator) * min(1, small)
             if "retrain" in self.method.phases and own["retrain"] != "none":
                 steps += arguments_of_phase(args, "retrain").max_steps
         points = settings.max_steps / max(1, args.eval_steps) + 1

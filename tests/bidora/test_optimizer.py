@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from sklearn.metrics import f1_score
 from torch import nn
 from transformers import (
     BertConfig,
@@ -273,6 +274,28 @@ def test_readme_loop_keeps_peft_settings_the_user_chose() -> None:
     layers = exact_dora_layers(model)
     BiDoRAOptimizer(model)
     assert exact_dora_layers(model) == layers
+
+
+def test_the_outer_loss_may_be_a_metric_without_a_derivative() -> None:
+    model = by_get_peft_model()
+
+    def minus_f1(model: Any, batch: Any) -> torch.Tensor:
+        said = model(**batch).logits.argmax(-1).tolist()
+        score = f1_score(batch["labels"].tolist(), said, average="macro")
+        return torch.tensor(-float(score))
+
+    opt = BiDoRAOptimizer(
+        model,
+        make_estimator("zeroth-order", num_steps=1, radius=0.5),
+        outer_loss_fn=minus_f1,
+        outer_every=1,
+        outer_warmup=0,
+    )
+    before = [m.detach().clone() for m in magnitudes(model).values()]
+    reports = [opt.step(batch(i), batch(10)) for i in range(4)]
+    assert all(-1 <= r.outer_loss <= 0 and r.inner_loss > 0 for r in reports)
+    after = magnitudes(model).values()
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_a_step_that_fails_anywhere_changes_nothing() -> None:

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bidora.runs.cost import duration, memory_in_use, outer_step_cost, time_a_step
+from bidora.runs.cost import (
+    duration,
+    inner_step_cost,
+    memory_in_use,
+    outer_step_cost,
+    time_a_step,
+)
 from hypergrad import make_estimator
 
 
@@ -34,12 +40,21 @@ def test_timing_leaves_no_trace(finished: Callable[[str], Any]) -> None:
         ("cg", {"max_iter": 20}, 23.0),
         ("zeroth-order", {"num_steps": 3, "num_directions": 2}, 16.0),
         ("forward", {"num_steps": 2, "num_directions": 4}, 13.0),
+        ("penalty", {"num_steps": 10}, 32.0),
+        ("f2sa", {"num_points": 2}, 6.0),
+        ("pbgd-free", {}, 1.0),
     ],
 )
 def test_outer_costs_follow_the_number_of_products(
     name: str, settings: dict[str, Any], cost: float
 ) -> None:
     assert outer_step_cost(make_estimator(name, **settings)) == cost
+
+
+def test_an_estimator_may_have_a_part_in_inner_steps() -> None:
+    assert inner_step_cost(make_estimator("darts")) == 1.0
+    assert inner_step_cost(make_estimator("pbgd-free")) == 2.0
+    assert inner_step_cost(make_estimator("f2sa")) == 3.0
 
 
 @pytest.mark.parametrize(
