@@ -84,10 +84,13 @@ class StudyFolder:
         return FolderLock(self.path, holder="comparison", why=ONE_AT_A_TIME)
 
     def clear(self) -> None:
-        """Delete the records of an earlier comparison, and its grid."""
+        """Delete the records of an earlier comparison.
+
+        Its grid stays until another takes its place: by it, the folder is known for one
+        of a comparison, whenever this is stopped.
+        """
         shutil.rmtree(self.runs, ignore_errors=True)
-        for path in (self.path / MARKER, self.log):
-            path.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
 
     def open(self, grid: Grid) -> None:
         """Write the grid down, and make the places of records and runs.
@@ -97,13 +100,13 @@ class StudyFolder:
         """
         import yaml
 
+        text = yaml.safe_dump(grid.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / MARKER, text)  # first: a killed start leaves it behind
         self.close()
         for folder in (self.runs, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         for path in self.runs.rglob(".*.partial"):
             path.unlink()
-        text = yaml.safe_dump(grid.to_dict(), sort_keys=False, allow_unicode=True)
-        write_whole(self.path / MARKER, text)
 
     def close(self) -> None:
         """Delete what runs left that did not come to their end."""

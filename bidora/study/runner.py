@@ -55,9 +55,7 @@ def compare(
         grid = replace(grid, processes=settings.processes)
     folder = StudyFolder(settings.folder)
     with folder.lock():
-        if settings.overwrite:
-            folder.clear()
-        records = folder.read(listener)
+        records = [] if settings.overwrite else folder.read(listener)
         failed = sum(record.failed for record in records)
         if settings.retry_failed:
             records = [record for record in records if not record.failed]
@@ -74,6 +72,8 @@ def compare(
             plan = replace(plan, tasks=[name for name in names if name not in stopped])
             if not plan.tasks:
                 raise UserError(" ".join(stopped.values()))
+        if settings.overwrite:
+            folder.clear()  # now that the new grid and its data are known to be good
         folder.open(grid)
         limit = settings.time_limit
         deadline = None if limit is None else began + 60 * limit

@@ -382,6 +382,33 @@ def test_data_that_cannot_be_read_stops_before_anything_is_run(
     run(small_grid())  # the folder is as good as new
 
 
+def test_what_overwrite_deletes_is_there_until_the_new_grid_is_known_to_be_good(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    out = tmp_path / "out"
+    before = files(out)
+    there = {path.name for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"^tasks\.gone: "):
+        run(small_grid(tasks={"gone": {"task": "gone.csv"}}), overwrite=True)
+    assert files(out) == before
+    assert {path.name for path in out.iterdir()} == there
+    # A record that cannot be read is no obstacle, since it is to be deleted.
+    (out / sorted(before)[0]).write_text('{"colour": "red"}')
+    study = run(small_grid(seeds=[5]), overwrite=True)
+    assert {record.cell.seed for record in study.records} == {5}
+    assert len(files(out)) == 2
+
+
+def test_a_folder_that_was_cleared_and_no_more_is_one_of_a_comparison_still(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    StudyFolder(tmp_path / "out").clear()
+    assert files(tmp_path / "out") == {}
+    assert len(run(small_grid()).records) == 4
+
+
 def test_two_comparisons_never_write_into_one_folder(
     run: Callable[..., Study], small_grid: Grid, tmp_path: Path
 ) -> None:
