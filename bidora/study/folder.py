@@ -15,7 +15,7 @@ from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid
 from bidora.study.records import Cell, Record, read_records
-from bidora.study.worker import as_recorded
+from bidora.study.worker import as_recorded, first_line
 from bidora.trainer.lock import LOCK_FILE, FolderLock
 
 __all__ = ["StudyFolder"]
@@ -26,6 +26,9 @@ MARKER = "grid.yaml"
 ONE_AT_A_TIME = (
     "two would train the same runs twice. Wait for it, or choose another --output-dir."
 )
+TORN = (json.JSONDecodeError, UnicodeDecodeError)
+"""What a file that was half written raises when it is read."""
+
 UNIMPORTANT = ("output_dir", "overwrite", "record_weights")
 """Settings that change nothing of what a run comes to."""
 
@@ -129,32 +132,32 @@ class StudyFolder:
             name += f"-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         return self.runs / cell.task / cell.method / f"{name}.json"
 
-    def read(self, listener: Listener) -> list[Record]:
-        """Return the records; torn files are deleted, and their runs are due again.
+    def read(self, listener: Listener, *, deletes: bool = True) -> list[Record]:
+        """Return the records; the runs of torn files are due again.
 
         Args:
             listener: Told of torn files.
+            deletes: Whether torn files are deleted.
 
         Raises:
             UserError: If a whole file is no record that this version knows.
         """
-        if not self.runs.is_dir():
-            return []
         records, unread = read_records(self.runs)
-        torn = [path for path in unread if not _is_json(path)]
-        for path in unread:
-            if path not in torn:
+        for path, error in unread:
+            if not isinstance(error, TORN):
                 raise UserError(
-                    f"{path} is whole and holds no record that this version can read; "
-                    "another version may have written it. Go on with that one, name "
-                    "another folder, or delete the file to run it again."
+                    f"{path} is whole and holds no record that this version can read "
+                    f"({first_line(error)}); another version may have written it, or "
+                    "somebody changed it. Go on with that version, name another folder, "
+                    "or delete the file to run it again."
                 )
-        for path in torn:
-            path.unlink()
-        if torn:
+        if deletes:
+            for path, _ in unread:
+                path.unlink()
+        if unread:
             listener.message(
-                f"Torn   {len(torn)} record(s) half written, such as {torn[0]}: deleted, "
-                "to be run again"
+                f"Torn   {len(unread)} record(s) half written, such as {unread[0][0]}: "
+                f"{'deleted, ' if deletes else ''}to be run again"
             )
         return records
 
@@ -188,11 +191,3 @@ class StudyFolder:
                         "folder with --output-dir, or delete what is there with "
                         "--overwrite."
                     )
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
-    return True

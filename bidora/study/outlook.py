@@ -10,7 +10,6 @@ from bidora.runs.results import Listener
 from bidora.study.folder import StudyFolder
 from bidora.study.grid import Group
 from bidora.study.plan import Plan
-from bidora.study.records import read_records
 from bidora.study.runner import check_tasks, expected_seconds
 from bidora.study.settings import StudySettings
 
@@ -71,9 +70,7 @@ def look_ahead(settings: StudySettings, listener: Listener | None = None) -> Out
     listener = listener or Listener()
     grid = settings.read()
     folder = StudyFolder(settings.folder)
-    records, _ = read_records(folder.runs)
-    if settings.overwrite:
-        records = []
+    records = [] if settings.overwrite else folder.read(listener, deletes=False)
     if settings.retry_failed:
         records = [record for record in records if not record.failed]
     folder.check(grid, records)

@@ -142,7 +142,14 @@ def _report(study: Study, folder: StudyFolder, listener: Listener) -> None:
     """Write the report, and say where it is."""
     from bidora.study.report import write_report
 
-    names = [Path(name).name for name in write_report(study, folder.path)]
+    try:
+        names = [Path(name).name for name in write_report(study, folder.path)]
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder.path} ({error.strerror}); the "
+            "records of the runs that ended are there. Make room on the disk, or let the "
+            "folder be written to; the same command then goes on."
+        ) from error
     listener.message(f"Report {folder.path}: {', '.join(names)}")
 
 

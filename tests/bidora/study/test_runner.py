@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import pytest
 from bidora.errors import UserError
 from bidora.runs.results import Listener
 from bidora.study.folder import StudyFolder
+from bidora.study.outlook import look_ahead
 from bidora.study.plan import Study
 from bidora.study.pool import cores
 from bidora.study.records import Cell, Point, Record, read_records, write_record
@@ -217,6 +219,46 @@ def test_a_process_that_dies_is_a_failed_run(
     assert not (tmp_path / "out" / ".running").exists()
 
 
+def test_a_run_that_leaves_by_sys_exit_is_a_failed_run(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    study = run(small_grid(), stand_ins.leaving)
+    errors = {(r.cell.method, r.cell.seed): r.error for r in study.records if r.failed}
+    assert errors == {("lora", 1): "SystemExit: 3", ("dora", 1): "SystemExit: 3"}
+    assert len(study.records) == 4
+
+
+def test_a_record_that_cannot_be_written_is_told_in_a_sentence(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, reported: list[Study]
+) -> None:
+    place = tmp_path / "out" / "runs" / "words"
+    run(small_grid(methods={"lora": {}}))
+    (place / "dora").write_text("in the way")
+    with pytest.raises(
+        UserError, match=r"steps-all-seed0\.json cannot be written \(.*Make room on"
+    ):
+        run(small_grid())
+    assert len(reported) == 2
+    (place / "dora").unlink()
+    assert len(run(small_grid()).records) == 4
+
+
+def test_a_report_that_cannot_be_written_is_told_in_a_sentence(
+    run: Callable[..., Study],
+    small_grid: Grid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_report(study: Study, folder: Path) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = sys.modules["bidora.study.report"]
+    monkeypatch.setattr(module, "write_report", write_report)
+    with pytest.raises(UserError, match=r"cannot be written .* \(No space left on"):
+        run(small_grid())
+    assert len(files(tmp_path / "out")) == 4
+
+
 # -- going on -----------------------------------------------------------------------
 
 
@@ -272,6 +314,67 @@ def test_a_record_of_another_version_is_neither_deleted_nor_taken(
     with pytest.raises(UserError, match=r"seed0\.json is whole and holds no record"):
         run(small_grid())
     assert "colour" in path.read_text()
+    with pytest.raises(UserError, match=r"argument 'colour'\); another version may"):
+        look_ahead(StudySettings(small_grid(), output_dir=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"settings": 5}, "settings is '5', and no dict"),
+        (
+            {"test": {"accuracy": "high"}},
+            r"test is .*high.*, and no dict\[str, float\]",
+        ),
+        ({"seconds": "4 s"}, "seconds is '4 s', and no float"),
+        ({"steps": True}, "steps is 'True', and no int"),
+        ({"curve": [{"phase": "train", "step": 1, "seconds": 1}]}, "'validation'"),
+        (
+            {"cell": {**vars(Cell("a", "b", 0, 0, "steps")), "purpose": "fun"}},
+            "Purpose",
+        ),
+        (
+            {"cell": {**vars(Cell("a", "b", 0, 0, "steps")), "trial": [["x", {}]]}},
+            "hash",
+        ),
+        ({"cell": None}, "NoneType"),
+    ],
+)
+def test_a_record_with_a_field_of_another_type_is_told_with_the_field(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    folder = StudyFolder(tmp_path)
+    cell = Cell("a", "lora", 0, 3, "steps")
+    write_record(folder.record_path(cell), Record(cell, {}))
+    assert folder.read(Listener()) == [Record(cell, {})]
+    path = folder.record_path(cell)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    (tmp_path / "grid.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"whole and holds no record.*{said}"):
+        folder.read(Listener())
+
+
+def test_a_dry_run_tells_of_torn_records_and_leaves_them(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    path = tmp_path / "out" / "runs" / "words" / "lora" / "steps-all-seed0.json"
+    path.write_text("{")
+    heard = Heard()
+    settings = StudySettings(small_grid(), output_dir=str(tmp_path / "out"))
+    assert look_ahead(settings, heard).plan.remaining == 1
+    assert heard.lines[0] == (
+        f"Torn   1 record(s) half written, such as {path}: to be run again"
+    )
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize("study", ["quality", "variants"])
+def test_committed_records_are_read(study: str) -> None:
+    results = Path(__file__).parents[3] / "benchmarks" / "results"
+    records, unread = read_records(results / study / "runs")
+    assert unread == []
+    assert len(records) > 20
 
 
 @pytest.mark.parametrize(
