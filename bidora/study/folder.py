@@ -29,6 +29,9 @@ ONE_AT_A_TIME = (
 TORN = (json.JSONDecodeError, UnicodeDecodeError)
 """What a file that was half written raises when it is read."""
 
+SHOWN = 3
+"""Methods on tasks that a message names; it counts the others."""
+
 UNIMPORTANT = ("output_dir", "overwrite", "record_weights")
 """Settings that change nothing of what a run comes to."""
 
@@ -161,16 +164,19 @@ class StudyFolder:
             )
         return records
 
-    def check(self, grid: Grid, records: Sequence[Record]) -> None:
-        """Refuse a grid that gives other settings to runs that are recorded.
+    def check(self, grid: Grid, records: Sequence[Record], listener: Listener) -> None:
+        """Refuse a grid of another comparison, or of other settings for what was run.
 
         Args:
             grid: What is asked for now.
             records: What is there.
+            listener: Told of recorded runs that the grid has left out.
 
         Raises:
-            UserError: If a setting that the method uses differs; it names the first.
+            UserError: If the grid has no method and task that is recorded, or a setting
+                that the method uses differs; it names the first.
         """
+        self._tell_of_others(grid, records, listener)
         usual = as_recorded(TrainSettings())
         for record in records:
             cell = record.cell
@@ -191,3 +197,26 @@ class StudyFolder:
                         "folder with --output-dir, or delete what is there with "
                         "--overwrite."
                     )
+
+    def _tell_of_others(
+        self, grid: Grid, records: Sequence[Record], listener: Listener
+    ) -> None:
+        """Say what the report will leave out; where that is all, refuse the grid."""
+        cells = [record.cell for record in records]
+        others = [cell for cell in cells if not grid.has(cell.task, cell.method)]
+        if not others:
+            return
+        pairs = list(dict.fromkeys(f"{cell.method} on {cell.task}" for cell in others))
+        more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+        shown = f"{', '.join(pairs[:SHOWN])}{more}"
+        if len(others) == len(cells):
+            raise UserError(
+                f"{self.path} has {len(others)} recorded run(s), of {shown}, and the grid "
+                "has none of these: it is of another comparison, and would take the "
+                "place of its grid and report. Name another folder with --output-dir, or "
+                "delete what is there with --overwrite."
+            )
+        listener.message(
+            f"Apart  {len(others)} recorded run(s), of {shown}, are not in the grid: they "
+            "stay in the folder, and the report leaves them out"
+        )

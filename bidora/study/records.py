@@ -78,6 +78,8 @@ class Record:
         trained_parameters: Their number.
         curve: Points in the order of time.
         environment: Versions and machine.
+        data: What the task's examples are recognised by, see `bidora.study.data`; empty
+            in records of before it was kept, which are taken to be of the same ones.
     """
 
     cell: Cell
@@ -94,6 +96,7 @@ class Record:
     trained_parameters: int = 0
     curve: tuple[Point, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
 
     @property
     def failed(self) -> bool:

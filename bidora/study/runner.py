@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from bidora.errors import UserError
-from bidora.methods.registry import METHODS
 from bidora.runs.results import Listener
+from bidora.study.data import check_tasks
 from bidora.study.folder import StudyFolder
 from bidora.study.plan import Plan, Study
 from bidora.study.pool import Slot, worker_environment
@@ -19,7 +19,7 @@ from bidora.study.records import Cell, Record, write_record
 from bidora.study.settings import StudySettings
 from bidora.study.worker import Order, Train, as_recorded
 
-__all__ = ["check_tasks", "compare"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -64,10 +64,10 @@ def compare(
                 f"Failed {failed} run(s) of an earlier start; --retry-failed would run "
                 "them again"
             )
-        folder.check(grid, records)
+        folder.check(grid, records, listener)
         plan = Plan(grid, tuple(records), settings.only_tasks, settings.only_methods)
-        stopped = check_tasks(plan, listener)
-        if stopped:
+        data = check_tasks(plan, listener)
+        if stopped := data.stopped:
             names = plan.tasks or [task.name for task in grid.tasks]
             plan = replace(plan, tasks=[name for name in names if name not in stopped])
             if not plan.tasks:
@@ -77,7 +77,7 @@ def compare(
         folder.open(grid)
         limit = settings.time_limit
         deadline = None if limit is None else began + 60 * limit
-        runner = _Runner(plan, folder, listener, train, deadline)
+        runner = _Runner(plan, folder, listener, train, deadline, data.digests)
         try:
             with worker_environment(grid.processes):
                 runner.run()
@@ -87,55 +87,6 @@ def compare(
             study = runner.plan.study(stopped.values())
             _report(study, folder, listener)
     return study
-
-
-def check_tasks(plan: Plan, listener: Listener) -> dict[str, str]:
-    """Read the examples of each task that has runs to do, before hours are spent.
-
-    Args:
-        plan: What is to be done.
-        listener: Told what the data is, and of tasks that cannot be swept.
-
-    Returns:
-        The tasks that have no validation examples to choose settings by, each with a
-        sentence.
-
-    Raises:
-        UserError: If the examples of a task can't be used.
-    """
-    from bidora.runs.examples import read_examples
-
-    grid = plan.grid
-    firsts: dict[tuple[str, int], Cell] = {}
-    for cell in plan.due:
-        firsts.setdefault((cell.task, cell.size), cell)
-    stopped: dict[str, str] = {}
-    told: set[str] = set()
-    for (task, size), cell in firsts.items():
-        methods = [m for t, m, s in plan.groups if (t, s) == (task, size)]
-        kinds = [grid.method(name).settings.get("method", name) for name in methods]
-        searches = any(METHODS.get(kind).holds_back for kind in kinds)
-        hears = Listener() if task in told else listener
-        told.add(task)
-        try:
-            found = read_examples(grid.settings_of(cell), hears, searches=searches)
-        except UserError as error:
-            raise UserError(f"tasks.{task}: {error}") from error
-        there = len(found.rows["train"])
-        if there < size:
-            raise UserError(
-                f"tasks.{task}: `sizes` asks for {size} training examples, and there are "
-                f"{there}; give this task `sizes` of its own, `all` among them if you like."
-            )
-        swept = [name for name in methods if grid.sweeps(name)]
-        if swept and "validation" not in found.rows and task not in stopped:
-            stopped[task] = (
-                f"Nothing is run on {task}: the sweep of {', '.join(swept)} chooses on "
-                "validation examples, and there are none. Name a `validation_file`, leave "
-                "some of the training examples to it by `sizes`, or leave out the sweep."
-            )
-            listener.message(stopped[task])
-    return stopped
 
 
 def _report(study: Study, folder: StudyFolder, listener: Listener) -> None:
@@ -163,6 +114,7 @@ class _Runner:
         listener: Told how far it is.
         train: What trains; None for `bidora.train`.
         deadline: No run is started after it, on the monotonic clock.
+        digests: What the examples of each task are recognised by.
     """
 
     plan: Plan
@@ -170,6 +122,7 @@ class _Runner:
     listener: Listener
     train: Train | None
     deadline: float | None
+    digests: dict[str, str]
     running: dict[Future[Record], tuple[Slot, Cell]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -213,6 +166,7 @@ class _Runner:
                 self.folder.record_path(cell),
                 self.folder.scratch,
                 self.train,
+                self.digests.get(cell.task, ""),
             )
             self.running[slot.submit(order)] = slot, cell
             self.tell(cell)
@@ -226,7 +180,12 @@ class _Runner:
             settings = self.plan.grid.settings_of(
                 cell, steps if cell.purpose == "time" else None
             )
-            record = Record(cell, as_recorded(settings), error=slot.why_it_ended())
+            record = Record(
+                cell,
+                as_recorded(settings),
+                error=slot.why_it_ended(),
+                data=self.digests.get(cell.task, ""),
+            )
             write_record(self.folder.record_path(cell), record)
             return record
 

@@ -51,6 +51,7 @@ class Order:
         path: Where its record goes.
         scratch: Folder that the run's own folder is made in, and deleted.
         train: What trains; None for `bidora.train`.
+        data: What the task's examples are recognised by.
     """
 
     cell: Cell
@@ -58,6 +59,7 @@ class Order:
     path: Path
     scratch: Path
     train: Train | None = None
+    data: str = ""
 
 
 def begin(log: str) -> None:
@@ -108,6 +110,7 @@ def work(order: Order) -> Record:
             error=first_line(error),
             total_seconds=time.perf_counter() - started,
         )
+    record = dataclasses.replace(record, data=order.data)
     write_record(order.path, record)
     return record
 
