@@ -15,7 +15,7 @@ from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid
 from bidora.study.records import Cell, Record, read_records
-from bidora.study.worker import as_recorded
+from bidora.study.worker import as_recorded, first_line
 from bidora.trainer.lock import LOCK_FILE, FolderLock
 
 __all__ = ["StudyFolder"]
@@ -26,6 +26,12 @@ MARKER = "grid.yaml"
 ONE_AT_A_TIME = (
     "two would train the same runs twice. Wait for it, or choose another --output-dir."
 )
+TORN = (json.JSONDecodeError, UnicodeDecodeError)
+"""What a file that was half written raises when it is read."""
+
+SHOWN = 3
+"""Methods on tasks that a message names; it counts the others."""
+
 UNIMPORTANT = ("output_dir", "overwrite", "record_weights")
 """Settings that change nothing of what a run comes to."""
 
@@ -84,10 +90,13 @@ class StudyFolder:
         return FolderLock(self.path, holder="comparison", why=ONE_AT_A_TIME)
 
     def clear(self) -> None:
-        """Delete the records of an earlier comparison, and its grid."""
+        """Delete the records of an earlier comparison.
+
+        Its grid stays until another takes its place: by it, the folder is known for one
+        of a comparison, whenever this is stopped.
+        """
         shutil.rmtree(self.runs, ignore_errors=True)
-        for path in (self.path / MARKER, self.log):
-            path.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
 
     def open(self, grid: Grid) -> None:
         """Write the grid down, and make the places of records and runs.
@@ -97,13 +106,13 @@ class StudyFolder:
         """
         import yaml
 
+        text = yaml.safe_dump(grid.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / MARKER, text)  # first: a killed start leaves it behind
         self.close()
         for folder in (self.runs, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         for path in self.runs.rglob(".*.partial"):
             path.unlink()
-        text = yaml.safe_dump(grid.to_dict(), sort_keys=False, allow_unicode=True)
-        write_whole(self.path / MARKER, text)
 
     def close(self) -> None:
         """Delete what runs left that did not come to their end."""
@@ -126,45 +135,48 @@ class StudyFolder:
             name += f"-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         return self.runs / cell.task / cell.method / f"{name}.json"
 
-    def read(self, listener: Listener) -> list[Record]:
-        """Return the records; torn files are deleted, and their runs are due again.
+    def read(self, listener: Listener, *, deletes: bool = True) -> list[Record]:
+        """Return the records; the runs of torn files are due again.
 
         Args:
             listener: Told of torn files.
+            deletes: Whether torn files are deleted.
 
         Raises:
             UserError: If a whole file is no record that this version knows.
         """
-        if not self.runs.is_dir():
-            return []
         records, unread = read_records(self.runs)
-        torn = [path for path in unread if not _is_json(path)]
-        for path in unread:
-            if path not in torn:
+        for path, error in unread:
+            if not isinstance(error, TORN):
                 raise UserError(
-                    f"{path} is whole and holds no record that this version can read; "
-                    "another version may have written it. Go on with that one, name "
-                    "another folder, or delete the file to run it again."
+                    f"{path} is whole and holds no record that this version can read "
+                    f"({first_line(error)}); another version may have written it, or "
+                    "somebody changed it. Go on with that version, name another folder, "
+                    "or delete the file to run it again."
                 )
-        for path in torn:
-            path.unlink()
-        if torn:
+        if deletes:
+            for path, _ in unread:
+                path.unlink()
+        if unread:
             listener.message(
-                f"Torn   {len(torn)} record(s) half written, such as {torn[0]}: deleted, "
-                "to be run again"
+                f"Torn   {len(unread)} record(s) half written, such as {unread[0][0]}: "
+                f"{'deleted, ' if deletes else ''}to be run again"
             )
         return records
 
-    def check(self, grid: Grid, records: Sequence[Record]) -> None:
-        """Refuse a grid that gives other settings to runs that are recorded.
+    def check(self, grid: Grid, records: Sequence[Record], listener: Listener) -> None:
+        """Refuse a grid of another comparison, or of other settings for what was run.
 
         Args:
             grid: What is asked for now.
             records: What is there.
+            listener: Told of recorded runs that the grid has left out.
 
         Raises:
-            UserError: If a setting that the method uses differs; it names the first.
+            UserError: If the grid has no method and task that is recorded, or a setting
+                that the method uses differs; it names the first.
         """
+        self._tell_of_others(grid, records, listener)
         usual = as_recorded(TrainSettings())
         for record in records:
             cell = record.cell
@@ -186,10 +198,25 @@ class StudyFolder:
                         "--overwrite."
                     )
 
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
-    return True
+    def _tell_of_others(
+        self, grid: Grid, records: Sequence[Record], listener: Listener
+    ) -> None:
+        """Say what the report will leave out; where that is all, refuse the grid."""
+        cells = [record.cell for record in records]
+        others = [cell for cell in cells if not grid.has(cell.task, cell.method)]
+        if not others:
+            return
+        pairs = list(dict.fromkeys(f"{cell.method} on {cell.task}" for cell in others))
+        more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+        shown = f"{', '.join(pairs[:SHOWN])}{more}"
+        if len(others) == len(cells):
+            raise UserError(
+                f"{self.path} has {len(others)} recorded run(s), of {shown}, and the grid "
+                "has none of these: it is of another comparison, and would take the "
+                "place of its grid and report. Name another folder with --output-dir, or "
+                "delete what is there with --overwrite."
+            )
+        listener.message(
+            f"Apart  {len(others)} recorded run(s), of {shown}, are not in the grid: they "
+            "stay in the folder, and the report leaves them out"
+        )

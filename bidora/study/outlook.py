@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from bidora.errors import UserError
 from bidora.runs.results import Listener
+from bidora.study.data import check_tasks
 from bidora.study.folder import StudyFolder
 from bidora.study.grid import Group
 from bidora.study.plan import Plan
-from bidora.study.records import read_records
-from bidora.study.runner import check_tasks, expected_seconds
+from bidora.study.runner import expected_seconds
 from bidora.study.settings import StudySettings
 
 __all__ = ["Outlook", "look_ahead"]
@@ -71,14 +71,12 @@ def look_ahead(settings: StudySettings, listener: Listener | None = None) -> Out
     listener = listener or Listener()
     grid = settings.read()
     folder = StudyFolder(settings.folder)
-    records, _ = read_records(folder.runs)
-    if settings.overwrite:
-        records = []
+    records = [] if settings.overwrite else folder.read(listener, deletes=False)
     if settings.retry_failed:
         records = [record for record in records if not record.failed]
-    folder.check(grid, records)
+    folder.check(grid, records, listener)
     plan = Plan(grid, tuple(records), settings.only_tasks, settings.only_methods)
-    stopped = check_tasks(plan, listener)
+    stopped = check_tasks(plan, listener).stopped
     notes = (*stopped.values(), *plan.settings_notes(), *plan.sweep_notes())
     known = expected_seconds(plan)
     return Outlook(plan, _timed(plan, listener) if known is None else known, notes)

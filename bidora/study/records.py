@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 from bidora._files import write_whole
+from bidora.errors import UserError
 
 __all__ = ["Cell", "Point", "Purpose", "Record", "read_records", "write_record"]
 
@@ -77,6 +78,8 @@ class Record:
         trained_parameters: Their number.
         curve: Points in the order of time.
         environment: Versions and machine.
+        data: What the task's examples are recognised by, see `bidora.study.data`; empty
+            in records of before it was kept, which are taken to be of the same ones.
     """
 
     cell: Cell
@@ -93,6 +96,7 @@ class Record:
     trained_parameters: int = 0
     curve: tuple[Point, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
 
     @property
     def failed(self) -> bool:
@@ -124,7 +128,7 @@ class Record:
 
         Raises:
             KeyError: If a field is missing.
-            TypeError: If there is one that is not known.
+            TypeError: If there is one that is not known, or holds what it cannot.
             ValueError: If the file does not hold a record.
 
         Example:
@@ -134,8 +138,10 @@ class Record:
         """
         cell = dict(values["cell"])
         cell["trial"] = tuple((name, _frozen(value)) for name, value in cell["trial"])
-        curve = tuple(Point(**point) for point in values["curve"])
-        return cls(**{**values, "cell": Cell(**cell), "curve": curve})
+        curve = tuple(_checked(Point(**point)) for point in values["curve"])
+        of = _checked(Cell(**cell))
+        hash(of)  # cells are looked up by, so none may hold a mapping
+        return _checked(cls(**{**values, "cell": of, "curve": curve}))
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -144,29 +150,68 @@ def write_record(path: Path, record: Record) -> None:
     Args:
         path: The file.
         record: What it will hold.
+
+    Raises:
+        UserError: If it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise UserError(
+            f"the record {path} cannot be written ({error.strerror}), and its run is "
+            "lost. Make room on the disk, or let the folder be written to; the same "
+            "command then goes on."
+        ) from error
 
 
-def read_records(folder: Path) -> tuple[list[Record], list[Path]]:
+def read_records(folder: Path) -> tuple[list[Record], list[tuple[Path, Exception]]]:
     """Read all records of a folder and those below it.
 
     Args:
         folder: Where they are.
 
     Returns:
-        The records, sorted by cell as far as cells can be; and the files that hold none:
-        torn, or of another version.
+        The records, sorted by cell as far as cells can be; and the files that hold none,
+        each with the reason: `JSONDecodeError` or `UnicodeDecodeError` for a torn one.
     """
     found: list[Record] = []
-    torn: list[Path] = []
+    unread: list[tuple[Path, Exception]] = []
     for path in sorted(folder.rglob("*.json")):
         try:
             found.append(Record.from_dict(json.loads(path.read_text("utf-8"))))
-        except (ValueError, KeyError, TypeError):
-            torn.append(path)
-    return found, torn
+        except (ValueError, KeyError, TypeError) as error:
+            unread.append((path, error))
+    return found, unread
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "float": _is_number,
+    "Purpose": lambda value: value in get_args(Purpose),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "dict[str, float]": lambda value: (
+        isinstance(value, dict) and all(map(_is_number, value.values()))
+    ),
+}
+"""What a field can hold, by its type as it is written above."""
+
+_Checked = TypeVar("_Checked", Cell, Point, Record)
+
+
+def _checked(made: _Checked) -> _Checked:
+    """Return what was made of a file, if each field holds what it can."""
+    for one in dataclasses.fields(made):
+        value = getattr(made, one.name)
+        if one.type in KINDS and not KINDS[one.type](value):
+            raise TypeError(f"{one.name} is {str(value)[:40]!r}, and no {one.type}")
+    return made
 
 
 def _frozen(value: Any) -> Any:

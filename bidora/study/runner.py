@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from bidora.errors import UserError
-from bidora.methods.registry import METHODS
 from bidora.runs.results import Listener
+from bidora.study.data import check_tasks
 from bidora.study.folder import StudyFolder
 from bidora.study.plan import Plan, Study
 from bidora.study.pool import Slot, worker_environment
@@ -19,7 +19,7 @@ from bidora.study.records import Cell, Record, write_record
 from bidora.study.settings import StudySettings
 from bidora.study.worker import Order, Train, as_recorded
 
-__all__ = ["check_tasks", "compare"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -55,9 +55,7 @@ def compare(
         grid = replace(grid, processes=settings.processes)
     folder = StudyFolder(settings.folder)
     with folder.lock():
-        if settings.overwrite:
-            folder.clear()
-        records = folder.read(listener)
+        records = [] if settings.overwrite else folder.read(listener)
         failed = sum(record.failed for record in records)
         if settings.retry_failed:
             records = [record for record in records if not record.failed]
@@ -66,18 +64,20 @@ def compare(
                 f"Failed {failed} run(s) of an earlier start; --retry-failed would run "
                 "them again"
             )
-        folder.check(grid, records)
+        folder.check(grid, records, listener)
         plan = Plan(grid, tuple(records), settings.only_tasks, settings.only_methods)
-        stopped = check_tasks(plan, listener)
-        if stopped:
+        data = check_tasks(plan, listener)
+        if stopped := data.stopped:
             names = plan.tasks or [task.name for task in grid.tasks]
             plan = replace(plan, tasks=[name for name in names if name not in stopped])
             if not plan.tasks:
                 raise UserError(" ".join(stopped.values()))
+        if settings.overwrite:
+            folder.clear()  # now that the new grid and its data are known to be good
         folder.open(grid)
         limit = settings.time_limit
         deadline = None if limit is None else began + 60 * limit
-        runner = _Runner(plan, folder, listener, train, deadline)
+        runner = _Runner(plan, folder, listener, train, deadline, data.digests)
         try:
             with worker_environment(grid.processes):
                 runner.run()
@@ -89,60 +89,18 @@ def compare(
     return study
 
 
-def check_tasks(plan: Plan, listener: Listener) -> dict[str, str]:
-    """Read the examples of each task that has runs to do, before hours are spent.
-
-    Args:
-        plan: What is to be done.
-        listener: Told what the data is, and of tasks that cannot be swept.
-
-    Returns:
-        The tasks that have no validation examples to choose settings by, each with a
-        sentence.
-
-    Raises:
-        UserError: If the examples of a task can't be used.
-    """
-    from bidora.runs.examples import read_examples
-
-    grid = plan.grid
-    firsts: dict[tuple[str, int], Cell] = {}
-    for cell in plan.due:
-        firsts.setdefault((cell.task, cell.size), cell)
-    stopped: dict[str, str] = {}
-    told: set[str] = set()
-    for (task, size), cell in firsts.items():
-        methods = [m for t, m, s in plan.groups if (t, s) == (task, size)]
-        kinds = [grid.method(name).settings.get("method", name) for name in methods]
-        searches = any(METHODS.get(kind).holds_back for kind in kinds)
-        hears = Listener() if task in told else listener
-        told.add(task)
-        try:
-            found = read_examples(grid.settings_of(cell), hears, searches=searches)
-        except UserError as error:
-            raise UserError(f"tasks.{task}: {error}") from error
-        there = len(found.rows["train"])
-        if there < size:
-            raise UserError(
-                f"tasks.{task}: `sizes` asks for {size} training examples, and there are "
-                f"{there}; give this task `sizes` of its own, `all` among them if you like."
-            )
-        swept = [name for name in methods if grid.sweeps(name)]
-        if swept and "validation" not in found.rows and task not in stopped:
-            stopped[task] = (
-                f"Nothing is run on {task}: the sweep of {', '.join(swept)} chooses on "
-                "validation examples, and there are none. Name a `validation_file`, leave "
-                "some of the training examples to it by `sizes`, or leave out the sweep."
-            )
-            listener.message(stopped[task])
-    return stopped
-
-
 def _report(study: Study, folder: StudyFolder, listener: Listener) -> None:
     """Write the report, and say where it is."""
     from bidora.study.report import write_report
 
-    names = [Path(name).name for name in write_report(study, folder.path)]
+    try:
+        names = [Path(name).name for name in write_report(study, folder.path)]
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder.path} ({error.strerror}); the "
+            "records of the runs that ended are there. Make room on the disk, or let the "
+            "folder be written to; the same command then goes on."
+        ) from error
     listener.message(f"Report {folder.path}: {', '.join(names)}")
 
 
@@ -156,6 +114,7 @@ class _Runner:
         listener: Told how far it is.
         train: What trains; None for `bidora.train`.
         deadline: No run is started after it, on the monotonic clock.
+        digests: What the examples of each task are recognised by.
     """
 
     plan: Plan
@@ -163,6 +122,7 @@ class _Runner:
     listener: Listener
     train: Train | None
     deadline: float | None
+    digests: dict[str, str]
     running: dict[Future[Record], tuple[Slot, Cell]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -206,6 +166,7 @@ class _Runner:
                 self.folder.record_path(cell),
                 self.folder.scratch,
                 self.train,
+                self.digests.get(cell.task, ""),
             )
             self.running[slot.submit(order)] = slot, cell
             self.tell(cell)
@@ -219,7 +180,12 @@ class _Runner:
             settings = self.plan.grid.settings_of(
                 cell, steps if cell.purpose == "time" else None
             )
-            record = Record(cell, as_recorded(settings), error=slot.why_it_ended())
+            record = Record(
+                cell,
+                as_recorded(settings),
+                error=slot.why_it_ended(),
+                data=self.digests.get(cell.task, ""),
+            )
             write_record(self.folder.record_path(cell), record)
             return record
 

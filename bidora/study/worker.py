@@ -24,7 +24,16 @@ from bidora.study.records import Cell, Point, Record, write_record
 if TYPE_CHECKING:
     from bidora.runs.results import RunResult
 
-__all__ = ["Order", "Train", "as_recorded", "begin", "ready", "record_of", "work"]
+__all__ = [
+    "Order",
+    "Train",
+    "as_recorded",
+    "begin",
+    "first_line",
+    "ready",
+    "record_of",
+    "work",
+]
 
 Train = Callable[..., Any]
 """What trains: called as `bidora.train`, with settings, `score_test`, `score_probe`."""
@@ -42,6 +51,7 @@ class Order:
         path: Where its record goes.
         scratch: Folder that the run's own folder is made in, and deleted.
         train: What trains; None for `bidora.train`.
+        data: What the task's examples are recognised by.
     """
 
     cell: Cell
@@ -49,6 +59,7 @@ class Order:
     path: Path
     scratch: Path
     train: Train | None = None
+    data: str = ""
 
 
 def begin(log: str) -> None:
@@ -75,18 +86,21 @@ def ready() -> bool:
 def work(order: Order) -> Record:
     """Train, write the record of it, and return it.
 
-    An error of the run is its record; one of writing the record is raised.
+    An error of the run is its record, also one that would end the process.
 
     Args:
         order: What to do.
 
     Returns:
         The record.
+
+    Raises:
+        UserError: If the record cannot be written.
     """
     started = time.perf_counter()
     try:
         record = _trained(order)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.stderr.write(f"--- {order.path.name} of {order.cell.method}, ")
         sys.stderr.write(f"{order.cell.task}:\n{traceback.format_exc()}")
         sys.stderr.flush()
@@ -96,6 +110,7 @@ def work(order: Order) -> Record:
             error=first_line(error),
             total_seconds=time.perf_counter() - started,
         )
+    record = dataclasses.replace(record, data=order.data)
     write_record(order.path, record)
     return record
 

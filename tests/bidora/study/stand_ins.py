@@ -94,6 +94,15 @@ def dying(
     return quick(settings, score_test=score_test, score_probe=score_probe)
 
 
+def leaving(
+    settings: TrainSettings, *, score_test: bool = True, score_probe: bool = True
+) -> RunResult:
+    """Leave with seed 1, as a script does that calls `sys.exit`."""
+    if settings.seed == 1:
+        raise SystemExit(3)
+    return quick(settings, score_test=score_test, score_probe=score_probe)
+
+
 def slow(
     settings: TrainSettings, *, score_test: bool = True, score_probe: bool = True
 ) -> RunResult:

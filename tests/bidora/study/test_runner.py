@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 from bidora.errors import UserError
 from bidora.runs.results import Listener
 from bidora.study.folder import StudyFolder
+from bidora.study.outlook import look_ahead
 from bidora.study.plan import Study
 from bidora.study.pool import cores
 from bidora.study.records import Cell, Point, Record, read_records, write_record
@@ -123,7 +126,10 @@ def test_a_comparison_leaves_a_record_of_every_run_and_a_report(
         trained_parameters=7,
         curve=(Point("train", 0, 0.0, 0.25), Point("train", 2, 4.0, 0.9)),
         environment=one.environment,
+        data=one.data,
     )
+    assert one.data.startswith("40 train, 12 validation, 8 test, sha256 ")
+    assert {record.data for record in study.records} == {one.data}
     assert one.settings["learning_rate"] == 0.01
     assert one.settings["output_dir"] is None
     # What the environment asks for goes before: it may be set where tests run.
@@ -214,7 +220,48 @@ def test_a_process_that_dies_is_a_failed_run(
     assert len(study.records) == 6
     found, torn = read_records(tmp_path / "out" / "runs")
     assert (len(found), torn) == (6, [])
+    assert len({record.data for record in found}) == 1
     assert not (tmp_path / "out" / ".running").exists()
+
+
+def test_a_run_that_leaves_by_sys_exit_is_a_failed_run(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    study = run(small_grid(), stand_ins.leaving)
+    errors = {(r.cell.method, r.cell.seed): r.error for r in study.records if r.failed}
+    assert errors == {("lora", 1): "SystemExit: 3", ("dora", 1): "SystemExit: 3"}
+    assert len(study.records) == 4
+
+
+def test_a_record_that_cannot_be_written_is_told_in_a_sentence(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, reported: list[Study]
+) -> None:
+    place = tmp_path / "out" / "runs" / "words"
+    run(small_grid(methods={"lora": {}}))
+    (place / "dora").write_text("in the way")
+    with pytest.raises(
+        UserError, match=r"steps-all-seed0\.json cannot be written \(.*Make room on"
+    ):
+        run(small_grid())
+    assert len(reported) == 2
+    (place / "dora").unlink()
+    assert len(run(small_grid()).records) == 4
+
+
+def test_a_report_that_cannot_be_written_is_told_in_a_sentence(
+    run: Callable[..., Study],
+    small_grid: Grid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_report(study: Study, folder: Path) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = sys.modules["bidora.study.report"]
+    monkeypatch.setattr(module, "write_report", write_report)
+    with pytest.raises(UserError, match=r"cannot be written .* \(No space left on"):
+        run(small_grid())
+    assert len(files(tmp_path / "out")) == 4
 
 
 # -- going on -----------------------------------------------------------------------
@@ -238,7 +285,7 @@ def test_started_again_it_runs_only_what_is_missing_or_torn(
     assert torn in line
     assert len(study.records) == 6
     assert not (out / ".running").exists()
-    # With nothing to do, the data is not even read.
+    # With nothing to do, the data is checked, and nothing is said of it.
     silent = Heard()
     run(small_grid(methods={"lora": SWEPT, "dora": {}}), listener=silent)
     assert silent.lines == [f"Report {out}: report.html"]
@@ -272,6 +319,67 @@ def test_a_record_of_another_version_is_neither_deleted_nor_taken(
     with pytest.raises(UserError, match=r"seed0\.json is whole and holds no record"):
         run(small_grid())
     assert "colour" in path.read_text()
+    with pytest.raises(UserError, match=r"argument 'colour'\); another version may"):
+        look_ahead(StudySettings(small_grid(), output_dir=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"settings": 5}, "settings is '5', and no dict"),
+        (
+            {"test": {"accuracy": "high"}},
+            r"test is .*high.*, and no dict\[str, float\]",
+        ),
+        ({"seconds": "4 s"}, "seconds is '4 s', and no float"),
+        ({"steps": True}, "steps is 'True', and no int"),
+        ({"curve": [{"phase": "train", "step": 1, "seconds": 1}]}, "'validation'"),
+        (
+            {"cell": {**vars(Cell("a", "b", 0, 0, "steps")), "purpose": "fun"}},
+            "Purpose",
+        ),
+        (
+            {"cell": {**vars(Cell("a", "b", 0, 0, "steps")), "trial": [["x", {}]]}},
+            "hash",
+        ),
+        ({"cell": None}, "NoneType"),
+    ],
+)
+def test_a_record_with_a_field_of_another_type_is_told_with_the_field(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    folder = StudyFolder(tmp_path)
+    cell = Cell("a", "lora", 0, 3, "steps")
+    write_record(folder.record_path(cell), Record(cell, {}))
+    assert folder.read(Listener()) == [Record(cell, {})]
+    path = folder.record_path(cell)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    (tmp_path / "grid.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"whole and holds no record.*{said}"):
+        folder.read(Listener())
+
+
+def test_a_dry_run_tells_of_torn_records_and_leaves_them(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    path = tmp_path / "out" / "runs" / "words" / "lora" / "steps-all-seed0.json"
+    path.write_text("{")
+    heard = Heard()
+    settings = StudySettings(small_grid(), output_dir=str(tmp_path / "out"))
+    assert look_ahead(settings, heard).plan.remaining == 1
+    assert heard.lines[0] == (
+        f"Torn   1 record(s) half written, such as {path}: to be run again"
+    )
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize("study", ["quality", "variants"])
+def test_committed_records_are_read(study: str) -> None:
+    results = Path(__file__).parents[3] / "benchmarks" / "results"
+    records, unread = read_records(results / study / "runs")
+    assert unread == []
+    assert len(records) > 20
 
 
 @pytest.mark.parametrize(
@@ -320,6 +428,106 @@ def test_a_setting_that_a_method_does_not_use_is_no_change_of_the_grid(
     assert files(tmp_path / "out") == before
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, parts: Path) -> Path:
+    """Return a folder of the same name with a label in it that differs."""
+    place = shutil.copytree(parts, tmp_path / "elsewhere" / parts.name)
+    text = (place / "test.csv").read_text().rstrip("\n")
+    label = text.rpartition(",")[2]
+    other = "bird" if label == "fruit" else "fruit"
+    (place / "test.csv").write_text(f"{text.removesuffix(label)}{other}\n")
+    return place
+
+
+@pytest.mark.parametrize("seeds", [[0, 1], [0, 1, 2]])  # nothing is due, or a run is
+def test_runs_of_other_examples_are_not_taken(
+    run: Callable[..., Study],
+    small_grid: Grid,
+    tmp_path: Path,
+    elsewhere: Path,
+    seeds: list[int],
+) -> None:
+    run(small_grid())
+    before = files(tmp_path / "out")
+    report = (tmp_path / "out" / "report.html").stat().st_mtime_ns
+    other = small_grid(seeds=seeds, tasks={"words": {"task": str(elsewhere)}})
+    counts = "40 train, 12 validation, 8 test, sha256"
+    said = rf"^tasks\.words: 4 of its 4 recorded runs saw .*\({counts} .*\({counts} "
+    with pytest.raises(UserError, match=said):
+        run(other)
+    with pytest.raises(UserError, match=said):
+        look_ahead(StudySettings(other, output_dir=str(tmp_path / "out")))
+    assert files(tmp_path / "out") == before
+    assert (tmp_path / "out" / "report.html").stat().st_mtime_ns == report
+    assert len(run(other, overwrite=True).records) == 2 * len(seeds)
+
+
+def test_the_same_examples_elsewhere_go_on(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, parts: Path
+) -> None:
+    run(small_grid())
+    before = files(tmp_path / "out")
+    place = shutil.copytree(parts, tmp_path / "elsewhere" / parts.name)
+    moved = {"words": {"task": str(place)}}
+    study = run(small_grid(tasks=moved, seeds=[0, 1, 2], sizes=["all", 20]))
+    assert len(study.records) == 2 * 3 * 2
+    assert len({record.data for record in study.records}) == 1
+    after = files(tmp_path / "out")
+    assert {path: after[path] for path in before} == before
+
+
+def test_records_of_before_examples_were_recognised_are_taken(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, elsewhere: Path
+) -> None:
+    run(small_grid())
+    for path in (tmp_path / "out" / "runs").rglob("*.json"):
+        record = json.loads(path.read_text())
+        del record["data"]
+        path.write_text(json.dumps(record))
+    heard = Heard()
+    study = run(small_grid(tasks={"words": {"task": str(elsewhere)}}), listener=heard)
+    assert {record.data for record in study.records} == {""}
+    assert heard.lines == [f"Report {tmp_path / 'out'}: report.html"]
+
+
+def test_a_report_is_written_where_the_data_is_not(
+    run: Callable[..., Study], small_grid: Grid, elsewhere: Path
+) -> None:
+    grid = small_grid(tasks={"words": {"task": str(elsewhere)}})
+    first = run(grid)
+    shutil.rmtree(elsewhere)
+    heard = Heard()
+    assert run(grid, listener=heard).records == first.records
+    assert heard.lines[0].startswith(
+        "Data   words cannot be read, and its records are taken as they are: "
+    )
+    # With a run to do, it is needed.
+    with pytest.raises(UserError, match=r"^tasks\.words: "):
+        run({**grid, "seeds": [0, 1, 2]})
+
+
+def test_a_grid_of_other_tasks_does_not_take_a_folder_over(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, parts: Path
+) -> None:
+    run(small_grid())
+    before = (tmp_path / "out" / "grid.yaml").read_bytes()
+    other = {"others": {"task": str(parts)}}
+    said = (
+        "has 4 recorded run.*, of dora on words, lora on words, and the grid has none"
+    )
+    with pytest.raises(UserError, match=said):
+        run(small_grid(tasks=other))
+    assert (tmp_path / "out" / "grid.yaml").read_bytes() == before
+    # What is left out is told before the first run.
+    heard = Heard()
+    study = run(
+        small_grid(methods={"lora": {}, "rslora": {}}, seeds=[0, 1]), listener=heard
+    )
+    assert {record.cell.method for record in study.records} == {"lora", "rslora"}
+    assert heard.lines[0].startswith("Apart  2 recorded run(s), of dora on words, are")
+    assert len(run(small_grid(tasks=other), overwrite=True).records) == 4
+
+
 def test_steps_of_equal_time_are_no_change_of_the_grid(
     run: Callable[..., Study], small_grid: Grid
 ) -> None:
@@ -350,7 +558,11 @@ def test_time_tasks_and_methods_can_be_limited(
 
 
 def test_a_task_without_validation_examples_is_not_swept(
-    run: Callable[..., Study], small_grid: Grid, labelled_csv: Path, parts: Path
+    run: Callable[..., Study],
+    small_grid: Grid,
+    labelled_csv: Path,
+    parts: Path,
+    tmp_path: Path,
 ) -> None:
     grid = small_grid(
         methods={"lora": SWEPT},
@@ -362,9 +574,19 @@ def test_a_task_without_validation_examples_is_not_swept(
     assert study.notes[0].startswith(
         "Nothing is run on bare: the sweep of lora chooses"
     )
+    assert "give `max_validation_samples`, such as 50, which takes" in study.notes[0]
     assert study.notes[0] in heard.lines
     with pytest.raises(UserError, match="Nothing is run on bare"):
         run(grid, only_tasks=("bare",))
+    # Each remedy is one, and `sizes` alone is none.
+    few = small_grid(
+        methods={"lora": SWEPT}, tasks={"bare": {"task": str(labelled_csv)}}, sizes=[20]
+    )
+    with pytest.raises(UserError, match="Nothing is run on bare"):
+        run(few, output_dir=str(tmp_path / "few"))
+    few["settings"] = {"max_steps": 10, "max_validation_samples": 12}
+    study = run(few, output_dir=str(tmp_path / "few"))
+    assert len(study.records) == 2 + 2
     # Without a sweep there is nothing to choose.
     bare = small_grid(tasks={"bare": {"task": str(labelled_csv)}})
     study = run(bare, output_dir=str(labelled_csv.parent / "study"))
@@ -380,6 +602,33 @@ def test_data_that_cannot_be_read_stops_before_anything_is_run(
         run(small_grid(sizes=[20, 41]))
     assert files(tmp_path / "out") == {}
     run(small_grid())  # the folder is as good as new
+
+
+def test_what_overwrite_deletes_is_there_until_the_new_grid_is_known_to_be_good(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    out = tmp_path / "out"
+    before = files(out)
+    there = {path.name for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"^tasks\.gone: "):
+        run(small_grid(tasks={"gone": {"task": "gone.csv"}}), overwrite=True)
+    assert files(out) == before
+    assert {path.name for path in out.iterdir()} == there
+    # A record that cannot be read is no obstacle, since it is to be deleted.
+    (out / sorted(before)[0]).write_text('{"colour": "red"}')
+    study = run(small_grid(seeds=[5]), overwrite=True)
+    assert {record.cell.seed for record in study.records} == {5}
+    assert len(files(out)) == 2
+
+
+def test_a_folder_that_was_cleared_and_no_more_is_one_of_a_comparison_still(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid())
+    StudyFolder(tmp_path / "out").clear()
+    assert files(tmp_path / "out") == {}
+    assert len(run(small_grid()).records) == 4
 
 
 def test_two_comparisons_never_write_into_one_folder(
