@@ -1,7 +1,8 @@
 """Figures of a comparison's report, as SVG that stands in a page.
 
 Text stays text, ink takes the page's colour, and nothing of a figure depends on when or
-where it is drawn. Methods differ in colour, line and marker, so that black and white do.
+where it is drawn. Methods differ in colour, line and marker, for black and white too:
+once every marker is used, they come again hollow.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": LINES[i % len(LINES)],
             "marker": MARKERS[i % len(MARKERS)],
+            "fillstyle": "none" if i // len(MARKERS) % 2 else "full",
             "markersize": 4.5,
             "linewidth": 1.4,
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bidora.study._figures import COLOURS, mean_curve
+from bidora.study._figures import COLOURS, MARKERS, mean_curve, styles
 from bidora.study._latex import escape
 from bidora.study.plan import Study
 from bidora.study.reading import grid_from_dict
@@ -398,6 +398,13 @@ def test_settings_are_shared_or_differ() -> None:
         "outer_every": {"lora": "–", "bidora": "2"},
         "rate": {"lora": "0.1, 0.2", "bidora": "0.1"},
     }
+
+
+def test_each_of_many_methods_has_a_mark_of_its_own() -> None:
+    looks = styles([str(i) for i in range(2 * len(MARKERS))])
+    marks = {(look["marker"], look["fillstyle"]) for look in looks.values()}
+    assert len(marks) == 2 * len(MARKERS)
+    assert {looks[str(i)]["fillstyle"] for i in range(len(MARKERS))} == {"full"}
 
 
 def luminance(colour: str) -> float:
