@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from bidora.study._words import printable
 from bidora.study.records import Record
 from bidora.study.results import Estimate, Table
-from bidora.study.summary import POINTS
+from bidora.study.statistics import POINTS
 
 __all__ = [
     "draw_cost",
@@ -169,7 +169,9 @@ def draw_cost(table: Table, task: str, looks: Mapping[str, Style], title: str) -
 
 
 def draw_dots(table: Table, task: str, looks: Mapping[str, Style], title: str) -> str:
-    """Draw test scores with their intervals, a row a method, the probe on top.
+    """Draw test scores with their intervals, a row a method.
+
+    The probe is on top where no method is the probe, and a line across everywhere.
 
     Args:
         table: The numbers.
@@ -181,9 +183,10 @@ def draw_dots(table: Table, task: str, looks: Mapping[str, Style], title: str) -
         An svg element.
     """
     rows: list[tuple[str, Estimate, Style]] = []
-    if task in table.probe:
+    probe = table.anchors.get("probe", {}).get(task)
+    if probe is not None:
         look = {"color": INK, "marker": "|", "markersize": 9, "linewidth": 1.4}
-        rows.append(("probe", table.probe[task], look))
+        rows.append(("probe", probe, look))
     for method in table.methods:
         one = table.result(task, method)
         if one is not None and one.score is not None:
