@@ -1,7 +1,8 @@
 """Figures of a comparison's report, as SVG that stands in a page.
 
 Text stays text, ink takes the page's colour, and nothing of a figure depends on when or
-where it is drawn. Methods differ in colour, line and marker, so that black and white do.
+where it is drawn. Methods differ in colour, line and marker, for black and white too:
+once every marker is used, they come again hollow.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from bidora.study._words import printable
 from bidora.study.records import Record
 from bidora.study.results import Estimate, Table
-from bidora.study.summary import POINTS
+from bidora.study.statistics import POINTS
 
 __all__ = [
     "draw_cost",
@@ -75,6 +76,7 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": LINES[i % len(LINES)],
             "marker": MARKERS[i % len(MARKERS)],
+            "fillstyle": "none" if i // len(MARKERS) % 2 else "full",
             "markersize": 4.5,
             "linewidth": 1.4,
         }
@@ -167,7 +169,9 @@ def draw_cost(table: Table, task: str, looks: Mapping[str, Style], title: str) -
 
 
 def draw_dots(table: Table, task: str, looks: Mapping[str, Style], title: str) -> str:
-    """Draw test scores with their intervals, a row a method, the probe on top.
+    """Draw test scores with their intervals, a row a method.
+
+    The probe is on top where no method is the probe, and a line across everywhere.
 
     Args:
         table: The numbers.
@@ -179,9 +183,10 @@ def draw_dots(table: Table, task: str, looks: Mapping[str, Style], title: str) -
         An svg element.
     """
     rows: list[tuple[str, Estimate, Style]] = []
-    if task in table.probe:
+    probe = table.anchors.get("probe", {}).get(task)
+    if probe is not None:
         look = {"color": INK, "marker": "|", "markersize": 9, "linewidth": 1.4}
-        rows.append(("probe", table.probe[task], look))
+        rows.append(("probe", probe, look))
     for method in table.methods:
         one = table.result(task, method)
         if one is not None and one.score is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from bidora.study import _words as words
-from bidora.study.results import Difference, Estimate, Summary, Table
+from bidora.study.results import Difference, Estimate, Overall, Summary, Table
 
 __all__ = ["escape", "latex_tables"]
 
@@ -45,6 +45,7 @@ def latex_tables(summary: Summary) -> str:
         summary: The numbers.
     """
     parts = [r"% Tables of a comparison. The preamble needs \usepackage{booktabs}."]
+    parts += [_overall(summary, one) for one in summary.overall]
     for table in summary.tables:
         parts.append(_scores(summary, table))
         if any(a.over_probe for a in (*table.results, *table.averages)):
@@ -68,12 +69,8 @@ def _level(summary: Summary) -> str:
 
 def _scores(summary: Summary, table: Table) -> str:
     anchors = [
-        [name, *(_estimate(scores.get(task)) for task in table.tasks)]
-        for name, scores in (
-            ("Constant answer", table.constant),
-            ("Probe", table.probe),
-        )
-        if scores
+        [name.capitalize(), *(_estimate(scores.get(task)) for task in table.tasks)]
+        for name, scores in table.anchors.items()
     ]
     rows: list[list[str]] = []
     for method in table.methods:
@@ -89,7 +86,8 @@ def _scores(summary: Summary, table: Table) -> str:
     caption = (
         f"Test scores at {_at(table)}: mean over seeds and {_level(summary)} interval."
     )
-    return _tabular(summary, table, [anchors, rows], caption, "scores")
+    label = f"scores-{table.purpose}-{table.size or 'all'}"
+    return _tabular(_heads(summary, table), [anchors, rows], caption, label)
 
 
 def _differences(summary: Summary, table: Table, attribute: str, other: str) -> str:
@@ -103,19 +101,40 @@ def _differences(summary: Summary, table: Table, attribute: str, other: str) -> 
             rows.append([escape(method), *cells])
     caption = (
         f"Difference to {escape(other)} at {_at(table)}: mean over paired seeds and "
-        f"{_level(summary)} interval. A star marks what is shown after Holm's "
-        "correction over methods."
+        f"{_level(summary)} interval, and the number of pairs. A star marks what is "
+        "shown after Holm's correction over methods."
     )
-    return _tabular(summary, table, [rows], caption, attribute.replace("_", "-"))
+    label = f"{attribute.replace('_', '-')}-{table.purpose}-{table.size or 'all'}"
+    return _tabular(_heads(summary, table), [rows], caption, label)
 
 
-def _tabular(
-    summary: Summary,
-    table: Table,
-    groups: Sequence[Sequence[Sequence[str]]],
-    caption: str,
-    label: str,
-) -> str:
+def _overall(summary: Summary, overall: Overall) -> str:
+    groups = [
+        [
+            [
+                escape(method),
+                escape(other),
+                _difference(gap),
+                _math(words.p_value(gap.p)),
+                _math(words.p_value(gap.adjusted)),
+                words.standing(gap),
+            ]
+            for method, gap in gaps.items()
+        ]
+        for other, gaps in words.over_sizes(summary, overall).items()
+    ]
+    caption = (
+        f"Difference over all sizes at {words.PURPOSES[overall.purpose]}: mean, "
+        f"{_level(summary)} interval and number of pairs, $p$ of flipping signs, and $p$ "
+        f"after Holm's correction over methods. {escape(words.cells(summary, overall))} "
+        f"{words.NOT_INDEPENDENT}"
+    )
+    heads = ["Against", "Difference", "$p$", "Adjusted $p$", "Verdict"]
+    label = f"over-sizes-{overall.purpose}"
+    return _tabular(heads, groups, caption, label)
+
+
+def _heads(summary: Summary, table: Table) -> list[str]:
     heads = [
         f"{escape(task)} ({escape(summary.metrics[task])})"
         if task in summary.metrics
@@ -124,13 +143,22 @@ def _tabular(
     ]
     if len(heads) > 1:
         heads.append("Average")
+    return heads
+
+
+def _tabular(
+    heads: Sequence[str],
+    groups: Sequence[Sequence[Sequence[str]]],
+    caption: str,
+    label: str,
+) -> str:
     bodies = ["\n".join(" & ".join(row) + r" \\" for row in g) for g in groups if g]
     body = "\n\\midrule\n".join(bodies)
     return rf"""\begin{{table}}[tbp]
 \centering
 \small
 \caption{{{caption}}}
-\label{{tab:{label}-{table.purpose}-{table.size or "all"}}}
+\label{{tab:{label}}}
 \begin{{tabular}}{{l{"c" * len(heads)}}}
 \toprule
 Method & {" & ".join(heads)} \\
@@ -151,7 +179,8 @@ def _difference(value: Difference | None) -> str:
     star = "" if value.verdict == "no difference shown" else r"\textsuperscript{*}"
     interval = words.span(value.low, value.high)
     text = f"{_math(words.signed(value.mean))}{star}"
-    return f"{text} {{\\scriptsize {_math(interval)}}}" if interval else text
+    small = f"{_math(interval)}, " if interval else ""
+    return f"{text} {{\\scriptsize {small}{words.pairs(value)}}}"
 
 
 def _math(text: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from bidora.study import _words as words
-from bidora.study.results import Difference, Summary, Table
+from bidora.study.results import Difference, Overall, Summary, Table
 
 __all__ = ["escape", "markdown_tables"]
 
@@ -33,8 +33,8 @@ def markdown_tables(summary: Summary) -> str:
         summary: The numbers.
     """
     parts: list[str] = []
-    for table in summary.tables:
-        parts.append(_scores(summary, table))
+    parts += [_overall(summary, one) for one in summary.overall]
+    parts += [_scores(summary, table) for table in summary.tables]
     if summary.sweep:
         parts.append(_sweep(summary))
     return "\n\n".join(parts or ["No run on test examples has been done."]) + "\n"
@@ -53,11 +53,8 @@ def _scores(summary: Summary, table: Table) -> str:
     rows: list[list[str]] = []
     for task in table.tasks:
         shown = f"{escape(task)} ({escape(summary.metrics.get(task, ''))})"
-        for name, scores in (
-            ("constant answer", table.constant),
-            ("probe", table.probe),
-        ):
-            if task in scores and name not in table.methods:
+        for name, scores in table.anchors.items():
+            if task in scores:
                 rows.append([shown, f"*{name}*", words.estimate(scores[task])])
         for method in table.methods:
             result = table.result(task, method)
@@ -76,6 +73,26 @@ def _scores(summary: Summary, table: Table) -> str:
             )
     title = f"**At {words.PURPOSES[table.purpose]}, {words.size_name(table.size)}**"
     return f"{title}\n\n{_table(head, rows)}"
+
+
+def _overall(summary: Summary, overall: Overall) -> str:
+    rows = [
+        [
+            escape(method),
+            escape(other),
+            f"{words.signed(gap.mean)} {words.span(gap.low, gap.high)}".strip(),
+            words.pairs(gap),
+            escape(words.p_value(gap.p)),
+            escape(words.p_value(gap.adjusted)),
+            words.standing(gap),
+        ]
+        for other, gaps in words.over_sizes(summary, overall).items()
+        for method, gap in gaps.items()
+    ]
+    head = ["method", "against", "difference", "pairs", "p", "adjusted p", "verdict"]
+    title = f"**At {words.PURPOSES[overall.purpose]}, over all sizes**"
+    text = f"{escape(words.cells(summary, overall))} {words.NOT_INDEPENDENT}"
+    return f"{title}\n\n{text}\n\n{_table(head, rows)}"
 
 
 def _sweep(summary: Summary) -> str:
@@ -97,7 +114,8 @@ def _difference(value: Difference | None) -> str:
     if value is None:
         return ""
     interval = words.span(value.low, value.high)
-    return f"{words.signed(value.mean)} {interval}".strip()
+    gap = f"{words.signed(value.mean)} {interval}".strip()
+    return f"{gap}, {words.pairs(value)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

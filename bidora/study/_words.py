@@ -6,20 +6,31 @@ import math
 import re
 from collections.abc import Sequence
 
-from bidora.study.results import Average, Difference, Estimate, Summary, Table
+from bidora.study.results import (
+    Average,
+    Difference,
+    Estimate,
+    Overall,
+    Summary,
+    Table,
+)
 
 __all__ = [
     "NOTHING",
+    "NOT_INDEPENDENT",
     "PURPOSES",
     "advice",
     "against",
+    "cells",
     "count",
     "estimate",
+    "joined",
+    "over_sizes",
     "p_value",
+    "pairs",
     "plural",
     "printable",
     "ratio",
-    "reservations",
     "score",
     "seconds",
     "signed",
@@ -31,9 +42,14 @@ __all__ = [
 
 PURPOSES = {"steps": "equal steps", "time": "equal time", "sweep": "sweep"}
 NOTHING = "–"
-FEW_SEEDS = 5
 TOO_FEW = "too few pairs to tell"
 HIGHEST = "the highest mean is that of "
+
+NOT_INDEPENDENT = (
+    "Runs that share a test set and a seed are not independent of each other, whatever "
+    "their size. Intervals and p take them for independent, so the true ones may be wider "
+    "and larger."
+)
 
 
 # --- numbers ------------------------------------------------------------------------
@@ -88,6 +104,21 @@ def estimate(value: Estimate | None) -> str:
     if value.low is None or value.high is None:
         return score(value.mean)
     return f"{score(value.mean)} ± {score((value.high - value.low) / 2)}"
+
+
+def pairs(difference: Difference) -> str:
+    """Return how many pairs a difference is of, and how many a failure spoils.
+
+    Args:
+        difference: Of one method to another.
+
+    Example:
+        >>> gap = Difference(9.0, 5.0, 13.0, 4, 0.1, 0.1, 4, 0, 0, "better", failed=1)
+        >>> pairs(gap)
+        '4 pairs, 1 failed'
+    """
+    failed = f", {difference.failed} failed" if difference.failed else ""
+    return plural(difference.n, "pair") + failed
 
 
 def p_value(value: float | None) -> str:
@@ -240,11 +271,15 @@ def _take(summary: Summary, table: Table) -> str:
     reference = summary.reference
     probed = [a for a in ranked if a.over_probe is not None]
     tested = [d for a in ranked for d in (a.over_probe, a.over_reference) if d]
-    if not any(d.decidable for d in tested):
+    to_probe = [d for a in probed if (d := a.over_probe)]
+    reason = ""
+    if not tested:
         reason = "there is nothing to test against"
-        if tested:
-            pairs = plural(max(d.n for d in tested), "pair")
-            reason = f"{pairs} of runs cannot show a difference"
+    elif not any(d.decidable for d in tested):
+        reason = _too_few(tested)
+    elif to_probe and not any(d.decidable for d in to_probe):
+        reason = f"{_too_few(to_probe)} to the probe"
+    if reason:
         return at + _taken(ranked[0], table, reference, f"{reason}; {HIGHEST}")
     over_probe = [a for a in probed if _verdict(a.over_probe) == "better"]
     if probed and not over_probe:
@@ -270,6 +305,11 @@ def _take(summary: Summary, table: Table) -> str:
     return at + _taken(candidates[0], table, reference, lead)
 
 
+def _too_few(tested: Sequence[Difference]) -> str:
+    most = plural(max(d.n for d in tested), "pair")
+    return f"{most} of runs cannot show a difference"
+
+
 def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
     tasks = len(table.tasks)
     on = f" on average over {tasks} tasks" if tasks > 1 else ""
@@ -279,7 +319,7 @@ def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
         against(one.over_probe, "the probe"),
     ]
     if any(gaps):
-        text += f": {_joined([gap for gap in gaps if gap])}"
+        text += f": {joined([gap for gap in gaps if gap])}"
     timed = table.purpose == "steps" and one.method != reference
     if timed and one.time_ratio is not None:
         text += f", in {ratio(one.time_ratio)} the training time of {reference}"
@@ -321,10 +361,20 @@ def statements(summary: Summary) -> list[tuple[str, str]]:
                 parts = [
                     part for t in tables if (part := _standing(t, method, attribute))
                 ]
+                for overall in summary.overall:
+                    if overall.purpose == purpose:
+                        gap = over_sizes(summary, overall).get(other, {}).get(method)
+                        parts += [] if gap is None else [_stands(gap, "over all sizes")]
                 if parts and other:
                     head = f"{method} against {other}, at {PURPOSES[purpose]}"
                     found.append((head, f"{'; '.join(parts)}."))
     return found
+
+
+def _stands(gap: Difference, where: str) -> str:
+    shown = f"{signed(gap.mean)} {span(gap.low, gap.high) or '(1 pair)'}"
+    tested = "" if gap.adjusted is None else f", p {p_value(gap.adjusted)}"
+    return f"{standing(gap)} {where} ({shown}{tested})"
 
 
 def _standing(table: Table, method: str, attribute: str) -> str:
@@ -339,58 +389,53 @@ def _standing(table: Table, method: str, attribute: str) -> str:
     if average is None:
         text = f"{where} no average, as no seed has a score on every task"
     else:
-        gap = f"{signed(average.mean)} {span(average.low, average.high) or '(1 pair)'}"
-        tested = "" if average.adjusted is None else f", p {p_value(average.adjusted)}"
-        text = f"{standing(average)} {where} ({gap}{tested})"
+        text = _stands(average, where)
         if len(verdicts) == 1:
             return text
     counts = {v: verdicts.count(v) for v in dict.fromkeys(sorted(verdicts))}
     parts = [f"{name} on {number}" for name, number in counts.items()]
-    return f"{text}, and {_joined(parts)} of {plural(len(verdicts), 'task')}"
+    return f"{text}, and {joined(parts)} of {plural(len(verdicts), 'task')}"
 
 
-def reservations(summary: Summary) -> list[str]:
-    """Say what weakens the numbers: few seeds, failures, runs that learned nothing."""
-    found: list[str] = []
-    results = [r for t in summary.tables for r in t.results]
-    undecided = sum(
-        d is not None and not d.decidable
-        for r in results
-        for d in (r.over_probe, r.over_reference)
-    )
-    if undecided:
-        found.append(
-            f"{plural(undecided, 'comparison')} on a single task can show nothing: with n "
-            "pairs, the test gives no p below 2^(1−n), and Holm’s correction raises it "
-            "with the number of methods. More seeds, or fewer methods, would show more."
-        )
-    seeds = [r.score.n for r in results if r.score is not None]
-    if seeds and min(seeds) == 1:
-        found.append(
-            "Some results rest on one seed, which allows neither an interval nor a test: "
-            "“no difference shown” says nothing there."
-        )
-    elif seeds and min(seeds) < FEW_SEEDS:
-        found.append(
-            f"Some results rest on {min(seeds)} seeds, so intervals are wide: “no "
-            "difference shown” does not mean that methods are equal."
-        )
-    failed = sum(r.failed for r in results)
-    collapsed = sum(r.collapsed for r in results)
-    missing = sum(r.missing for r in results)
-    if failed:
-        found.append(
-            f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} in no "
-            "mean; means of such methods may flatter them."
-        )
-    if collapsed:
-        found.append(
-            f"{plural(collapsed, 'run')} collapsed to a constant answer and "
-            f"{'counts' if collapsed == 1 else 'count'} in the means."
-        )
-    if missing:
-        found.append(f"{plural(missing, 'planned run')} not done yet.")
+def over_sizes(summary: Summary, overall: Overall) -> dict[str, dict[str, Difference]]:
+    """Return the differences over all sizes, by what they are to and by method.
+
+    Args:
+        summary: All numbers.
+        overall: Those of a purpose.
+    """
+    found: dict[str, dict[str, Difference]] = {}
+    for other, attribute in (
+        ("the probe", "over_probe"),
+        (summary.reference, "over_reference"),
+    ):
+        for one in overall.averages:
+            if (gap := getattr(one, attribute)) is not None:
+                found.setdefault(other, {})[one.method] = gap
     return found
+
+
+def cells(summary: Summary, overall: Overall) -> str:
+    """Return what a comparison over all sizes is over, and whom it leaves out.
+
+    Args:
+        summary: All numbers.
+        overall: Those of a purpose.
+    """
+    sizes: dict[str, list[int]] = {}
+    for task, size in overall.cells:
+        sizes.setdefault(task, []).append(size)
+    parts = [
+        f"{task} with {joined([str(size or 'all') for size in those])} examples"
+        for task, those in sizes.items()
+    ]
+    shown = {m for gaps in over_sizes(summary, overall).values() for m in gaps}
+    anchors = {summary.reference, *(m for t in summary.tables for m in t.probes)}
+    out = [m for m in summary.methods if m not in shown | anchors]
+    text = f"Each pair counts once, over {'; '.join(parts)}."
+    if out:
+        text += f" Not compared on all of these, and so not here: {joined(out)}."
+    return text
 
 
 def _mean(value: Estimate | None) -> float:
@@ -401,7 +446,13 @@ def _verdict(difference: Difference | None) -> str:
     return "" if difference is None else difference.verdict
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
+    """Return parts as one list.
+
+    Example:
+        >>> joined(["a", "b", "c"])
+        'a, b and c'
+    """
     if len(parts) < 2:
         return "".join(parts)
     return f"{', '.join(parts[:-1])} and {parts[-1]}"

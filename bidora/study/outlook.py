@@ -10,6 +10,7 @@ from bidora.runs.results import Listener
 from bidora.study.data import check_tasks
 from bidora.study.folder import StudyFolder
 from bidora.study.grid import Group
+from bidora.study.notes import settings_notes, sweep_notes
 from bidora.study.plan import Plan
 from bidora.study.runner import expected_seconds
 from bidora.study.settings import StudySettings
@@ -77,7 +78,7 @@ def look_ahead(settings: StudySettings, listener: Listener | None = None) -> Out
     folder.check(grid, records, listener)
     plan = Plan(grid, tuple(records), settings.only_tasks, settings.only_methods)
     stopped = check_tasks(plan, listener).stopped
-    notes = (*stopped.values(), *plan.settings_notes(), *plan.sweep_notes())
+    notes = (*stopped.values(), *settings_notes(grid), *sweep_notes(grid))
     known = expected_seconds(plan)
     return Outlook(plan, _timed(plan, listener) if known is None else known, notes)
 

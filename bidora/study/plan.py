@@ -9,7 +9,9 @@ from functools import cached_property
 from statistics import fmean, median
 
 from bidora.study.grid import Grid, Group, Trial
+from bidora.study.notes import all_failed, run_notes, settings_notes, sweep_notes
 from bidora.study.records import Cell, Record
+from bidora.study.statistics import time_ratio
 
 __all__ = ["Plan", "Study"]
 
@@ -25,20 +27,29 @@ class Study:
 
     Args:
         grid: What it is of.
-        records: What the runs came to, sorted by cell. Some stand for a run: where
-            `served` has the group, copies of its `steps` records with the purpose
-            `time`; where every trial of a sweep failed, a failed record for each seed.
+        records: What the runs came to, sorted by cell, and what stands for a run.
         notes: What a reader must know, a sentence each.
         chosen: The swept settings that validation examples chose, by group; () where
             nothing is swept.
-        served: The groups whose runs of equal steps took the reference's time as well.
+        stand_ins: The cells of records that stand for a run: copies of runs of equal
+            steps that count at equal time too; where every trial of a sweep failed, a
+            failed record for each seed.
+        missing: The runs that are not done yet, as far as is known; their trial is ()
+            where it is not chosen yet.
     """
 
     grid: Grid
     records: tuple[Record, ...]
     notes: tuple[str, ...] = ()
     chosen: dict[Group, Trial] = field(default_factory=dict)
-    served: frozenset[Group] = frozenset()
+    stand_ins: frozenset[Cell] = frozenset()
+    missing: tuple[Cell, ...] = ()
+
+    @property
+    def served(self) -> frozenset[Group]:
+        """The groups whose runs of equal steps count at equal time as well."""
+        groups = ((c.task, c.method, c.size) for c in self.stand_ins)
+        return frozenset(group for group in groups if group in self.chosen)
 
 
 @dataclass(frozen=True)
@@ -146,24 +157,55 @@ class Plan:
         known = "time" if purpose == "time" else "steps"
         return [Cell(*group, seed, known, trial) for seed in seeds]
 
-    def seconds(self, group: Group) -> float | None:
-        """Return the median training seconds of a group's runs of equal steps.
+    def ended_well(self, group: Group) -> list[Record] | None:
+        """Return the runs of equal steps that did; None before all of them are over.
+
+        Args:
+            group: Task, method and size.
+        """
+        cells = self.finals(group, "steps")
+        if group not in self.outcomes or any(c not in self.by_cell for c in cells):
+            return None
+        return [r for cell in cells if not (r := self.by_cell[cell]).failed]
+
+    def time_ratio(self, group: Group) -> float | None:
+        """Return how many times the reference's seconds a group's runs took.
 
         Args:
             group: Task, method and size.
 
         Returns:
-            The median of those that ended well; None before all are over, or if none did.
+            The median over the seeds of equal steps; None before all runs of both are
+            over, or if no seed was measured on both sides.
         """
-        cells = self.finals(group, "steps")
-        found = [self.by_cell[cell] for cell in cells if cell in self.by_cell]
-        well = [record.seconds for record in found if not record.failed]
-        return median(well) if well and len(found) == len(cells) else None
+        own = self.ended_well(group)
+        base = self.ended_well((group[0], self.grid.reference, group[2]))
+        if own is None or base is None:
+            return None
+        return time_ratio([*own, *base], group[1], self.grid.reference)
 
     def takes_steps(self, group: Group) -> bool:
         """Return whether a group's runs took steps; a probe takes none."""
-        found = [self.by_cell.get(cell) for cell in self.finals(group, "steps")]
-        return any(record is not None and record.steps > 0 for record in found)
+        return any(record.steps > 0 for record in self.ended_well(group) or ())
+
+    def early_end(self, group: Group) -> float | None:
+        """Return the step that early stopping ended a group's runs at.
+
+        More steps would take such runs no more time.
+
+        Args:
+            group: Task, method and size.
+
+        Returns:
+            The median over seeds of equal steps; None where that is all steps.
+        """
+        own = self.ended_well(group)
+        if not own:
+            return None
+        settings = self.grid.settings_of(own[0].cell)
+        end = median(record.steps for record in own)
+        stops = settings.early_stopping_patience is not None
+        return end if stops and end < settings.max_steps else None
 
     @cached_property
     def steps_in_time(self) -> dict[Group, int | None]:
@@ -171,7 +213,7 @@ class Plan:
 
         None stands for a group whose runs of equal steps serve: they take that time
         already, or no time that steps change. What was once begun is not changed again,
-        though further seeds may move the medians a little.
+        though further seeds may move the median a little.
         """
         found: dict[Group, int | None] = {}
         begun = {
@@ -184,20 +226,26 @@ class Plan:
             if not cells or "time" not in self.grid.equal_on(group[0]):
                 continue
             if group[1] == self.grid.reference:
-                found[group] = None
+                well = self.ended_well(group)
+                if well is None or any(record.seconds > 0 for record in well):
+                    found[group] = None
                 continue
             if (known := replace(cells[0], seed=0)) in begun:
                 found[group] = begun[known]
                 continue
-            wanted = self.seconds((group[0], self.grid.reference, group[2]))
-            own = self.seconds(group)
-            if wanted is None or own is None:
+            ratio = self.time_ratio(group)
+            if ratio is None:
                 continue
-            if not self.takes_steps(group) or abs(own / wanted - 1) <= CLOSE_ENOUGH:
+            is_fixed = (
+                not ratio
+                or not self.takes_steps(group)
+                or self.early_end(group) is not None
+            )
+            if is_fixed or abs(ratio - 1) <= CLOSE_ENOUGH:
                 found[group] = None
             else:
                 steps = self.grid.settings_of(cells[0]).max_steps
-                found[group] = max(1, round(steps * wanted / own))
+                found[group] = max(1, round(steps / ratio))
         return found
 
     def timed(self, group: Group) -> list[Cell]:
@@ -248,31 +296,37 @@ class Plan:
 
     def left(self, group: Group) -> int:
         """Return how many runs of a group are due, or will be as far as is known."""
-        left = sum(cell not in self.by_cell for cell in self.sweep(group))
-        if group in self.outcomes and self.outcomes[group] is None:
-            return left  # nothing was chosen, so nothing follows
-        if group not in self.outcomes:
-            return left + len(self._seeds(group)) * self._kinds(group)
-        left += sum(c not in self.by_cell for c in self.finals(group, "steps"))
-        if self._kinds(group) == 2:
+        return len(self.to_come(group))
+
+    def to_come(self, group: Group) -> list[Cell]:
+        """Return the runs of a group that are due, or will be as far as is known.
+
+        Args:
+            group: Task, method and size.
+
+        Returns:
+            Their cells, with the trial () where the sweep has not chosen it yet.
+        """
+        cells = self.sweep(group)
+        trial = self.outcomes.get(group, ())
+        if trial is not None:  # otherwise nothing was chosen, so nothing follows
+            seeds = self._seeds(group)
+            cells += [Cell(*group, seed, "steps", trial) for seed in seeds]
             if group in self.steps_in_time:
-                left += sum(c not in self.by_cell for c in self.timed(group))
-            elif not self._never_timed(group):
-                left += len(self._seeds(group))
-        return left
+                cells += self.timed(group)
+            elif self._kinds(group) == 2 and not self._never_timed(group):
+                cells += [Cell(*group, seed, "time", trial) for seed in seeds]
+        return [cell for cell in cells if cell not in self.by_cell]
 
     def _never_timed(self, group: Group) -> bool:
         """Return whether equal time has no meaning: nothing was measured, or will be."""
         reference = (group[0], self.grid.reference, group[2])
         if not self.grid.has(*reference[:2]):
             return True
-        for one in (group, reference):
-            if one not in self.outcomes:
-                continue
-            cells = self.finals(one, "steps")
-            if all(cell in self.by_cell for cell in cells) and not self.seconds(one):
-                return True
-        return False
+        both = self.ended_well(group), self.ended_well(reference)
+        if [] in both:
+            return True
+        return None not in both and self.time_ratio(group) is None
 
     def _seeds(self, group: Group) -> tuple[int, ...]:
         return self.grid.task(group[0]).seeds
@@ -280,77 +334,9 @@ class Plan:
     def _kinds(self, group: Group) -> int:
         return 2 if self.grid.is_timed(group[0], group[1]) else 1
 
-    def settings_notes(self) -> Iterable[str]:
-        """Say what grid and tasks give, and a method has no use for."""
-        seen: dict[tuple[str, ...], list[str]] = {}
-        for task, method, _ in self.grid.groups():
-            unused = tuple(sorted(self.grid.unused(task, method)))
-            if unused and method not in seen.setdefault(unused, []):
-                seen[unused].append(method)
-        for names, methods in seen.items():
-            yield (
-                f"{_words(methods)} {'have' if len(methods) > 1 else 'has'} no use for "
-                f"{_words(names)}, and ran without."
-            )
-
-    def sweep_notes(self) -> Iterable[str]:
-        """Say where methods were not tried equally often, or not in all combinations."""
-        grid = self.grid
-        swept = [method for method in grid.methods if method.sweep]
-        tried = {method.name: len(grid.trials_of(method.name)) for method in swept}
-        budget = grid.trials or max(tried.values(), default=1)
-        for method in swept:
-            if tried[method.name] < method.combinations:
-                yield (
-                    f"{method.name}: {tried[method.name]} of the {method.combinations} "
-                    "combinations of its swept settings were tried, drawn by a fixed seed."
-                )
-            if tried[method.name] < budget:
-                yield (
-                    f"{method.name} has {tried[method.name]} combination"
-                    f"{'s' if tried[method.name] > 1 else ''} of its swept settings, fewer "
-                    f"than the {budget} trials that a method may have."
-                )
-        plain = [method.name for method in grid.methods if not method.sweep]
-        if swept and plain:
-            yield f"Nothing was swept for {_words(plain)}."
-
-    def run_notes(self) -> Iterable[str]:
-        """Say what failed, what is not compared, and what is still to do."""
-        for group, trial in self.outcomes.items():
-            if trial is None:
-                yield f"{_of(group)}: {self._all_failed(group)}."
-        failed = [record for record in self._own() if record.failed]
-        if failed:
-            first = failed[0]
-            yield (
-                f"{len(failed)} of {len(self._own())} runs failed, such as "
-                f"{_of(first.cell)}: {first.error}"
-            )
-        without = [
-            task.name
-            for task in self.grid.tasks
-            if "time" in self.grid.equal_on(task.name)
-            and not self.grid.has(task.name, self.grid.reference)
-        ]
-        if without:
-            yield (
-                f"{self.grid.reference} is not run on {_words(without)}, so that "
-                "nothing is compared there at its time."
-            )
-        if self.remaining:
-            yield f"{self.remaining} of {self.total} runs are still to do."
-
-    def _all_failed(self, group: Group) -> str:
-        records = [self.by_cell[cell] for cell in self.sweep(group)]
-        why = next((record.error for record in records if record.failed), "")
-        return (
-            "no trial of the sweep ended with a finite score on validation examples"
-            + (f", the first failing with {why}" if why else "")
-        )
-
-    def _own(self) -> list[Record]:
-        """Return the records of the grid's runs: sweeps, and finals as they were chosen."""
+    @cached_property
+    def own(self) -> list[Record]:
+        """The records of the grid's runs: sweeps, and finals as they were chosen."""
         cells = [
             cell
             for group in self.grid.groups()
@@ -368,10 +354,11 @@ class Plan:
         Args:
             notes: Sentences beside those that follow from grid and records.
         """
-        own = self._own()
+        own = self.own
         stand_ins: list[Record] = []
-        served = {g for g, steps in self.steps_in_time.items() if steps is None}
-        for group in served:
+        for group, steps in self.steps_in_time.items():
+            if steps is not None:
+                continue
             for cell in self.finals(group, "steps"):
                 if cell in self.by_cell:
                     of_time = replace(cell, purpose="time")
@@ -382,7 +369,7 @@ class Plan:
                     for purpose in self.grid.equal_on(group[0]):
                         cell = Cell(*group, seed, purpose)
                         stand_ins.append(
-                            Record(cell, {}, error=self._all_failed(group))
+                            Record(cell, {}, error=all_failed(self, group))
                         )
         left_out = len(self.by_cell) - len(own)
         if left_out:
@@ -390,15 +377,26 @@ class Plan:
                 *notes,
                 f"{left_out} record{'s' if left_out > 1 else ''} of this folder belong"
                 f"{'' if left_out > 1 else 's'} to no run of the grid as it is now, and "
-                "are left out.",
+                f"{'are' if left_out > 1 else 'is'} left out.",
             )
         records = sorted([*own, *stand_ins], key=lambda r: _order(r.cell))
         return Study(
             self.grid,
             tuple(records),
-            (*notes, *self.settings_notes(), *self.sweep_notes(), *self.run_notes()),
+            (
+                *notes,
+                *settings_notes(self.grid),
+                *sweep_notes(self.grid),
+                *run_notes(self),
+            ),
             self.chosen,
-            frozenset(served),
+            frozenset(record.cell for record in stand_ins),
+            tuple(
+                cell
+                for group in self.grid.groups()
+                for cell in self.to_come(group)
+                if cell.purpose != "sweep"
+            ),
         )
 
 
@@ -406,15 +404,3 @@ def _order(cell: Cell) -> tuple[str, ...]:
     """Return a key that any cells can be sorted by; trials may hold words and numbers."""
     numbers = f"{cell.size:012d}", f"{cell.seed:012d}"
     return cell.task, cell.method, *numbers, cell.purpose, repr(cell.trial)
-
-
-def _of(group: Group | Cell) -> str:
-    if isinstance(group, Cell):
-        return f"{_of((group.task, group.method, group.size))}, seed {group.seed}"
-    task, method, size = group
-    return f"{method} on {task}" + (f" with {size} examples" if size else "")
-
-
-def _words(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

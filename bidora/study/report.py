@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 from bidora._files import write_whole
 from bidora.study import _words as words
+from bidora.study._cautions import cautions
 from bidora.study._latex import latex_tables
 from bidora.study._markdown import markdown_tables
-from bidora.study.records import Record
+from bidora.study.records import Cell, Record
 from bidora.study.results import Summary, Table
 from bidora.study.summary import summarise
 
@@ -26,23 +27,16 @@ MANY = 4
 """Values of a setting that are listed; more are counted."""
 
 
-class _Task(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def seeds(self) -> Iterable[int]: ...
-
-
-class _Method(Protocol):
+class _Named(Protocol):
     @property
     def name(self) -> str: ...
 
 
 class _Grid(Protocol):
     @property
-    def tasks(self) -> Sequence[_Task]: ...
+    def tasks(self) -> Sequence[_Named]: ...
     @property
-    def methods(self) -> Sequence[_Method]: ...
+    def methods(self) -> Sequence[_Named]: ...
     @property
     def reference(self) -> str: ...
 
@@ -52,7 +46,7 @@ class Reported(Protocol):
 
     @property
     def grid(self) -> _Grid:
-        """What was planned: tasks with their seeds, methods, the reference."""
+        """What was planned: tasks, methods, the reference."""
         ...
 
     @property
@@ -68,6 +62,16 @@ class Reported(Protocol):
     @property
     def chosen(self) -> Mapping[tuple[str, str, int], Any]:
         """The settings that a sweep chose, by task, method and size."""
+        ...
+
+    @property
+    def stand_ins(self) -> Collection[Cell]:
+        """The cells of records that stand for a run that was not needed, or impossible."""
+        ...
+
+    @property
+    def missing(self) -> Iterable[Cell]:
+        """The planned runs that are not done yet."""
         ...
 
 
@@ -93,11 +97,13 @@ def write_report(study: Reported, folder: str | Path) -> list[str]:
         chosen=study.chosen,
         tasks=[task.name for task in study.grid.tasks],
         methods=[method.name for method in study.grid.methods],
-        seeds={task.name: task.seeds for task in study.grid.tasks},
+        missing=study.missing,
     )
+    done = [record for record in records if record.cell not in study.stand_ins]
+    stand_ins = [record for record in records if record.cell in study.stand_ins]
     texts = {
-        "report.html": _page(summary, records, study.grid.reference),
-        "results.json": _json(summary, records),
+        "report.html": _page(summary, done, stand_ins, study.grid.reference),
+        "results.json": _json(summary, done, stand_ins),
         "tables.tex": latex_tables(summary),
         "tables.md": markdown_tables(summary),
     }
@@ -111,10 +117,13 @@ def _key(record: Record) -> Any:
     return (c.task, c.method, c.size, c.seed, c.purpose, repr(c.trial))
 
 
-def _json(summary: Summary, records: Sequence[Record]) -> str:
+def _json(
+    summary: Summary, records: Sequence[Record], stand_ins: Sequence[Record]
+) -> str:
     content = {
         "summary": summary.to_dict(),
         "records": [record.to_dict() for record in records],
+        "stand_ins": [record.to_dict() for record in stand_ins],
     }
     # JSON knows no NaN; escaped, the text holds whatever a file or a name held.
     return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
@@ -133,7 +142,12 @@ def _finite(value: Any) -> Any:
 # --- the page -----------------------------------------------------------------------
 
 
-def _page(summary: Summary, records: Sequence[Record], reference: str) -> str:
+def _page(
+    summary: Summary,
+    records: Sequence[Record],
+    stand_ins: Sequence[Record],
+    reference: str,
+) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -153,15 +167,17 @@ def _page(summary: Summary, records: Sequence[Record], reference: str) -> str:
     source = resources.files("bidora.study").joinpath("report.html.j2")
     template = environment.from_string(source.read_text("utf-8"))
     looks = styles(summary.methods)
-    final = [r for r in records if r.cell.purpose != "sweep"]
-    shared, differing = compare_settings(final or records)
+    final = [r for r in (*records, *stand_ins) if r.cell.purpose != "sweep"]
+    shared, differing = compare_settings(
+        [r for r in records if r.cell.purpose != "sweep"] or records
+    )
     machine, machines = _common([r.environment for r in records])
     page: str = template.render(
         summary=summary,
         title=_title(summary),
         advice=words.advice(summary),
         statements=words.statements(summary),
-        reservations=words.reservations(summary),
+        reservations=cautions(summary),
         swatches=Markup(draw_swatches(looks)),
         sections=[_section(summary, table, final, looks) for table in summary.tables],
         unknown_reference="" if summary.reference else reference,
@@ -170,6 +186,7 @@ def _page(summary: Summary, records: Sequence[Record], reference: str) -> str:
         machine=machine,
         machines={name: ", ".join(values) for name, values in machines.items()},
         records=records,
+        stand_ins=stand_ins,
         said=_said,
         words=words,
     )

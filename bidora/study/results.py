@@ -16,6 +16,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "Failure",
+    "Overall",
     "Result",
     "Summary",
     "Table",
@@ -52,7 +53,7 @@ class Difference:
         mean: Mean of the differences.
         low: Lower end of its interval, not adjusted; None with one pair.
         high: Upper end.
-        n: Pairs.
+        n: Pairs with a score on both sides.
         p: Of the permutation test that flips signs; None with one pair.
         adjusted: p after Holm's correction over the methods of the table.
         wins: Pairs in which the method is ahead.
@@ -61,6 +62,7 @@ class Difference:
         verdict: What is shown, by the adjusted p.
         decidable: Whether so many pairs, and methods, could show a difference at all:
             flipping the signs of n differences gives no p below 2^(1 − n).
+        failed: Pairs that were run, and have no score on a side.
     """
 
     mean: float
@@ -74,6 +76,7 @@ class Difference:
     losses: int
     verdict: Verdict
     decidable: bool = False
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ class Result:
         method: The method.
         score: On test examples; None where no run ended well.
         failed: Runs that ended with an error or without a finite score.
-        missing: Planned seeds without a run.
+        missing: Planned runs that are not done yet.
         collapsed: Runs that score exactly what a constant answer scores.
         seconds: Median seconds of training.
-        time_ratio: `seconds` over the reference's.
+        time_ratio: Seconds over the reference's: the median over seeds.
         steps: Median of optimizer steps.
         trained_parameters: The most that a run trained.
-        over_probe: Score minus the probe's.
+        over_probe: Score minus the probe's; None for the probe itself.
         over_reference: Score minus the reference's.
     """
 
@@ -111,17 +114,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Average:
-    """What a method came to on average over tasks.
+    """What a method came to on average over cells: tasks, or tasks and sizes.
 
-    No average rests on fewer tasks than another. The score is taken within each seed that
-    has all tasks; differences count each pair of runs once.
+    No average rests on fewer cells than another. The score is taken within each seed that
+    has all cells; differences count each pair of runs once.
 
     Args:
         method: The method.
-        score: Mean of its scores over tasks; None if no seed has them all.
-        over_probe: Difference to the probe; None if a task has no pair.
+        score: Mean of its scores over cells; None if no seed has them all.
+        over_probe: Difference to the probe; None if a cell has no pair.
         over_reference: Difference to the reference, likewise.
-        time_ratio: Median of its time ratios over tasks.
+        time_ratio: Median of its time ratios over cells.
     """
 
     method: str
@@ -140,10 +143,11 @@ class Table:
         size: Training examples; 0 for all.
         tasks: Tasks with a run.
         methods: Methods with a run.
-        results: One each task and method that has a run.
-        averages: One a method.
+        results: One each task and method that has a run, or is still to have one.
+        averages: One a method, over tasks.
         probe: The probe's scores by task, where it has some.
         constant: What a constant answer scores, by task.
+        probes: Methods that are the probe, whatever the grid calls them.
     """
 
     purpose: Purpose
@@ -154,6 +158,18 @@ class Table:
     averages: tuple[Average, ...]
     probe: dict[str, Estimate]
     constant: dict[str, Estimate]
+    probes: tuple[str, ...] = ()
+
+    @property
+    def anchors(self) -> dict[str, dict[str, Estimate]]:
+        """Scores of what needs no fine-tuning, by name and task.
+
+        The probe is left out on tasks where a method is the probe, which has its own row.
+        """
+        own = {r.task for r in self.results if r.method in self.probes and r.score}
+        probe = {task: one for task, one in self.probe.items() if task not in own}
+        found = {"constant answer": self.constant, "probe": probe}
+        return {name: scores for name, scores in found.items() if scores}
 
     def result(self, task: str, method: str) -> Result | None:
         """Return the result of a method on a task; None without a run.
@@ -172,6 +188,24 @@ class Table:
             method: One of `methods`.
         """
         return next(a for a in self.averages if a.method == method)
+
+
+@dataclass(frozen=True)
+class Overall:
+    """Methods compared over all sizes at once, for one purpose.
+
+    Pairs are of the same task, size and seed, as everywhere. Those that share a test set
+    and a seed are not independent of each other, and p takes them to be.
+
+    Args:
+        purpose: `steps` or `time`.
+        cells: Each task and size with a run.
+        averages: One a method, over these cells.
+    """
+
+    purpose: Purpose
+    cells: tuple[tuple[str, int], ...]
+    averages: tuple[Average, ...]
 
 
 @dataclass(frozen=True)
@@ -222,9 +256,11 @@ class Summary:
         metrics: The main metric by task.
         outer: Methods that search on two levels: the bidora family.
         tables: One each purpose and size with a run.
+        overall: One each purpose with a run at several sizes.
         sweep: The trials.
         chosen: Settings that were taken, where a sweep chose.
-        failures: Runs without a score.
+        failures: Runs without a score, those of the sweep last.
+        missing: Planned runs that are not done yet, those of the sweep aside.
         notes: What a reader must know besides.
         level: Of all intervals.
     """
@@ -236,9 +272,11 @@ class Summary:
     metrics: dict[str, str]
     outer: tuple[str, ...]
     tables: tuple[Table, ...]
+    overall: tuple[Overall, ...]
     sweep: tuple[Tried, ...]
     chosen: tuple[Tried, ...]
     failures: tuple[Failure, ...]
+    missing: int
     notes: tuple[str, ...]
     level: float
 

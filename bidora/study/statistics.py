@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from bidora.study.records import Purpose, Record
 
-__all__ = ["Paired", "holm", "interval", "paired", "sign_flips", "signed_rank"]
+__all__ = [
+    "POINTS",
+    "Paired",
+    "holm",
+    "interval",
+    "paired",
+    "score_of",
+    "sign_flips",
+    "signed_rank",
+    "time_ratio",
+]
 
 POINTS = 100.0
-"""Scores are fractions; differences are told in points."""
+"""Scores are fractions; a report tells them, and differences, in points."""
 
 DECIMALS = 9
 """Differences that are equal but for rounding are equal: ties and ranks depend on it."""
@@ -53,6 +63,11 @@ class Paired:
     reference_failed: int = 0
     both_failed: int = 0
     unpaired: int = 0
+
+    @property
+    def spoilt(self) -> int:
+        """Pairs without a difference, since a side failed."""
+        return self.failed + self.reference_failed + self.both_failed
 
     @property
     def wins(self) -> int:
@@ -235,7 +250,7 @@ def paired(
             continue
         if task in (None, cell.task):
             where = cell.task, cell.size, cell.seed
-            sides.setdefault(where, {})[cell.method] = _score(record)
+            sides.setdefault(where, {})[cell.method] = score_of(record)
     differences: list[float] = []
     failed = reference_failed = both_failed = unpaired = 0
     for _, side in sorted(sides.items()):
@@ -266,8 +281,53 @@ def paired(
     )
 
 
-def _score(record: Record) -> float | None:
-    """Return the test score; None for a run that failed or came to nothing finite."""
+def time_ratio(records: Iterable[Record], method: str, reference: str) -> float | None:
+    """Return how many times the reference's seconds of training a method took.
+
+    It is the median of the ratios within a task, size and seed: runs of one seed train
+    side by side, so that what slows the machine down slows both.
+
+    Args:
+        records: Of one purpose.
+        method: The method.
+        reference: The other one.
+
+    Returns:
+        The median; None if no pair was measured, such as with a reference of 0 seconds.
+
+    Example:
+        >>> from bidora.study.records import Cell
+        >>> spent = {"a": (2.0, 9.0, 4.0), "b": (1.0, 6.0, 1.0)}
+        >>> time_ratio(
+        ...     [
+        ...         Record(Cell("sst2", name, 0, i, "steps"), {}, seconds=seconds)
+        ...         for name, those in spent.items()
+        ...         for i, seconds in enumerate(those)
+        ...     ],
+        ...     "a",
+        ...     "b",
+        ... )
+        2.0
+    """
+    spent: dict[str, dict[tuple[str, int, int], float]] = {method: {}, reference: {}}
+    for record in records:
+        cell = record.cell
+        if cell.method in spent and not record.failed and math.isfinite(record.seconds):
+            spent[cell.method][cell.task, cell.size, cell.seed] = record.seconds
+    ratios = [
+        spent[method][where] / base
+        for where, base in spent[reference].items()
+        if base > 0 and where in spent[method]
+    ]
+    return median(ratios) if ratios else None
+
+
+def score_of(record: Record) -> float | None:
+    """Return the test score; None for a run that failed or came to nothing finite.
+
+    Args:
+        record: Of a run.
+    """
     score = record.score
     if record.failed or score is None or not math.isfinite(score):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,15 +58,24 @@ def study(
     chosen: dict[tuple[str, str, int], Any] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Any:
-    """Return what a report is made from."""
+    """Return what a report is made from; groups with a run have all of the seeds."""
     tasks = dict.fromkeys(r.cell.task for r in records)
     methods = dict.fromkeys(r.cell.method for r in records)
     grid = SimpleNamespace(
-        tasks=[SimpleNamespace(name=name, seeds=seeds) for name in tasks],
+        tasks=[SimpleNamespace(name=name) for name in tasks],
         methods=[SimpleNamespace(name=name) for name in methods],
         reference=reference,
     )
-    return SimpleNamespace(grid=grid, records=records, notes=notes, chosen=chosen or {})
+    final = [replace(r.cell, trial=()) for r in records if r.cell.purpose != "sweep"]
+    planned = {replace(cell, seed=seed) for cell in final for seed in seeds}
+    return SimpleNamespace(
+        grid=grid,
+        records=records,
+        notes=notes,
+        chosen=chosen or {},
+        stand_ins=frozenset(),
+        missing=sorted(planned - {*final}),
+    )
 
 
 def full_study() -> Any:

@@ -130,6 +130,9 @@ def test_a_method_without_a_trial_that_ended_well_has_failed_and_is_shown() -> N
         ("lora", 0, True),
         ("lora", 1, True),
     ]
+    assert study.stand_ins == {r.cell for r in shown}
+    assert study.served == frozenset()
+    assert {(c.method, c.seed) for c in study.missing} == {("full", 0), ("full", 1)}
     (note,) = [n for n in study.notes if n.startswith("lora on a:")]
     assert "no trial of the sweep" in note
     assert "ValueError: nan" in note
@@ -159,9 +162,9 @@ def timed(seconds: dict[str, list[float]], **changed: Any) -> Plan:
     return replace(plan, records=records)
 
 
-def test_steps_are_scaled_to_the_median_time_of_the_reference() -> None:
-    plan = timed({"lora": [10.0, 11.0, 90.0], "dora": [22.0, 1.0, 23.0]})
-    # 40 steps in 22 seconds, 11 to spend.
+def test_steps_are_scaled_to_the_time_of_the_reference() -> None:
+    # Within the seeds, dora takes 2, 2.2 and 0.1 times as long: seeds run side by side.
+    plan = timed({"lora": [10.0, 100.0, 90.0], "dora": [20.0, 220.0, 9.0]})
     assert plan.steps_in_time == {("a", "lora", 0): None, ("a", "dora", 0): 20}
     assert [(c.purpose, c.method, c.seed) for c in plan.due] == [
         ("time", "dora", seed) for seed in (0, 1, 2)
@@ -186,6 +189,7 @@ def test_runs_of_about_equal_time_serve_as_they_are(
     served = {r.cell.method for r in of_time}
     assert served == ({"lora", "dora"} if steps is None else {"lora"})
     assert (group in study.served) == (steps is None)
+    assert study.stand_ins == {record.cell for record in of_time}
     for record in of_time:
         twin = replace(record, cell=replace(record.cell, purpose="steps"))
         assert twin in study.records
@@ -218,12 +222,64 @@ def test_a_method_without_steps_serves_as_it_is() -> None:
     assert plan.due == []
 
 
+def stopped(steps: int, seconds: float, **changed: Any) -> Plan:
+    """Return the plan after equal steps of a method with early stopping."""
+    patient = {"method": "lora", "early_stopping_patience": 2, "eval_steps": 10}
+    plan = Plan(
+        grid_of(
+            tasks={"a": {}},
+            methods={"lora": {}, "patient": patient},
+            equal=["steps", "time"],
+            **changed,
+        )
+    )
+    records = tuple(
+        done(c, seconds=10.0)
+        if c.method == "lora"
+        else done(c, steps=steps, seconds=seconds)
+        for c in plan.due
+    )
+    return replace(plan, records=records)
+
+
+def test_runs_that_stopped_early_serve_as_they_are_and_it_is_said() -> None:
+    plan = stopped(20, 5.0)
+    group = ("a", "patient", 0)
+    assert plan.early_end(group) == 20
+    assert plan.steps_in_time[group] is None
+    assert plan.due == []
+    study = plan.study()
+    assert group in study.served
+    (note,) = [n for n in study.notes if n.startswith("patient on a:")]
+    assert "early stopping ended its runs after 20 steps (median)" in note
+    # One that took all of its steps can be given more.
+    plan = stopped(40, 5.0)
+    assert plan.early_end(group) is None
+    assert plan.steps_in_time[group] == 80
+    assert not [n for n in plan.study().notes if n.startswith("patient on a:")]
+
+
+def test_a_reference_that_took_no_time_is_no_measure() -> None:
+    plan = timed({"lora": [0.0], "dora": [20.0]})
+    assert plan.steps_in_time == {}
+    assert plan.due == []
+    assert plan.remaining == 0
+    study = plan.study()
+    assert {r.cell.purpose for r in study.records} == {"steps"}
+    assert any("lora on a: no time of training was measured" in n for n in study.notes)
+    # A method of no time serves as it is.
+    plan = timed({"lora": [10.0], "dora": [0.0]})
+    assert plan.steps_in_time["a", "dora", 0] is None
+
+
 def test_time_waits_for_all_seeds_of_both_methods() -> None:
     plan = timed({"lora": [10.0, 10.0], "dora": [20.0, 20.0]})
     for i in range(4):
         less = replace(plan, records=plan.records[:i] + plan.records[i + 1 :])
         assert less.steps_in_time.get(("a", "dora", 0)) is None
         assert all(c.purpose == "steps" for c in less.due)
+        # What there is of the reference counts at its own time.
+        assert ("a", "lora", 0) in less.study().served
         assert less.remaining == 3
 
 
@@ -262,6 +318,21 @@ def test_seeds_that_failed_have_no_part_in_the_medians() -> None:
         replace(r, error="died") if r.seconds == 500.0 else r for r in plan.records
     )
     assert replace(plan, records=records).steps_in_time["a", "dora", 0] == 20
+
+
+def test_missing_runs_are_those_of_the_whole_grid() -> None:
+    plan = Plan(grid_of(equal=["steps", "time"]), (), ["b"], ["full"])
+    missing = plan.study().missing
+    # The trial is not chosen yet; the reference has no runs of its own at equal time.
+    assert sorted({(c.method, c.purpose, c.trial) for c in missing}) == [
+        ("full", "steps", ()),
+        ("full", "time", ()),
+        ("lora", "steps", ()),
+    ]
+    assert {c.task for c in missing} == {"a", "b"}
+    assert len(missing) == 2 * 3 * 2
+    plan = finish(finish(Plan(grid_of())))
+    assert plan.study().missing == ()
 
 
 # -- what is told -------------------------------------------------------------------

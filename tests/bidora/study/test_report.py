@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bidora.study._figures import COLOURS, mean_curve
+from bidora.study._figures import COLOURS, MARKERS, draw_dots, mean_curve, styles
 from bidora.study._latex import escape
-from bidora.study.plan import Study
+from bidora.study.plan import Plan
 from bidora.study.reading import grid_from_dict
 from bidora.study.records import Record
 from bidora.study.report import compare_settings, write_report
@@ -240,7 +240,7 @@ def test_a_study_as_the_command_has_it(tmp_path: Path) -> None:
         for m in ("lora", "bidora")
         for i in (0, 1)
     ]
-    page, _, _ = written(Study(grid, tuple(records[:-1])), tmp_path)
+    page, _, _ = written(Plan(grid, tuple(records[:-1])).study(), tmp_path)
     assert "Comparison of 2 methods on 1 task" in page.text
     assert "1 not done yet" in page.text
 
@@ -306,6 +306,80 @@ def test_equal_scores_are_no_difference(tmp_path: Path) -> None:
     assert "▲" not in page.text
 
 
+def test_failed_pairs_and_trials_are_on_the_page(tmp_path: Path) -> None:
+    records = [record(m, 0.5, seed=i) for m in ("lora", "dora") for i in range(2)]
+    records += [
+        record("lora", 0.5, seed=2),
+        record("dora", seed=2, error="ValueError: no"),
+        record(
+            "dora",
+            purpose="sweep",
+            trial=(("learning_rate", 0.1),),
+            error="OverflowError: far",
+        ),
+    ]
+    page, _, tex = written(study(records), tmp_path)
+    text = " ".join(page.text.split())
+    assert "0–2–0 of 2 pairs, 1 failed" in text
+    assert "2 pairs, 1 failed}" in tex
+    assert "| 0.0 [0.0, 0.0], 2 pairs, 1 failed |" in (
+        tmp_path / "tables.md"
+    ).read_text("utf-8")
+    assert (
+        "dora on sst2, 100 examples, seed 0, sweep with learning_rate 0.1: "
+        "OverflowError: far"
+    ) in text
+
+
+def test_no_failure_is_claimed_only_of_runs_that_were_done(tmp_path: Path) -> None:
+    page, _, _ = written(study([record("lora", 0.5)]), tmp_path)
+    assert "No run failed." in page.text
+    page, _, _ = written(study([]), tmp_path)
+    assert "No run has been done." in page.text
+
+
+def test_sizes_are_compared_together_in_every_file(tmp_path: Path) -> None:
+    records = [
+        record(m, s + i / 100, seed=i, size=size)
+        for m, s in (("lora", 0.6), ("a_b", 0.7))
+        for size in (100, 500)
+        for i in range(4)
+    ]
+    page, content, tex = written(study(records), tmp_path)
+    text = " ".join(page.text.split())
+    assert "Over all sizes, equal steps" in text
+    assert "are not independent of each other" in text
+    # Eight pairs, one method: 2 of 256 patterns.
+    assert "a_b +10.0[+10.0, +10.0]8 pairs0.0080.008▲ better8–0–0" in text
+    assert page.text.count("Against the probe") == 1
+    (overall,) = content["summary"]["overall"]
+    assert overall["cells"] == [["sst2", 100], ["sst2", 500]]
+    assert r"\label{tab:over-sizes-steps}" in tex
+    assert r"a\_b & lora & $+10.0$" in tex
+    markdown = (tmp_path / "tables.md").read_text("utf-8")
+    assert (
+        "| a\\_b | lora | +10.0 [+10.0, +10.0] | 8 pairs | 0.008 | 0.008 | better |"
+    ) in markdown
+
+
+def test_the_probe_stands_once(tmp_path: Path) -> None:
+    records = [
+        record(m, s, seed=i, settings={"method": m})
+        for m, s in (("probe", 0.5), ("lora", 0.6))
+        for i in range(2)
+    ]
+    page, _, tex = written(study(records), tmp_path)
+    rows = [
+        tag for tag, a in page.elements if tag == "tr" and a.get("class") == "anchor"
+    ]
+    assert len(rows) == 1  # the constant answer
+    assert tex.count("\nprobe & ") == 2  # its score, and its difference to lora
+    assert "Probe &" not in tex
+    table = summarise(records, reference="lora").tables[0]
+    drawing = draw_dots(table, "sst2", styles(["probe", "lora"]), "title")
+    assert drawing.count(">probe<") == 1
+
+
 # --- JSON ---------------------------------------------------------------------------
 
 
@@ -320,9 +394,21 @@ def test_records_and_summary_come_back_from_json(whole: Whole) -> None:
         chosen=of.chosen,
         tasks=[task.name for task in of.grid.tasks],
         methods=[method.name for method in of.grid.methods],
-        seeds={task.name: task.seeds for task in of.grid.tasks},
+        missing=of.missing,
     )
     assert json.loads(json.dumps(again.to_dict())) == content["summary"]
+
+
+def test_copies_are_kept_apart_from_runs(tmp_path: Path) -> None:
+    run = record("lora", 0.5, seed=0)
+    copy = record("lora", 0.5, seed=0, purpose="time")
+    of = study([run, copy], seeds=[0])
+    of.stand_ins = frozenset([copy.cell])
+    page, content, _ = written(of, tmp_path)
+    assert [Record.from_dict(r) for r in content["records"]] == [run]
+    assert [Record.from_dict(r) for r in content["stand_ins"]] == [copy]
+    text = " ".join(page.text.split())
+    assert "1 run, all of them in results.json beside this page. 1 record more" in text
 
 
 def test_json_is_strict_where_numbers_are_none(tmp_path: Path) -> None:
@@ -356,12 +442,13 @@ def test_verdicts_are_seen_on_page_and_paper(tmp_path: Path) -> None:
     ]
     page, _, tex = written(study(records), tmp_path)
     assert "▲ better" in page.text
-    assert "p 0.031, 6–0–0" in " ".join(page.text.split())
+    assert "p 0.031, 6–0–0 of 6 pairs" in " ".join(page.text.split())
     assert tex.count(r"\begin{table}") == 2
     # t of 5 degrees of freedom is 2.571, the deviation √(17.5 / 5) = 1.871 and √6 2.449.
     assert r"lora & $62.5 \pm 2.0$ \\" in tex
     assert (
-        r"bi\_dora & $+12.5$\textsuperscript{*} {\scriptsize $[+10.5, +14.5]$}" in tex
+        r"bi\_dora & $+12.5$\textsuperscript{*} {\scriptsize $[+10.5, +14.5]$, 6 pairs}"
+        in tex
     )
     assert r"\label{tab:over-reference-steps-100}" in tex
 
@@ -398,6 +485,13 @@ def test_settings_are_shared_or_differ() -> None:
         "outer_every": {"lora": "–", "bidora": "2"},
         "rate": {"lora": "0.1, 0.2", "bidora": "0.1"},
     }
+
+
+def test_each_of_many_methods_has_a_mark_of_its_own() -> None:
+    looks = styles([str(i) for i in range(2 * len(MARKERS))])
+    marks = {(look["marker"], look["fillstyle"]) for look in looks.values()}
+    assert len(marks) == 2 * len(MARKERS)
+    assert {looks[str(i)]["fillstyle"] for i in range(len(MARKERS))} == {"full"}
 
 
 def luminance(colour: str) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bidora.study._words import advice, reservations, statements
+from bidora.study._cautions import cautions
+from bidora.study._words import advice, cells, pairs, statements
 from bidora.study.records import Record
 from bidora.study.results import Difference, Summary, Table
 from bidora.study.summary import summarise
@@ -126,6 +127,94 @@ def test_a_verdict_is_always_decidable() -> None:
     assert (gap.verdict, gap.decidable) == ("better", True)
 
 
+def test_the_probe_is_not_compared_with_itself() -> None:
+    def compared(*methods: str, **settings: str) -> dict[str, Difference | None]:
+        records = [
+            record(
+                method,
+                0.5 if "head" in method else 0.6 + i / 100,
+                seed=i,
+                settings={"method": settings.get(method, method)},
+            )
+            for method in methods
+            for i in range(6)
+        ]
+        table = only(summarise(records, reference="lora"))
+        found = {r.method: r.over_probe for r in table.results}
+        assert found == {a.method: a.over_probe for a in table.averages}
+        return found
+
+    without = compared("lora", "dora")
+    found = compared("lora", "dora", "head", head="probe")
+    assert found == {**without, "head": None}
+    # Two methods, and not three: twice the least p of six pairs.
+    assert difference(found["lora"]).adjusted == 2 / 32
+    # A method that is the probe by its name alone is the probe too.
+    assert summarise([record("probe", 0.5, settings={})]).tables[0].probes == ("probe",)
+
+
+def test_pairs_that_failed_are_counted_beside_those_that_did_not() -> None:
+    records = [
+        *(record("lora", s, seed=i) for i, s in enumerate((0.5, None, 0.5, None))),
+        *(record("dora", s, seed=i) for i, s in enumerate((0.6, 0.6, None, None, 0.6))),
+    ]
+    table = only(summarise(records, reference="lora"))
+    gap = difference(table.average("dora").over_reference)
+    # One pair failed on each side, and one on both; the last was not run on the other.
+    assert (gap.n, gap.failed) == (1, 3)
+    assert pairs(gap) == "1 pair, 3 failed"
+    probed = difference(table.average("dora").over_probe)
+    assert (probed.n, probed.failed) == (3, 2)
+
+
+def test_methods_are_compared_over_all_sizes() -> None:
+    gains = {("a", 100): 0.1, ("a", 0): 0.2, ("b", 100): 0.3}
+    records = [
+        record(method, 0.5 + own + seed / 1000, task=task, size=size, seed=seed)
+        for (task, size), gain in gains.items()
+        for seed in range(2)
+        for method, own in (("lora", 0.0), ("dora", gain), ("full", -gain))
+        if method != "full" or size
+    ]
+    records.append(record("lora", 0.1, task="b", size=0, purpose="time"))
+    summary = summarise(records, reference="lora")
+    (overall,) = summary.overall
+    assert (overall.purpose, overall.cells) == (
+        "steps",
+        (("a", 100), ("b", 100), ("a", 0)),
+    )
+    lora, dora, full = (
+        next(a for a in overall.averages if a.method == name)
+        for name in ("lora", "dora", "full")
+    )
+    gap = difference(dora.over_reference)
+    assert gap.mean == pytest.approx((10 + 20 + 30) / 3)
+    # All six signs agree, and no other method has a pair in each cell.
+    assert (gap.n, gap.wins, gap.p, gap.adjusted) == (6, 6, 2 / 64, 2 / 64)
+    assert (gap.verdict, gap.decidable) == ("better", True)
+    assert dora.score is not None
+    assert dora.score.mean == pytest.approx(70.05)
+    assert lora.over_reference is None
+    assert (full.score, full.over_reference, full.over_probe) == (None, None, None)
+    # To the probe there are two methods: Holm doubles the least p, and lora ties thrice.
+    to_probe = [difference(one.over_probe) for one in (lora, dora)]
+    assert [(gap.p, gap.adjusted) for gap in to_probe] == [
+        (1 / 4, 1 / 4),
+        (1 / 32, 1 / 16),
+    ]
+    said = cells(summary, overall)
+    assert "a with 100 and all examples; b with 100 examples." in said
+    assert said.endswith("and so not here: full.")
+    standings = dict(statements(summary))["dora against lora, at equal steps"]
+    assert "; better over all sizes (+20.0 [" in standings
+
+
+def test_one_size_is_not_compared_over_all_sizes() -> None:
+    assert summarise(full_study().records, reference="lora").overall == ()
+    alone = [record("lora", 0.5, size=size, probe=None) for size in (1, 2)]
+    assert summarise(alone).overall == ()
+
+
 def test_averages_count_each_pair_once() -> None:
     scores = {
         ("lora", "a"): (0.5, 0.5, 0.5),
@@ -179,7 +268,7 @@ def test_failed_collapsed_and_missing_runs_are_counted() -> None:
             record("lora", seed=2, error="ValueError: no"),
             record("lora", math.nan, seed=3),
         ],
-        seeds={"sst2": range(6)},
+        missing=[record("lora", seed=seed).cell for seed in (4, 5)],
     )
     result = only(summary).result("sst2", "lora")
     assert result is not None
@@ -191,10 +280,69 @@ def test_failed_collapsed_and_missing_runs_are_counted() -> None:
         "ValueError: no",
         "the test score is missing or not finite",
     ]
-    said = " ".join(reservations(summary))
+    said = " ".join(cautions(summary))
     assert "2 runs failed" in said
     assert "1 run collapsed" in said
     assert "2 planned runs" in said
+
+
+def test_planned_groups_without_any_run_are_counted() -> None:
+    planned = [
+        record("lora", seed=1).cell,
+        record("dora", seed=0, task="other").cell,
+        record("lora", seed=0, purpose="time").cell,
+        record("lora", seed=0, purpose="sweep").cell,  # its choice, not a result
+    ]
+    both = [record("lora", 0.6, task="other"), record("dora", 0.6), record("lora", 0.6)]
+    summary = summarise(both, missing=planned)
+    assert summary.missing == 3
+    empty = only(summary).result("other", "dora")
+    assert empty is not None
+    assert (empty.score, empty.missing, empty.over_probe) == (None, 1, None)
+    assert (
+        "3 planned runs are not done yet, 1 of them of methods, tasks or sizes that have "
+        "no run at all and are in no table."
+    ) in cautions(summary)
+
+
+def test_budgets_that_are_not_equal_are_said() -> None:
+    took = {"lora": (120, 10.0), "bidora": (140, 20.0), "probe": (0, 0.1)}
+    records = [
+        record(method, 0.5, task=task, purpose=purpose, steps=steps, seconds=seconds)
+        for method, (steps, seconds) in took.items()
+        for task in ("a", "b")
+        for purpose in ("steps", "time")
+    ]
+    summary = summarise(records, reference="lora", methods=took)
+    said = cautions(summary)
+    assert (
+        "Equal steps are not the same for all: bidora took 140 steps where 120 are usual "
+        "(a and b). A method of two phases counts the steps of both."
+    ) in said
+    assert (
+        "Equal time is not the same for all: bidora took 2.0× the seconds of lora "
+        "(a and b)."
+    ) in said
+    # Without a reference, the usual steps are those of most methods.
+    without = [r for r in records if r.cell.purpose == "steps"]
+    without += [record("full", 0.5, task=t, steps=140) for t in ("a", "b")]
+    assert "lora took 120 steps where 140" in " ".join(cautions(summarise(without)))
+    same = [record(method, 0.5, seed=i) for method in ("lora", "dora") for i in (0, 1)]
+    assert "same for all" not in " ".join(cautions(summarise(same, reference="lora")))
+
+
+def test_a_row_of_its_own_stands_for_the_probe() -> None:
+    records = [
+        record("lora", 0.6, task="a"),
+        record("lora", 0.6, task="b"),
+        record("head", 0.5, task="a", settings={"method": "probe"}),
+    ]
+    table = only(summarise(records))
+    assert table.probes == ("head",)
+    assert sorted(table.probe) == ["a", "b"]  # figures draw a line on both
+    assert sorted(table.anchors["probe"]) == ["b"]
+    assert sorted(table.anchors["constant answer"]) == ["a", "b"]
+    assert "probe" not in only(summarise([records[0], records[2]])).anchors
 
 
 def test_cost_is_medians_and_a_ratio() -> None:
@@ -211,8 +359,9 @@ def test_cost_is_medians_and_a_ratio() -> None:
     )
     result = table.result("sst2", "bidora")
     assert result is not None
-    assert (result.seconds, result.steps, result.time_ratio) == (40.0, 1.0, 2.0)
-    assert table.average("bidora").time_ratio == 2.0
+    # 50 / 10, 40 / 30 and 30 / 20: seeds are compared with their own.
+    assert (result.seconds, result.steps, result.time_ratio) == (40.0, 1.0, 1.5)
+    assert table.average("bidora").time_ratio == 1.5
 
 
 def test_probe_and_constant_count_once_a_seed() -> None:
@@ -294,7 +443,7 @@ def test_a_sweep_is_summed_up_by_trial() -> None:
     )
     assert (second.validation.mean, second.failed, second.chosen) == (90, 1, True)
     assert summary.tables == ()
-    assert summary.failures == ()  # a sweep's are in its own table
+    assert [(f.cell.seed, f.error) for f in summary.failures] == [(1, "ValueError: no")]
 
 
 def test_a_reference_without_a_run_is_none() -> None:
@@ -372,6 +521,17 @@ def test_advice_needs_pairs_enough() -> None:
     assert "3 pairs of runs cannot show a difference" in sentence
 
 
+def test_advice_claims_nothing_of_a_probe_that_no_outcome_could_have_beaten() -> None:
+    # Six pairs: one method against the reference can be told, two against the probe not.
+    (sentence,) = advice(said(runs("lora", *LOW[:6]), runs("dora", *HIGH[:6])))
+    assert sentence.startswith(
+        "With 100 examples, at equal steps: 6 pairs of runs cannot show a difference to "
+        "the probe; the highest mean is that of dora, which scores 73.5: +11.0 ["
+    )
+    (sentence,) = advice(said(runs("lora", *LOW[:7]), runs("dora", *HIGH[:7])))
+    assert "take dora" in sentence
+
+
 def test_advice_without_reference_is_the_highest_of_those_over_the_probe() -> None:
     (sentence,) = advice(
         said(
@@ -435,9 +595,7 @@ def test_statements_count_tasks() -> None:
 
 def test_few_seeds_are_said() -> None:
     def reserved(seeds: int) -> list[str]:
-        return reservations(
-            summarise(record("lora", 0.6, seed=i) for i in range(seeds))
-        )
+        return cautions(summarise(record("lora", 0.6, seed=i) for i in range(seeds)))
 
     assert "one seed" in reserved(1)[1]
     assert "2 seeds" in reserved(2)[1]
