@@ -37,7 +37,7 @@ def first_section() -> str:
 def test_every_difference_on_the_page_is_in_the_results() -> None:
     found = summary()
     known = {
-        tuple(f"{gap[name]:.1f}" for name in ("mean", "low", "high"))
+        tuple(f"{gap[name]:z.1f}" for name in ("mean", "low", "high"))
         for gap in differences([*found["tables"], *found["overall"]])
     }
     text = first_section()
