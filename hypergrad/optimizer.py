@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hypergrad._audit import Audit, Auditor
 from hypergrad._checkpoint import Checkpointer, pack_estimator
+from hypergrad._estimate_checks import check_reaches
 from hypergrad._hooks import follows
 from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
@@ -25,7 +26,7 @@ from hypergrad._setup import (
 )
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
-from hypergrad.estimator import HypergradEstimator, check_reaches
+from hypergrad.estimator import HypergradEstimator
 from hypergrad.learned import check_learned
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
@@ -369,8 +370,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """Begin an inner run anew: at the learned start, with a fresh optimizer state.
 
         w goes where `learn_start` says, and stays where it is elsewhere; momentum and
-        moments, recorded steps and the estimator's state are forgotten; a learned schedule
-        starts over. The counts of steps go on.
+        moments, recorded steps and solutions that the estimator carried are forgotten; a
+        learned schedule starts over. The counts of steps go on, and random directions go on
+        to others.
         """
         with self._whole() as rollback:
             self._run = self._stepper.begin_run(self._run, rollback)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_count
+from hypergrad.answer import EstimatorState
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
 from hypergrad.estimators._directions import (
     ONE_DIRECTION,
     Directions,
     NumDirections,
     check_directions,
+    draws_of,
 )
 from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.estimators._window import check_first, moved_within, start_of
@@ -133,6 +135,14 @@ class Forward(HypergradEstimator):
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""
         return self.rule
+
+    def new_run(self, state: Mapping[str, Any]) -> EstimatorState:
+        """Return the count of draws: directions of another run are others too.
+
+        Args:
+            state: at the end of the run before.
+        """
+        return draws_of(state)
 
     def resolve(
         self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None

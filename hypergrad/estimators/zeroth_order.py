@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_count, check_number
+from hypergrad.answer import EstimatorState
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, Needs, Point, Terms
 from hypergrad.estimators._directions import (
@@ -19,6 +20,7 @@ from hypergrad.estimators._directions import (
     Directions,
     NumDirections,
     check_directions,
+    draws_of,
 )
 from hypergrad.estimators._window import moved_within, start_of
 from hypergrad.precision import autocast_dtypes, coarsest, settings_unit, unit
@@ -147,6 +149,14 @@ class ZerothOrder(HypergradEstimator):
     def virtual_rule(self) -> Rule | None:
         """Return the rule that was set."""
         return self.rule
+
+    def new_run(self, state: Mapping[str, Any]) -> EstimatorState:
+        """Return the count of draws: directions of another run are others too.
+
+        Args:
+            state: at the end of the run before.
+        """
+        return draws_of(state)
 
     def terms(self, point: Point) -> Terms:
         """Return both terms, from the same differences.
