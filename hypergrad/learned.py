@@ -32,6 +32,7 @@ __all__ = [
     "learned_rule",
     "make_settings",
     "make_start",
+    "note_rates",
     "start_of",
     "tangents_of_settings",
     "values_at",
@@ -284,11 +285,11 @@ def learned_groups(
 ) -> Iterator[None]:
     """Let an optimizer's groups have the learned settings for the block.
 
-    What a scheduler made of a group's learning rate, relative to where it began, stays a
-    factor.
+    What a scheduler or a hand made of a group's learning rate, relative to where it began,
+    stays a factor.
 
     Args:
-        optimizer: the inner optimizer.
+        optimizer: the inner optimizer, whose rates `note_rates` noted.
         problem: the problem.
         number: of the step in its inner run, from 0.
     """
@@ -303,8 +304,7 @@ def learned_groups(
             factor = values.pop("schedule", 1.0)
             rate = float(group["lr"])
             if "lr" in values:
-                begun = float(group.get("initial_lr", rate))
-                rate = values["lr"] * (rate / begun if begun else 1.0)
+                rate = values["lr"] * rate / float(group["initial_lr"])
             values["lr"] = rate * factor
             if not group["weight_decay"]:  # what is off stays off
                 values.pop("weight_decay", None)
@@ -313,6 +313,32 @@ def learned_groups(
     finally:
         for group, before in zip(groups, held, strict=True):
             group.update(before)
+
+
+def note_rates(optimizer: torch.optim.Optimizer, problem: BilevelProblem) -> None:
+    """Note where learning rates begin, so that what becomes of them shows as a factor.
+
+    As schedulers of torch do when they are made. Not all are of that kind
+    (`ReduceLROnPlateau`), and a rate may be set by hand.
+
+    Args:
+        optimizer: the inner optimizer.
+        problem: the problem; one that learns no rate leaves the optimizer alone.
+
+    Raises:
+        ValueError: a group's rate is 0.
+    """
+    if not any(s.setting == "lr" for s in problem.inner_settings.values()):
+        return
+    for group in optimizer.param_groups:
+        if not group.setdefault("initial_lr", float(group["lr"])):
+            msg = (
+                "inner_settings learns 'lr', and the inner optimizer's own learning rate "
+                "begins at 0: what a scheduler makes of it is a factor of the learned "
+                "rate, and none of 0 can be told. Give the inner optimizer any positive "
+                "lr, such as that of inner_settings."
+            )
+            raise ValueError(msg)
 
 
 def _with_parts(rule: Any, fn: Any) -> Any:

@@ -27,7 +27,7 @@ from hypergrad._setup import (
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator
-from hypergrad.learned import check_learned
+from hypergrad.learned import check_learned, note_rates
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
 from hypergrad.rules import check_supported, rule_of
@@ -144,6 +144,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if problem.inner_settings:
             check_supported(inner)
             check_learned(rule_of(inner, problem.inner_params), problem)
+            note_rates(inner, problem)
         if audit_every and audit_reference in ("dense", "cg"):
             choose_reference(problem, None, audit_reference)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)

@@ -56,7 +56,8 @@ class BilevelProblem:
             pair, or a list of pairs; of `schedule` a list with a factor of the learning
             rate for each step of the inner run. Each becomes an outer parameter on a log
             scale, `log_lr`, or a logit scale, `logit_momentum`, and replaces what the
-            inner optimizer was made with; a scheduler's factor stays.
+            inner optimizer was made with. What a scheduler or you make of the optimizer's
+            own rate, relative to where that began, is a factor of the learned one.
         learn_start: whether w at the start of an inner run is learned, or names or
             patterns of the inner parameters for which it is. Each becomes an outer
             parameter, `start of NAME`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -429,6 +430,79 @@ def test_settings_of_a_module_by_hand() -> None:
     assert error(opt.problem.outer_params["log_lr"], grown) < 1e-15
     opt.inner_step(0.0)
     assert abs(opt.problem.inner_params["w"].item() - 2 * (1 - grown.exp())) < 1e-12
+
+
+def end(rates: list[float]) -> float:
+    """w after steps from 4 towards 0."""
+    return 4.0 * math.prod(1 - rate for rate in rates)
+
+
+def moved(rates: list[float]) -> float:
+    """Of f = w²/2 after such steps, df/dlog lr = -w² Σ r/(1 - r)."""
+    return -(end(rates) ** 2) * sum(rate / (1 - rate) for rate in rates)
+
+
+def hypergradient(opt: BilevelOptimizer) -> float:
+    found = opt.estimator.estimate(
+        opt.problem, inner_batch=None, outer_batch=0.0, steps=opt.recorded_steps
+    )
+    return found.outer_grads["log_lr"].item()
+
+
+def test_a_plateau_lowers_a_learned_rate() -> None:
+    """The scheduler notes no rate that it began with, as others of torch do."""
+    opt = line(make_estimator("unrolled", num_steps=4), inner_settings={"lr": 0.25})
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        opt.inner, factor=0.1, patience=0
+    )
+    factors = []
+    for _ in range(4):
+        factors.append(opt.inner.param_groups[0]["lr"] / 0.5)
+        opt.inner_step(0.0)
+        schedule.step(1.0)
+    assert factors == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    rates = [0.25 * factor for factor in factors]
+    here = opt.problem.inner_params["w"].item()
+    assert abs(here - end(rates)) <= 1e-14
+    assert abs(hypergradient(opt) - moved(rates)) <= 1e-14
+
+
+def test_a_rate_set_by_hand_is_a_factor_of_the_learned_one() -> None:
+    opt = line(inner_settings={"lr": 0.25})
+    opt.inner_step(0.0)
+    opt.inner.param_groups[0]["lr"] = 0.05  # a tenth of what it was made with
+    file = io.BytesIO()
+    torch.save((opt.state_dict(), opt.problem.module.state_dict()), file)  # pyright: ignore[reportOptionalMemberAccess]
+    file.seek(0)
+    state, model = torch.load(file, weights_only=True)
+    other = line(inner_settings={"lr": 0.25})
+    other.problem.module.load_state_dict(model)  # pyright: ignore[reportOptionalMemberAccess]
+    other.load_state_dict(state)
+    for each in (opt, other):
+        each.inner_step(0.0)
+        here = each.problem.inner_params["w"].item()
+        assert abs(here - end([0.25, 0.025])) <= 1e-14
+        assert abs(hypergradient(each) - moved([0.25, 0.025])) <= 1e-14
+
+
+def test_a_rate_that_began_at_zero_has_no_factor() -> None:
+    def of(rate: float, **settings: Any) -> BilevelOptimizer:
+        return BilevelOptimizer(
+            Line(),
+            loss,
+            estimator=make_estimator("unrolled", num_steps=2),
+            inner_optimizer=partial(torch.optim.SGD, lr=rate),
+            outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+            inner_settings=settings,
+        )
+
+    with pytest.raises(ValueError, match=r"learning rate begins at 0: .*any positive"):
+        of(0.0, lr=0.5)
+    assert "initial_lr" not in of(0.0, schedule=[1.0, 1.0]).param_groups[0]
+    opt = of(0.5, lr=0.5)
+    opt.inner.param_groups[0]["lr"] = 0.0
+    opt.inner_step(0.0)  # a factor of 0 is one
+    assert opt.problem.inner_params["w"].item() == 4.0
 
 
 def test_a_run_resumes_with_its_numbers() -> None:
