@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from hypergrad import tree
 from hypergrad._checks import check_count
 from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
-from hypergrad.estimators._adjoint import AdjointNorms
+from hypergrad.estimators._growth import AdjointNorms
 from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.estimators._window import check_first, moved_within
 from hypergrad.learned import adjoint_of_settings, wanted_settings

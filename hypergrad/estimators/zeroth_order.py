@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from hypergrad.estimators._directions import (
     check_directions,
     draws_of,
 )
-from hypergrad.estimators._window import moved_within, start_of
+from hypergrad.estimators._window import counted, moved_within, start_of
 from hypergrad.precision import autocast_dtypes, coarsest, settings_unit, unit
 from hypergrad.products import gradients
 from hypergrad.products.evaluation import seen_unit
@@ -174,13 +174,14 @@ class ZerothOrder(HypergradEstimator):
         start = start_of(point, len(taken)) if taken else ({}, {})
         sums = (tree.zeros_like(_wide(outer)), tree.zeros_like(_wide(outer)))
         seen: list[Tensor] = []
+        tell = counted(point, 2 * len(directions) * len(taken))
         for number in range(len(directions)):
             u = directions[number]
             step = {n: t * lengths[n] for n, t in u.items()}
             ends = _moved(outer, step, 1.0), _moved(outer, step, -1.0)
             # Divided by what they were moved in truth: rounding differs by the entry.
             width = tree.sub(*(_wide({n: end[n] for n in u}) for end in ends))
-            changes = _changes(point, taken, start, step, ends)
+            changes = _changes(point, taken, start, step, ends, tell)
             seen += changes
             for total, change in zip(sums, changes, strict=True):
                 for n, t in width.items():
@@ -253,6 +254,7 @@ def _changes(
     start: tuple[Params, State],
     step: Params,
     ends: tuple[Params, Params],
+    tell: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Return by how much f changes from one end to the other, by λ itself and by w.
 
@@ -262,14 +264,15 @@ def _changes(
         start: w and the optimizer's state before them.
         step: how far λ is moved.
         ends: λ at either end.
+        tell: called after each inner step.
     """
     ahead, behind = ends
     if not steps:
         change = _value(point, ahead) - _value(point, behind)
         return change, torch.zeros_like(change)
-    w = _retaken(point, steps, start, step, 1.0)
+    w = _retaken(point, steps, start, step, 1.0, tell)
     high, across = _value(point, {**w, **ahead}), _value(point, {**w, **behind})
-    w = _retaken(point, steps, start, step, -1.0)
+    w = _retaken(point, steps, start, step, -1.0, tell)
     back, low = _value(point, {**w, **ahead}), _value(point, {**w, **behind})
     by_outer = (high - across) + (back - low)
     by_inner = (high - back) + (across - low)
@@ -286,6 +289,7 @@ def _retaken(
     start: tuple[Params, State],
     step: Params,
     sign: float,
+    tell: Callable[[], None],
 ) -> Params:
     """Return w after the steps, each taken at its λ moved by the same."""
     problem = point.problem
@@ -296,6 +300,7 @@ def _retaken(
             g = gradients(problem, "inner", one.micro_batches, point.tally, outer=False)
             # Not from the copy: an embedding with max_norm moved w in the forward pass.
             w, state = one.rule.apply(problem.inner_params, state, g.inner or {})
+        tell()
     return w
 
 

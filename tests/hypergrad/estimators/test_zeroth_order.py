@@ -279,6 +279,19 @@ def test_four_values_a_direction_and_two_gradients_a_step(steps: int, m: int) ->
     assert made.needs.order == 0
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_progress_is_told_after_every_step(steps: int) -> None:
+    """One entry, to both sides."""
+    told: list[tuple[int, int]] = []
+    make_estimator("zeroth-order", num_steps=steps, rule=HALF).estimate(
+        half(lambda i, o, b: i["w"]),
+        inner_batch=None,
+        outer_batch=None,
+        on_progress=lambda *now: told.append(now),
+    )
+    assert told == [(done, 2 * steps) for done in range(1, 2 * steps + 1)]
+
+
 def test_records_with_few_copies_give_the_same_bits() -> None:
     case = network_case()
     few, every = (
