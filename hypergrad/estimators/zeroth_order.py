@@ -26,6 +26,7 @@ from hypergrad.estimators._window import counted, moved_within, start_of
 from hypergrad.precision import autocast_dtypes, coarsest, settings_unit, unit
 from hypergrad.products import gradients
 from hypergrad.products.evaluation import seen_unit
+from hypergrad.reporting import report
 from hypergrad.rules import Rule, State
 from hypergrad.rules.base import check_rule
 from hypergrad.steps import InnerStep, SnapshotLimit, check_snapshots
@@ -124,7 +125,7 @@ class ZerothOrder(HypergradEstimator):
     def without_laws(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Values do not tell what a loss is computed from; and see `Forward`."""
         laws = {
-            "unused levels": "values of constants differ by 0, and the reason says so"
+            "unused levels": "values of constants differ by 0, and a warning says so"
         }
         if self.num_steps == 0:
             return laws | {"direction": "without steps it has no indirect term"}
@@ -194,7 +195,10 @@ class ZerothOrder(HypergradEstimator):
         largest = max(lengths.values())
         reasons = [moved_within(point, taken) if taken else ""]
         if not any(point.tally.read(*seen)):
-            reasons.append(_CONSTANT.format(4 * len(directions), largest))
+            reasons.append(
+                _CONSTANT.format((4 if taken else 2) * len(directions), largest)
+            )
+            report(reasons[-1])
         info = {"fd_radius": largest, "reason": " ".join(filter(None, reasons))}
         return Terms(direct, indirect, directions.state, info)
 
