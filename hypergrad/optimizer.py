@@ -112,7 +112,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         outer: Any = None,
-        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        outer_loss_fn: Callable[[Any, Any], Tensor | float] | None = None,
         estimator: str | HypergradEstimator,
         inner_optimizer: OptimizerLike,
         outer_optimizer: OptimizerLike,

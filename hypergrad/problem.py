@@ -42,7 +42,7 @@ class BilevelProblem:
     Args:
         inner_loss: g, called as `inner_loss(inner_params, outer_params, batch)`;
             returns a scalar tensor.
-        outer_loss: f, same signature.
+        outer_loss: f, same signature; for `"zeroth-order"` it may return a number.
         inner_params: w, leaf tensors that require grad, by name. May be empty: the
             indirect term is then 0.
         outer_params: λ, likewise; at least one, or a learned setting or start.
@@ -101,7 +101,7 @@ class BilevelProblem:
     def __init__(
         self,
         inner_loss: Loss,
-        outer_loss: Loss,
+        outer_loss: Loss | Callable[[Params, Params, Any], float],
         inner_params: Mapping[str, Tensor],
         outer_params: Mapping[str, Tensor],
         inner_outputs: Callable[[Params, Params, Any], Any] | None = None,
@@ -144,7 +144,7 @@ class BilevelProblem:
             )
             raise ValueError(msg)
         check_disjoint(self.inner_params, self.outer_params)
-        self._losses: dict[Level, Loss] = {"inner": inner_loss, "outer": outer_loss}
+        self._losses = {"inner": inner_loss, "outer": outer_loss}
         self.inner_outputs = inner_outputs
         self.inner_criterion = inner_criterion
         self.reducer = Reducer(group)
@@ -169,7 +169,7 @@ class BilevelProblem:
         | type[nn.Module]
         | Callable[[str, Tensor], bool]
         | None = None,
-        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        outer_loss_fn: Callable[[Any, Any], Tensor | float] | None = None,
         inner_outputs: Callable[[Any, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
         inner_settings: Mapping[str, Any] | None = None,
@@ -251,7 +251,13 @@ class BilevelProblem:
     # -- evaluation ---------------------------------------------------------------
 
     def loss(
-        self, level: Level, inner_params: Params, outer_params: Params, batch: Any
+        self,
+        level: Level,
+        inner_params: Params,
+        outer_params: Params,
+        batch: Any,
+        *,
+        number: bool = False,
     ) -> Tensor:
         """Evaluate one loss and check that it is a scalar.
 
@@ -260,6 +266,7 @@ class BilevelProblem:
             inner_params: w, the problem's own tensors or others of the same names.
             outer_params: λ, likewise.
             batch: handed to the loss as it is.
+            number: whether a plain number will do, as it does where nothing is derived.
 
         Returns:
             The loss, of shape `()`.
@@ -270,7 +277,8 @@ class BilevelProblem:
         """
         fn = self._losses[level]
         value: Any = fn(*self._named(inner_params, outer_params), batch)
-        return check_scalar(f"{level}_loss", value)
+        like = self.tensors[0] if number else None
+        return check_scalar(f"{level}_loss", value, like)
 
     def inner_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
         """Evaluate g; see `loss`."""

@@ -49,9 +49,10 @@ class ZerothOrder(HypergradEstimator):
     the mean of slope times u: for such an F, an unbiased estimate whose squared error is
     (n - 1)/m of the squared norm, on average, for n entries and m directions.
 
-    f is a value and nothing else: a metric that counts, a quantised or compiled model will
-    do. The inner steps are retaken by their own gradients; with `num_steps=0` w stays where
-    it is, and not even those are needed. Both sides see the same data and the same random
+    f is a value and nothing else: a metric that counts, a quantised or compiled model, or
+    a plain number will do. It is made small: of accuracy or F1, return the negative. The
+    inner steps are retaken by their own gradients; with `num_steps=0` w stays where it is,
+    and not even those are needed. Both sides see the same data and the same random
     numbers, and start where the window does: what was done to w by hand between its steps
     is not done again. Cost: 4 values of f for each direction, and 2 K inner gradients.
 
