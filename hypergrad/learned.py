@@ -1,7 +1,8 @@
 """λ in the inner optimizer and in the start of the inner run, as outer parameters.
 
 A positive setting is learned by its logarithm, and a rate of decay by its logit
-log(p / (1 - p)), so that every step of the outer optimizer leads to an allowed value.
+log(p / (1 - p)), so that a step of the outer optimizer leads to an allowed value, unless it
+is so long that rounding gives a bound: then that is said.
 """
 
 from __future__ import annotations
@@ -71,13 +72,25 @@ class LearnedSetting:
             held: the outer parameter.
             group: of the inner optimizer, from 0.
             number: of the step in its inner run, from 0.
+
+        Raises:
+            HypergradError: it is so far out that rounding gives a bound of the scale.
         """
         if self.setting == "schedule":
             held = held[_step_of(self, held, number)]
         elif self.groups is not None:
             held = held[group]
-        wide = held.detach().double()
-        found = wide.exp() if SCALES[self.setting] == "log" else wide.sigmoid()
+        wide, log = held.detach().cpu().double(), SCALES[self.setting] == "log"
+        found = wide.exp() if log else wide.sigmoid()
+        if not ((found > 0) & (found < (math.inf if log else 1.0))).all():
+            msg = (
+                f"{self.param!r} is {wide.tolist()}, which makes {self.setting} "
+                f"{found.tolist()}: rounding gives a bound of the {SCALES[self.setting]} "
+                "scale, where no step leads back from. The outer steps are too long: "
+                "lower the outer learning rate, or clip what goes into it, and start "
+                "from the values before."
+            )
+            raise HypergradError(msg)
         return found.tolist()
 
 
@@ -201,6 +214,12 @@ def make_start(
     """
     if isinstance(given, bool):
         given = "*" if given else ()
+    if not isinstance(given, (str, Sequence)):
+        msg = (
+            f"learn_start={given!r} must be True, False, or names or patterns of names of "
+            f"inner parameters, got {type(given).__name__}. Pass e.g. 'head.*'."
+        )
+        raise TypeError(msg)
     patterns = [given] if isinstance(given, str) else list(given)
     start: dict[str, str] = {}
     params: Params = {}

@@ -138,11 +138,12 @@ class BilevelOptimizer(torch.optim.Optimizer):
         check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
-        if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
+        if problem.beside_losses:
+            check_supported(inner, problem.beside_losses)
+        elif chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
             check_supported(inner)
         check_reaches(chosen, problem)
         if problem.inner_settings:
-            check_supported(inner)
             check_learned(rule_of(inner, problem.inner_params), problem)
             note_rates(inner, problem)
         if audit_every and audit_reference in ("dense", "cg"):
@@ -409,6 +410,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         every = self._run.outer_every
         if estimator is not self._asked:
             pack_estimator(estimator)  # refuses what a checkpoint could not hold
+            check_reaches(estimator, self.problem)
             if estimator.needs.lookback or follows(estimator):
                 check_supported(self.inner)
         if self._every_is_open:
