@@ -19,6 +19,7 @@ from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
 from hypergrad._setup import (
+    check_inner,
     check_settings,
     describe,
     make_estimator_of,
@@ -27,10 +28,8 @@ from hypergrad._setup import (
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator
-from hypergrad.learned import check_learned, note_rates
 from hypergrad.problem import BilevelProblem
-from hypergrad.reference import choose_reference
-from hypergrad.rules import check_supported, rule_of
+from hypergrad.rules import check_supported
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
@@ -138,16 +137,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
-        if problem.beside_losses:
-            check_supported(inner, problem.beside_losses)
-        elif chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
-            check_supported(inner)
-        check_reaches(chosen, problem)
-        if problem.inner_settings:
-            check_learned(rule_of(inner, problem.inner_params), problem)
-            note_rates(inner, problem)
-        if audit_every and audit_reference in ("dense", "cg"):
-            choose_reference(problem, None, audit_reference)
+        check_inner(problem, chosen, inner, auditor)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
         self.problem = problem
         self.inner, self.outer = inner, outer_level
@@ -373,8 +363,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         w goes where `learn_start` says, and stays where it is elsewhere; momentum and
         moments, recorded steps and solutions that the estimator carried are forgotten; a
-        learned schedule starts over. The counts of steps go on, and random directions go on
-        to others.
+        learned schedule starts over. Counts of steps and random directions go on.
         """
         with self._whole() as rollback:
             self._run = self._stepper.begin_run(self._run, rollback)

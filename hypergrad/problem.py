@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hypergrad import _foreach as foreach
-from hypergrad import rng, tree
+from hypergrad import rng
 from hypergrad._checks import (
     check_disjoint,
     check_module,
     check_names,
     check_scalar,
     check_tensor,
-    some,
 )
+from hypergrad._learn import make_settings, make_start
+from hypergrad._moved import moved
 from hypergrad._session import Session
-from hypergrad.learned import make_settings, make_start
 from hypergrad.modules import ModuleLoss, select_parameters
 from hypergrad.reducer import Reducer
 from hypergrad.tree import Params
@@ -338,12 +336,11 @@ class BilevelProblem:
 
     # -- moving and restoring -----------------------------------------------------
 
-    @contextmanager
     def at(
         self,
         inner_params: Mapping[str, Tensor] | None = None,
         outer_params: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Move parameters in place for the block, and restore them bit for bit.
 
         The block must hold the whole evaluation: forward, backward and product. A
@@ -352,6 +349,9 @@ class BilevelProblem:
         Args:
             inner_params: values for some or all of w.
             outer_params: values for some or all of λ.
+
+        Returns:
+            A context; what does not fit is refused before anything moves.
 
         Raises:
             TypeError: a value that is not a tensor.
@@ -373,54 +373,8 @@ class BilevelProblem:
             >>> w.item()
             0.0
         """
-        targets, values = self._moves(inner_params, outer_params)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            saved = list(foreach.clone(targets)) if targets else []
-            # A value may be a view of what is about to move (two that change places).
-            held = {_storage(t) for t in targets if t.numel()}
-            values = [v.detach().clone() if _storage(v) in held else v for v in values]
-        try:
-            _copy(targets, values)
-            del values, inner_params, outer_params  # whose memory may be free now
-            yield
-        finally:
-            _copy(targets, saved)
-
-    def _moves(
-        self,
-        inner_params: Mapping[str, Tensor] | None,
-        outer_params: Mapping[str, Tensor] | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what moves, and where to, after a look at names, kinds and shapes."""
-        targets: list[Tensor] = []
-        moved: list[Tensor] = []
-        for kind, own, values in (
-            ("inner", self.inner_params, inner_params),
-            ("outer", self.outer_params, outer_params),
-        ):
-            for name, value in (values or {}).items():
-                if name not in own:
-                    msg = (
-                        f"{name!r} is not one of the {kind} parameters "
-                        f"({some(own)}). Use the problem's own names."
-                    )
-                    raise ValueError(msg)
-                if not isinstance(value, Tensor):
-                    msg = (
-                        f"the value for {kind} parameter {name!r} is a "
-                        f"{type(value).__name__}. Pass a tensor."
-                    )
-                    raise TypeError(msg)
-                if own[name].shape != value.shape:
-                    msg = (
-                        f"the value for {kind} parameter {name!r} has shape "
-                        f"{tuple(value.shape)}, the parameter "
-                        f"{tuple(own[name].shape)}. Pass a tensor of its shape."
-                    )
-                    raise ValueError(msg)
-                targets.append(own[name])
-                moved.append(value)
-        return targets, moved
+        own = {"inner": self.inner_params, "outer": self.outer_params}
+        return moved(own, {"inner": inner_params or {}, "outer": outer_params or {}})
 
     def swapped(self, clones: Params) -> AbstractContextManager[None]:
         """Return a context with `clones` in the places of the inner parameters.
@@ -507,17 +461,6 @@ class BilevelProblem:
         out = dict(params)
         out.update({a: params[n] for a, n in self.aliases.items() if n in params})
         return out
-
-
-def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
-
-
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
-    # Never through .data: that hides the move from autograd, and a graph kept across
-    # it is then silently wrong.
-    with torch.inference_mode(mode=False):
-        tree.copy(targets, values)
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> Params:

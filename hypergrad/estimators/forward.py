@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad import tree
 from hypergrad._checks import check_count
 from hypergrad.answer import EstimatorState
-from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
+from hypergrad.estimator import Indirect, Needs, Point
 from hypergrad.estimators._directions import (
     ONE_DIRECTION,
     Directions,
@@ -21,13 +21,13 @@ from hypergrad.estimators._directions import (
     draws_of,
 )
 from hypergrad.estimators._growth import TangentNorms
-from hypergrad.estimators._one_step import with_chosen_product
 from hypergrad.estimators._window import check_first, counted, moved_within, start_of
+from hypergrad.estimators._with_product import WithProduct
 from hypergrad.learned import tangents_of_settings
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, Tally, as_product
 from hypergrad.rules import Rule, State
-from hypergrad.rules.base import check_rule
+from hypergrad.rules.base import check_rule, watch_finite
 from hypergrad.steps import InnerStep, SnapshotLimit, check_snapshots
 from hypergrad.tree import Params
 
@@ -38,7 +38,7 @@ _TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Forward(HypergradEstimator):
+class Forward(WithProduct):
     r"""Push directions of λ through the last K inner steps, oldest first [FDF17, Alg. 2].
 
     With $(w_{k+1}, s_{k+1}) = U(w_k, s_k, \nabla_w g(w_k, \lambda_k))$ and tangents
@@ -147,19 +147,6 @@ class Forward(HypergradEstimator):
             state: at the end of the run before.
         """
         return draws_of(state)
-
-    def resolve(
-        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> Choice:
-        """Return itself with the product that `auto` takes on this problem.
-
-        Args:
-            problem: the problem; it is left as it was.
-            inner_batch: data of the inner loss.
-            rule: not used.
-        """
-        del rule
-        return with_chosen_product(self, self.product, problem, inner_batch)
 
     def indirect(self, point: Point) -> Indirect:
         """Return the slopes of f through w, put together along the directions.
@@ -280,16 +267,7 @@ class _Tangent:
             change,
             tangents_of_settings(problem, step.rule, step.number, self.outer),
         )
-        tally.watch_finite(
-            list(pushed.params),
-            list(pushed.params.values()),
-            lambda bad: (
-                f"the derivative of an inner step is not finite in {bad}: a NaN or "
-                "infinity in the step's gradient or optimizer state, or Adam with eps=0 "
-                "where a gradient is 0, is the usual cause. Look at the optimizer state; "
-                "raise eps."
-            ),
-        )
+        watch_finite(tally, pushed.params)
         self.params, self.state = pushed.params, pushed.state
 
 

@@ -653,8 +653,8 @@ def test_bad_input(make: Callable[[], Any], kind: Any, text: str) -> None:
         make()
 
 
+RATE: dict[str, Any] = {"inner_settings": {"lr": 0.1}}
 START: dict[str, Any] = {"learn_start": True}
-W = "start of w"
 
 
 def test_an_optimizer_without_a_rule() -> None:
@@ -669,7 +669,7 @@ def test_an_optimizer_without_a_rule() -> None:
             outer_optimizer=partial(torch.optim.SGD, lr=1.0),
         )
     for estimator in ("unrolled", "auto"):  # which else would take 'cg'
-        for settings, name in (({"inner_settings": {"lr": 0.1}}, "log_lr"), (START, W)):
+        for settings, name in ((RATE, "log_lr"), (START, "start of w")):
             with pytest.raises(
                 TypeError, match=rf"\({name}\) acts in its steps alone: take one of"
             ):
@@ -691,7 +691,7 @@ def test_an_optimizer_without_a_rule() -> None:
 
 def test_an_estimator_that_chooses_one_that_does_not_see_where_it_acts() -> None:
     class Blind(Auto):
-        def resolve(self, *args: Any) -> Choice:
+        def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> Choice:
             return Choice(make_estimator("cg"))
 
     with pytest.raises(HypergradError, match="ConjugateGradient cannot answer for lo"):
@@ -784,8 +784,8 @@ def test_a_comparison_without_steps_says_what_to_pass() -> None:
         opt.inner_step(0.0)
     with torch.no_grad():
         opt.problem.inner_params["w"].fill_(4.0)  # where the virtual steps begin
-    for more in ({"reference": unrolled}, {"steps": opt.recorded_steps}):
-        assert not compare(repeats=1, **more).rows[0].failure
+    assert not compare(repeats=1, reference=unrolled).rows[0].failure
+    assert not compare(repeats=1, steps=opt.recorded_steps).rows[0].failure
 
 
 def test_a_run_that_is_not_seen_whole() -> None:
