@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._answer_checks import check_state
+from hypergrad._checks import some
 from hypergrad._run import Run
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import HypergradEstimator
@@ -43,6 +44,7 @@ class Checkpointer:
         reducer = self._problem.reducer
         return {
             "estimator": type(self._asked).__name__,
+            "learned": sorted(self._problem.beside_losses),
             "chosen": pack_estimator(run.estimator) if chosen else None,
             "resolved": run.resolved,
             "n_inner_steps": run.n_inner_steps,
@@ -85,6 +87,7 @@ class Checkpointer:
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         saved = _check_saved(state_dict, self._asked, levels)
+        _check_learned(saved, self._problem)
         chosen = saved.get("chosen")
         check_state(saved["estimator_state"], "the checkpoint")
         # Steps share λ where it did not move between them.
@@ -161,13 +164,15 @@ class Checkpointer:
         self, packed: Mapping[str, Any], shared: dict[int, Params]
     ) -> InnerStep:
         problem, values = self._problem, dict(packed)
-        names = set(values["inner_params"])
-        if names and names != set(problem.inner_params):
-            msg = (
-                "the recorded inner steps have other parameter names than this problem. "
-                "Load the state of an optimizer over the same model."
+        inner, outer = set(values["inner_params"]), set(values["outer_params"])
+        if inner and inner != set(problem.inner_params):
+            raise ValueError(
+                _OTHER_NAMES.format("inner", *_both(inner, problem.inner_params))
             )
-            raise ValueError(msg)
+        if outer != set(problem.outer_params):
+            raise ValueError(
+                _OTHER_NAMES.format("outer", *_both(outer, problem.outer_params))
+            )
 
         def placed(given: Mapping[str, Tensor] | None, like: Params) -> Params | None:
             if given is None:
@@ -190,6 +195,37 @@ class Checkpointer:
         values["micro_batches"] = self._unpack_batches(values["micro_batches"])
         values["rule"] = rule_from_config(values["rule"])
         return InnerStep(**values)
+
+
+_OTHER_NAMES = (
+    "the recorded inner steps have other {} parameters than this problem ({}; here: {}). "
+    "Load the state of an optimizer over the same model."
+)
+
+
+def _both(saved: set[str], here: Params) -> tuple[str, str]:
+    """Return the names that differ: those saved, and those here."""
+    return (
+        some(dict.fromkeys(sorted(saved - set(here)))) or "none",
+        some({n: t for n, t in here.items() if n not in saved}) or "none",
+    )
+
+
+def _check_learned(saved: Mapping[str, Any], problem: BilevelProblem) -> None:
+    """Refuse the state of a problem that learns other settings or starts.
+
+    Raises:
+        ValueError: naming them.
+    """
+    theirs, mine = saved.get("learned", []), sorted(problem.beside_losses)
+    if theirs != mine:
+        msg = (
+            f"this state_dict is of a problem that learns {theirs or 'nothing'} of the "
+            f"inner run, and this one learns {mine or 'nothing'}: the outer parameters "
+            "would not fit. Make the problem with the same inner_settings and "
+            "learn_start."
+        )
+        raise ValueError(msg)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergrad import tree
+
 __all__ = [
     "check_count",
     "check_disjoint",
@@ -217,17 +219,30 @@ def check_tensor(kind: str, name: str, tensor: Tensor) -> None:
     raise ValueError(msg)
 
 
-def check_scalar(name: str, value: Any) -> Tensor:
+def check_scalar(name: str, value: Any, like: Tensor | None = None) -> Tensor:
     """Return a loss, unless it is none.
+
+    Args:
+        name: of what returned it.
+        value: what it returned.
+        like: a tensor that says where a plain number is put, in float64; None where a
+            number will not do, for it has no derivative.
 
     Raises:
         TypeError: it is not a tensor.
         ValueError: it is not a scalar.
     """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if number and like is not None:
+        return torch.tensor(
+            float(value), dtype=tree.wide_dtype(like.device), device=like.device
+        )
     if not isinstance(value, Tensor):
+        metric = " For a metric without a derivative, take estimator='zeroth-order'."
         msg = (
             f"{name} returned {type(value).__name__}, not a tensor. Return the scalar "
             "loss tensor itself (not .item(), not a model output)."
+            f"{metric if number and name == 'outer_loss' else ''}"
         )
         raise TypeError(msg)
     if value.dim() != 0:

@@ -6,13 +6,26 @@ import re
 import zlib
 from typing import Any
 
+import torch
 from torch import nn
 
+from hypergrad._audit import Auditor
+from hypergrad._estimate_checks import check_reaches
+from hypergrad._hooks import follows
 from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
+from hypergrad.learned import check_learned, note_rates
 from hypergrad.problem import BilevelProblem
+from hypergrad.reference import choose_reference
+from hypergrad.rules import check_supported, rule_of
 
-__all__ = ["check_settings", "describe", "make_estimator_of", "make_problem"]
+__all__ = [
+    "check_inner",
+    "check_settings",
+    "describe",
+    "make_estimator_of",
+    "make_problem",
+]
 
 
 def make_problem(given: BilevelProblem | nn.Module, **of_module: Any) -> BilevelProblem:
@@ -91,6 +104,40 @@ def check_settings(
     if reuse_graph not in (True, False, "auto"):
         msg = f"reuse_graph={reuse_graph!r} must be True, False or 'auto'."
         raise ValueError(msg)
+
+
+def check_inner(
+    problem: BilevelProblem,
+    estimator: HypergradEstimator,
+    inner: torch.optim.Optimizer,
+    auditor: Auditor,
+) -> None:
+    """Refuse an inner optimizer whose steps do not give what is asked of them.
+
+    Notes where its learning rates begin, where these are learned.
+
+    Args:
+        problem: the problem.
+        estimator: the one that was asked for.
+        inner: the inner optimizer.
+        auditor: may need steps that can be looked back at.
+
+    Raises:
+        HypergradError: the estimator does not see where λ acts.
+        TypeError: the optimizer has no rule, and one is needed.
+        ValueError: it does not have what is learned, or a rate began at 0; or the
+            auditor's reference cannot be had.
+    """
+    if problem.beside_losses:
+        check_supported(inner, problem.beside_losses)
+    elif estimator.needs.lookback or follows(estimator) or auditor.needs_steps:
+        check_supported(inner)
+    check_reaches(estimator, problem)
+    if problem.inner_settings:
+        check_learned(rule_of(inner, problem.inner_params), problem)
+        note_rates(inner, problem)
+    if auditor.every and auditor.reference in ("dense", "cg"):
+        choose_reference(problem, None, auditor.reference)
 
 
 def describe(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from hypergrad import rng, tree
+from hypergrad._answer_checks import check_state
 from hypergrad._audit import Audit, Auditor
 from hypergrad._hooks import Hooks, directs, follows
 from hypergrad._levels import LevelCopy, apply_gradients, moments
@@ -329,8 +330,10 @@ class Stepper:
             tree.copy(own, list(start.values()))
         for parameter in own:
             self.inner.state.pop(parameter, None)
+        state = run.estimator.new_run(dict(run.estimator_state))
+        check_state(state, f"{type(run.estimator).__name__}.new_run")
         began = run.n_inner_steps
-        return replace(run, began=began, window=(), estimator_state={}, left=None)
+        return replace(run, began=began, window=(), estimator_state=state, left=None)
 
     # -- outer steps ----------------------------------------------------------------------
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._answer_checks import check_like, check_state
+from hypergrad._estimate_checks import check_acts, check_depends, check_reaches
 from hypergrad.answer import EstimatorState, Hypergradient, Indirect, Info, Terms
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.needs import Needs
 from hypergrad.point import Point, fixed
 from hypergrad.problem import BilevelProblem
-from hypergrad.products import Tally, gradients
+from hypergrad.products import Tally
 from hypergrad.reporting import once_for, report
 from hypergrad.rules import Rule
 from hypergrad.steps import (
@@ -121,7 +122,7 @@ class HypergradEstimator:
         """
         problem, needs_v = point.problem, self.needs.v
         f = point.gradients("outer", "both" if needs_v else "outer")
-        _check_depends(point)
+        check_depends(point)
         if needs_v and f.inner_norm == 0.0:
             part = Indirect(tree.zeros_like(problem.outer_params))
         else:
@@ -168,6 +169,22 @@ class HypergradEstimator:
         """
         del step
         return dict(point.state)
+
+    def new_run(self, state: Mapping[str, Any]) -> EstimatorState:
+        """Return the state to begin another inner run with; here, none.
+
+        Called by `BilevelOptimizer.begin_run`: w jumps there, so that a solution or a
+        sequence that followed it is of no use. What counts estimates goes on.
+
+        Args:
+            state: what the estimator carried at the end of the run before. Not to be
+                changed.
+
+        Returns:
+            State that the first call of the new run finds in `point.state`.
+        """
+        del state
+        return {}
 
     def virtual_rule(self) -> Rule | None:
         """Return the rule of the steps taken where none are given; None for none."""
@@ -273,8 +290,8 @@ class HypergradEstimator:
         point.steps, end = self._steps(problem, point.inner_batches, steps, tally)
         with problem.at(end) if end is not None else nullcontext():
             terms = self._terms(point)
-            _check_depends(point)
-            _check_acts(point)
+            check_depends(point)
+            check_acts(point)
             loss = point.outer_loss()
         total = tree.add(terms.direct, terms.indirect)
         info, found = self._read(point, total, terms, loss)
@@ -423,66 +440,6 @@ _DIRECTED = (
 )
 _LARGEST_FD_ERROR = 0.1
 """Estimated relative error of a finite difference above which it is warned of."""
-
-
-def check_reaches(estimator: HypergradEstimator, problem: BilevelProblem) -> None:
-    """Refuse an estimator that does not see where λ acts.
-
-    Raises:
-        HypergradError: naming the outer parameters, and estimators that do.
-    """
-    acts = {"settings": list(problem.inner_settings)}
-    acts["start"] = list(problem.inner_start.values())
-    for where, names in acts.items():
-        if names and where not in estimator.reaches:
-            what = (
-                "settings of the inner optimizer" if where == "settings" else "starts"
-            )
-            msg = (
-                f"{type(estimator).__name__} cannot answer for {', '.join(names[:4])}: "
-                f"these are {what}, which act in inner steps and not in the losses, and "
-                "it does not differentiate the steps in them. Take "
-                "Unrolled(num_steps=K), K the steps of an inner run."
-            )
-            raise HypergradError(msg)
-
-
-def _check_depends(point: Point) -> None:
-    """Refuse an outer loss that was asked about λ and depends neither on it nor on w.
-
-    Raises:
-        HypergradError: with the usual cause.
-    """
-    problem, unused = point.problem, point.unused("outer")
-    key = "the outer loss depends on w"
-    lam = problem.outer_params.keys() - problem.beside_losses
-    if not lam <= unused or key in problem.inspected or not point.asked("outer"):
-        return
-    if not problem.inner_params.keys() <= point.asked("outer"):
-        # Whether it depends on w tells zeros from a mistake: a look, once for a problem,
-        # and no part of the estimate.
-        batches = point.outer_batches
-        unused |= gradients(problem, "outer", batches, Tally(), outer=False).unused
-    if not problem.inner_params.keys() <= unused:
-        problem.inspected.add(key)
-        return
-    msg = (
-        "the outer loss depends on no parameter of the problem: a detached "
-        "tensor or torch.no_grad in it is the usual cause. Compute it from "
-        "inner_params and outer_params."
-    )
-    raise HypergradError(msg)
-
-
-def _check_acts(point: Point) -> None:
-    outer = set(point.problem.outer_params)  # what acts in steps counts as used
-    if outer <= point.unused("outer") and outer <= point.unused("inner"):
-        msg = (
-            f"no outer parameter ({', '.join(list(outer)[:4])}) acts on the outer loss, "
-            "neither directly nor through the inner gradient: the hypergradient would "
-            "be zeros. Compute a loss from outer_params."
-        )
-        raise HypergradError(msg)
 
 
 def _in_order(problem: BilevelProblem, names: frozenset[str]) -> list[str]:

@@ -1,22 +1,21 @@
 """λ in the inner optimizer and in the start of the inner run, as outer parameters.
 
 A positive setting is learned by its logarithm, and a rate of decay by its logit
-log(p / (1 - p)), so that every step of the outer optimizer leads to an allowed value.
+log(p / (1 - p)), so that a step of the outer optimizer leads to an allowed value, unless it
+is so long that rounding gives a bound: then that is said.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hypergrad._checks import check_number, some
 from hypergrad.errors import HypergradError
 from hypergrad.tree import Params
 
@@ -30,8 +29,7 @@ __all__ = [
     "check_learned",
     "learned_groups",
     "learned_rule",
-    "make_settings",
-    "make_start",
+    "note_rates",
     "start_of",
     "tangents_of_settings",
     "values_at",
@@ -70,160 +68,26 @@ class LearnedSetting:
             held: the outer parameter.
             group: of the inner optimizer, from 0.
             number: of the step in its inner run, from 0.
+
+        Raises:
+            HypergradError: it is so far out that rounding gives a bound of the scale.
         """
         if self.setting == "schedule":
             held = held[_step_of(self, held, number)]
         elif self.groups is not None:
             held = held[group]
-        wide = held.detach().double()
-        found = wide.exp() if SCALES[self.setting] == "log" else wide.sigmoid()
+        wide, log = held.detach().cpu().double(), SCALES[self.setting] == "log"
+        found = wide.exp() if log else wide.sigmoid()
+        if not ((found > 0) & (found < (math.inf if log else 1.0))).all():
+            msg = (
+                f"{self.param!r} is {wide.tolist()}, which makes {self.setting} "
+                f"{found.tolist()}: rounding gives a bound of the {SCALES[self.setting]} "
+                "scale, where no step leads back from. The outer steps are too long: "
+                "lower the outer learning rate, or clip what goes into it, and start "
+                "from the values before."
+            )
+            raise HypergradError(msg)
         return found.tolist()
-
-
-# -- making them --------------------------------------------------------------------------
-
-
-def make_settings(
-    given: Mapping[str, Any] | None, like: Sequence[Tensor]
-) -> tuple[dict[str, LearnedSetting], Params]:
-    """Return learned settings by the name of their outer parameter, and the parameters.
-
-    Args:
-        given: start values by setting: a number, or one for each parameter group (a pair,
-            or a pair for each group, of betas); a factor for each step of a schedule.
-        like: inner parameters, which say dtype and device.
-
-    Raises:
-        TypeError: something else.
-        ValueError: a setting that cannot be learned, or a value that is not on its scale.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        msg = (
-            f"inner_settings={given!r} must be a dictionary of start values by setting. "
-            "Pass e.g. {'lr': 1e-3}."
-        )
-        raise TypeError(msg)
-    settings: dict[str, LearnedSetting] = {}
-    params: Params = {}
-    for name, start in (given or {}).items():
-        if name not in SCALES:
-            known = ", ".join(map(repr, SCALES))
-            msg = (
-                f"inner_settings has {name!r}, which cannot be learned; choose from "
-                f"{known}. Other settings stay what the inner optimizer was given."
-            )
-            raise ValueError(msg)
-        values, groups = _checked(name, start)
-        param = f"{SCALES[name]}_{name}"
-        settings[param] = LearnedSetting(name, param, groups)
-        wide = torch.tensor(values, dtype=torch.float64)
-        held = wide.log() if SCALES[name] == "log" else wide.logit()
-        kind = torch.float32
-        for t in like:
-            kind = torch.promote_types(kind, t.dtype)
-        where = like[0].device if like else torch.device("cpu")
-        params[param] = held.to(where, kind).requires_grad_()
-    return settings, params
-
-
-def _checked(name: str, start: Any) -> tuple[Any, int | None]:
-    """Return start values as nested lists of numbers, and how many groups they are for.
-
-    Raises:
-        ValueError: another form than the setting has, or a value that is not on its scale.
-    """
-    values = _numbers(name, start)
-    shape = _shape(values)
-    if name == "schedule":
-        allowed, groups = len(shape) == 1, None
-    elif name == "betas":
-        allowed = shape[-1:] == (2,) and len(shape) <= 2
-        groups = shape[0] if len(shape) == 2 else None
-    else:
-        allowed, groups = len(shape) <= 1, shape[0] if shape else None
-    if not allowed or 0 in shape:
-        msg = (
-            f"inner_settings[{name!r}]={start!r} is of another form: pass "
-            f"{_EXPECTED.get(name, _EXPECTED['lr'])}."
-        )
-        raise ValueError(msg)
-    return values, groups
-
-
-def _shape(values: Any) -> tuple[int, ...]:
-    """Return the lengths of nested lists; -1 where they differ."""
-    if not isinstance(values, list):
-        return ()
-    inside = {_shape(each) for each in values}
-    return (len(values), *(inside.pop() if len(inside) == 1 else (-1,) * bool(inside)))
-
-
-def _numbers(name: str, start: Any) -> Any:
-    if isinstance(start, Tensor):
-        start = start.tolist()
-    if isinstance(start, Sequence) and not isinstance(start, str):
-        return [_numbers(name, each) for each in start]
-    check_number(f"inner_settings[{name!r}]", start)
-    start = float(start)
-    most = 1.0 if SCALES[name] == "logit" else math.inf
-    if not 0.0 < start < most:
-        bound = "between 0 and 1" if most == 1.0 else "positive and finite"
-        msg = (
-            f"inner_settings[{name!r}] has {start}, which must be {bound}: it is learned "
-            f"on a {SCALES[name]} scale, which never reaches the bounds. Start a little "
-            "inside, or leave the setting out."
-        )
-        raise ValueError(msg)
-    return start
-
-
-_EXPECTED = {
-    "betas": "a pair, or a list of pairs, one for each parameter group",
-    "schedule": "a list of factors, one for each step",
-    "lr": "a number, or a list of them, one for each parameter group",
-}
-
-
-def make_start(
-    given: bool | str | Sequence[str], inner: Mapping[str, Tensor]
-) -> tuple[dict[str, str], Params]:
-    """Return which outer parameter each inner one starts from, and the parameters.
-
-    Args:
-        given: whether all inner parameters have a learned start, or names or shell-style
-            patterns of those that have.
-        inner: the inner parameters, whose present values are the first start.
-
-    Raises:
-        TypeError: neither a flag nor names.
-        ValueError: a pattern that fits no inner parameter.
-    """
-    if isinstance(given, bool):
-        given = "*" if given else ()
-    patterns = [given] if isinstance(given, str) else list(given)
-    start: dict[str, str] = {}
-    params: Params = {}
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            msg = (
-                f"learn_start holds {pattern!r}: pass True for all inner parameters, or "
-                "their names or patterns of names, such as 'head.*'."
-            )
-            raise TypeError(msg)
-        found = [n for n in inner if fnmatchcase(n, pattern)]
-        if not found:
-            msg = (
-                f"learn_start={pattern!r} fits no inner parameter ({some(inner)}). Pass "
-                "their names or patterns of names."
-            )
-            raise ValueError(msg)
-        for name in found:
-            start[name] = f"start of {name}"
-            params[start[name]] = inner[name].detach().clone().requires_grad_()
-    return start, params
-
-
-# -- using them ---------------------------------------------------------------------------
 
 
 def start_of(problem: BilevelProblem) -> Params:
@@ -236,20 +100,37 @@ def start_of(problem: BilevelProblem) -> Params:
 
 
 def values_at(
-    problem: BilevelProblem, group: int, number: int | None
+    problem: BilevelProblem,
+    group: int,
+    number: int | None,
+    *,
+    rate: float,
+    factor: float,
+    decay: float,
 ) -> dict[str, Any]:
-    """Return the learned settings of one group at one step, by setting.
+    """Return the settings that one group has at one step, in the place of its own.
 
     Args:
         problem: the problem.
         group: which of the rule's groups.
         number: of the step in its inner run.
+        rate: the group's own learning rate.
+        factor: what a scheduler made of that since it began.
+        decay: the group's own weight decay; what is off stays off.
     """
     held = problem.outer_params
-    return {
+    values = {
         s.setting: s.value(held[name], group, number)
         for name, s in problem.inner_settings.items()
     }
+    if "lr" in values:
+        rate = values["lr"] * factor
+    values["lr"] = rate * values.pop("schedule", 1.0)
+    if not decay:
+        values.pop("weight_decay", None)
+    if "betas" in values:
+        values["betas"] = tuple(values["betas"])
+    return values
 
 
 def learned_rule(rule: Rule, problem: BilevelProblem, number: int) -> Rule:
@@ -265,15 +146,8 @@ def learned_rule(rule: Rule, problem: BilevelProblem, number: int) -> Rule:
     check_learned(rule, problem)
 
     def replaced(part: Any, group: int) -> Any:
-        values = values_at(problem, group, number)
-        factor = values.pop("schedule", None)
-        if factor is not None:
-            values["lr"] = values.get("lr", part.lr) * factor
-        if not part.weight_decay:  # what is off stays off
-            values.pop("weight_decay", None)
-        if "betas" in values:
-            values["betas"] = tuple(values["betas"])
-        return replace(part, **values)
+        own = {"rate": part.lr, "factor": 1.0, "decay": part.weight_decay}
+        return replace(part, **values_at(problem, group, number, **own))
 
     return _with_parts(rule, replaced)
 
@@ -284,11 +158,11 @@ def learned_groups(
 ) -> Iterator[None]:
     """Let an optimizer's groups have the learned settings for the block.
 
-    What a scheduler made of a group's learning rate, relative to where it began, stays a
-    factor.
+    What a scheduler or a hand made of a group's learning rate, relative to where it began,
+    stays a factor.
 
     Args:
-        optimizer: the inner optimizer.
+        optimizer: the inner optimizer, whose rates `note_rates` noted.
         problem: the problem.
         number: of the step in its inner run, from 0.
     """
@@ -299,20 +173,42 @@ def learned_groups(
     held = [dict(g) for g in groups]
     try:
         for i, group in enumerate(groups):
-            values = values_at(problem, i, number)
-            factor = values.pop("schedule", 1.0)
             rate = float(group["lr"])
-            if "lr" in values:
-                begun = float(group.get("initial_lr", rate))
-                rate = values["lr"] * (rate / begun if begun else 1.0)
-            values["lr"] = rate * factor
-            if not group["weight_decay"]:  # what is off stays off
-                values.pop("weight_decay", None)
-            group.update(values)
+            begun = float(group.get("initial_lr", rate))
+            factor = rate / begun if begun else 1.0
+            decay = float(group["weight_decay"])
+            own = {"rate": rate, "factor": factor, "decay": decay}
+            group.update(values_at(problem, i, number, **own))
         yield
     finally:
         for group, before in zip(groups, held, strict=True):
             group.update(before)
+
+
+def note_rates(optimizer: torch.optim.Optimizer, problem: BilevelProblem) -> None:
+    """Note where learning rates begin, so that what becomes of them shows as a factor.
+
+    As schedulers of torch do when they are made. Not all are of that kind
+    (`ReduceLROnPlateau`), and a rate may be set by hand.
+
+    Args:
+        optimizer: the inner optimizer.
+        problem: the problem; one that learns no rate leaves the optimizer alone.
+
+    Raises:
+        ValueError: a group's rate is 0.
+    """
+    if not any(s.setting == "lr" for s in problem.inner_settings.values()):
+        return
+    for group in optimizer.param_groups:
+        if not group.setdefault("initial_lr", float(group["lr"])):
+            msg = (
+                "inner_settings learns 'lr', and the inner optimizer's own learning rate "
+                "begins at 0: what a scheduler makes of it is a factor of the learned "
+                "rate, and none of 0 can be told. Give the inner optimizer any positive "
+                "lr, such as that of inner_settings."
+            )
+            raise ValueError(msg)
 
 
 def _with_parts(rule: Any, fn: Any) -> Any:

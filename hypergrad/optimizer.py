@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from hypergrad._audit import Audit, Auditor
 from hypergrad._checkpoint import Checkpointer, pack_estimator
+from hypergrad._estimate_checks import check_reaches
 from hypergrad._hooks import follows
 from hypergrad._levels import OptimizerLike, make_level
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
 from hypergrad._setup import (
+    check_inner,
     check_settings,
     describe,
     make_estimator_of,
@@ -25,11 +27,9 @@ from hypergrad._setup import (
 )
 from hypergrad._stepping import Stepper
 from hypergrad.errors import HypergradError
-from hypergrad.estimator import HypergradEstimator, check_reaches
-from hypergrad.learned import check_learned
+from hypergrad.estimator import HypergradEstimator
 from hypergrad.problem import BilevelProblem
-from hypergrad.reference import choose_reference
-from hypergrad.rules import check_supported, rule_of
+from hypergrad.rules import check_supported
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Audit", "BilevelOptimizer", "StepReport"]
@@ -111,7 +111,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         outer: Any = None,
-        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        outer_loss_fn: Callable[[Any, Any], Tensor | float] | None = None,
         estimator: str | HypergradEstimator,
         inner_optimizer: OptimizerLike,
         outer_optimizer: OptimizerLike,
@@ -137,14 +137,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         check_settings(outer_every, outer_warmup, max_grad_norm, reuse_graph)
         inner = make_level("inner", inner_optimizer, problem.inner_params)
         auditor = Auditor(audit_every, audit_reference, audit_window)
-        if chosen.needs.lookback or follows(chosen) or auditor.needs_steps:
-            check_supported(inner)
-        check_reaches(chosen, problem)
-        if problem.inner_settings:
-            check_supported(inner)
-            check_learned(rule_of(inner, problem.inner_params), problem)
-        if audit_every and audit_reference in ("dense", "cg"):
-            choose_reference(problem, None, audit_reference)
+        check_inner(problem, chosen, inner, auditor)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
         self.problem = problem
         self.inner, self.outer = inner, outer_level
@@ -369,8 +362,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """Begin an inner run anew: at the learned start, with a fresh optimizer state.
 
         w goes where `learn_start` says, and stays where it is elsewhere; momentum and
-        moments, recorded steps and the estimator's state are forgotten; a learned schedule
-        starts over. The counts of steps go on.
+        moments, recorded steps and solutions that the estimator carried are forgotten; a
+        learned schedule starts over. Counts of steps and random directions go on.
         """
         with self._whole() as rollback:
             self._run = self._stepper.begin_run(self._run, rollback)
@@ -406,6 +399,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         every = self._run.outer_every
         if estimator is not self._asked:
             pack_estimator(estimator)  # refuses what a checkpoint could not hold
+            check_reaches(estimator, self.problem)
             if estimator.needs.lookback or follows(estimator):
                 check_supported(self.inner)
         if self._every_is_open:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -83,7 +83,14 @@ class Point:
 
         Returns:
             A tensor of one entry, on its device.
+
+        Raises:
+            HypergradError: there are no data of that level here.
+            TypeError: the loss is no tensor, or a value of `at` is none.
+            ValueError: an unknown level, or a name or shape in `at` that the problem does
+                not have.
         """
+        _check_word("level", level, get_args(Level))
         with self._place(at):
             found = value(self.problem, level, self._batches(level), self.tally)
         if level == "outer" and not at:
@@ -106,7 +113,15 @@ class Point:
         Returns:
             The loss, its gradients (None for what is not asked), and which tensors it
             does not depend on.
+
+        Raises:
+            HypergradError: there are no data of that level here, or the inner loss
+                depends on no inner parameter.
+            TypeError: as for `value`.
+            ValueError: likewise, or an unknown `wrt`.
         """
+        _check_word("level", level, get_args(Level))
+        _check_word("wrt", wrt, get_args(Wanted))
         inner, outer = wrt != "outer", wrt != "inner"
         with self._place(at):
             found = gradients(
@@ -215,6 +230,9 @@ class Point:
 
         Returns:
             An iterator over whole records.
+
+        Raises:
+            ValueError: there is no snapshot before the first of them.
         """
         return steps_back(self.problem, self.steps, n_steps, limit, self.tally)
 
@@ -243,10 +261,12 @@ class Point:
         Args:
             level: of the loss; a product with second derivatives is of the inner one.
         """
+        _check_word("level", level, get_args(Level))
         return frozenset(self._asked.get(level, set()) - self._used.get(level, set()))
 
     def asked(self, level: Level) -> frozenset[str]:
         """Return the parameters that a loss was differentiated in."""
+        _check_word("level", level, get_args(Level))
         return frozenset(self._asked.get(level, set()))
 
     def outer_loss(self) -> Tensor | float:
@@ -264,6 +284,13 @@ class Point:
     def _record_product(self, made: BoundProduct) -> None:
         if made.unused is not None:
             self._record("inner", self.problem.outer_params, made.unused)
+
+
+def _check_word(name: str, given: object, known: tuple[str, ...]) -> None:
+    if given not in known:
+        choices = ", ".join(map(repr, known))
+        msg = f"{name}={given!r} must be one of {choices}."
+        raise ValueError(msg)
 
 
 def _backend(product: Product) -> AbstractContextManager[object]:

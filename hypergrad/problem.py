@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hypergrad import _foreach as foreach
-from hypergrad import rng, tree
+from hypergrad import rng
 from hypergrad._checks import (
     check_disjoint,
     check_module,
     check_names,
     check_scalar,
     check_tensor,
-    some,
 )
+from hypergrad._learn import make_settings, make_start
+from hypergrad._moved import moved
 from hypergrad._session import Session
-from hypergrad.learned import make_settings, make_start
 from hypergrad.modules import ModuleLoss, select_parameters
 from hypergrad.reducer import Reducer
 from hypergrad.tree import Params
@@ -42,7 +40,7 @@ class BilevelProblem:
     Args:
         inner_loss: g, called as `inner_loss(inner_params, outer_params, batch)`;
             returns a scalar tensor.
-        outer_loss: f, same signature.
+        outer_loss: f, same signature; for `"zeroth-order"` it may return a number.
         inner_params: w, leaf tensors that require grad, by name. May be empty: the
             indirect term is then 0.
         outer_params: λ, likewise; at least one, or a learned setting or start.
@@ -56,7 +54,8 @@ class BilevelProblem:
             pair, or a list of pairs; of `schedule` a list with a factor of the learning
             rate for each step of the inner run. Each becomes an outer parameter on a log
             scale, `log_lr`, or a logit scale, `logit_momentum`, and replaces what the
-            inner optimizer was made with; a scheduler's factor stays.
+            inner optimizer was made with. What a scheduler or you make of the optimizer's
+            own rate, relative to where that began, is a factor of the learned one.
         learn_start: whether w at the start of an inner run is learned, or names or
             patterns of the inner parameters for which it is. Each becomes an outer
             parameter, `start of NAME`.
@@ -100,7 +99,7 @@ class BilevelProblem:
     def __init__(
         self,
         inner_loss: Loss,
-        outer_loss: Loss,
+        outer_loss: Loss | Callable[[Params, Params, Any], float],
         inner_params: Mapping[str, Tensor],
         outer_params: Mapping[str, Tensor],
         inner_outputs: Callable[[Params, Params, Any], Any] | None = None,
@@ -143,7 +142,7 @@ class BilevelProblem:
             )
             raise ValueError(msg)
         check_disjoint(self.inner_params, self.outer_params)
-        self._losses: dict[Level, Loss] = {"inner": inner_loss, "outer": outer_loss}
+        self._losses = {"inner": inner_loss, "outer": outer_loss}
         self.inner_outputs = inner_outputs
         self.inner_criterion = inner_criterion
         self.reducer = Reducer(group)
@@ -168,7 +167,7 @@ class BilevelProblem:
         | type[nn.Module]
         | Callable[[str, Tensor], bool]
         | None = None,
-        outer_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        outer_loss_fn: Callable[[Any, Any], Tensor | float] | None = None,
         inner_outputs: Callable[[Any, Any], Any] | None = None,
         inner_criterion: Callable[[Any, Any], Tensor] | None = None,
         inner_settings: Mapping[str, Any] | None = None,
@@ -250,7 +249,13 @@ class BilevelProblem:
     # -- evaluation ---------------------------------------------------------------
 
     def loss(
-        self, level: Level, inner_params: Params, outer_params: Params, batch: Any
+        self,
+        level: Level,
+        inner_params: Params,
+        outer_params: Params,
+        batch: Any,
+        *,
+        number: bool = False,
     ) -> Tensor:
         """Evaluate one loss and check that it is a scalar.
 
@@ -259,6 +264,7 @@ class BilevelProblem:
             inner_params: w, the problem's own tensors or others of the same names.
             outer_params: λ, likewise.
             batch: handed to the loss as it is.
+            number: whether a plain number will do, as it does where nothing is derived.
 
         Returns:
             The loss, of shape `()`.
@@ -269,7 +275,8 @@ class BilevelProblem:
         """
         fn = self._losses[level]
         value: Any = fn(*self._named(inner_params, outer_params), batch)
-        return check_scalar(f"{level}_loss", value)
+        like = self.tensors[0] if number else None
+        return check_scalar(f"{level}_loss", value, like)
 
     def inner_loss(self, inner: Params, outer: Params, batch: Any) -> Tensor:
         """Evaluate g; see `loss`."""
@@ -329,12 +336,11 @@ class BilevelProblem:
 
     # -- moving and restoring -----------------------------------------------------
 
-    @contextmanager
     def at(
         self,
         inner_params: Mapping[str, Tensor] | None = None,
         outer_params: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Move parameters in place for the block, and restore them bit for bit.
 
         The block must hold the whole evaluation: forward, backward and product. A
@@ -343,6 +349,9 @@ class BilevelProblem:
         Args:
             inner_params: values for some or all of w.
             outer_params: values for some or all of λ.
+
+        Returns:
+            A context; what does not fit is refused before anything moves.
 
         Raises:
             TypeError: a value that is not a tensor.
@@ -364,54 +373,8 @@ class BilevelProblem:
             >>> w.item()
             0.0
         """
-        targets, values = self._moves(inner_params, outer_params)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            saved = list(foreach.clone(targets)) if targets else []
-            # A value may be a view of what is about to move (two that change places).
-            held = {_storage(t) for t in targets if t.numel()}
-            values = [v.detach().clone() if _storage(v) in held else v for v in values]
-        try:
-            _copy(targets, values)
-            del values, inner_params, outer_params  # whose memory may be free now
-            yield
-        finally:
-            _copy(targets, saved)
-
-    def _moves(
-        self,
-        inner_params: Mapping[str, Tensor] | None,
-        outer_params: Mapping[str, Tensor] | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what moves, and where to, after a look at names, kinds and shapes."""
-        targets: list[Tensor] = []
-        moved: list[Tensor] = []
-        for kind, own, values in (
-            ("inner", self.inner_params, inner_params),
-            ("outer", self.outer_params, outer_params),
-        ):
-            for name, value in (values or {}).items():
-                if name not in own:
-                    msg = (
-                        f"{name!r} is not one of the {kind} parameters "
-                        f"({some(own)}). Use the problem's own names."
-                    )
-                    raise ValueError(msg)
-                if not isinstance(value, Tensor):
-                    msg = (
-                        f"the value for {kind} parameter {name!r} is a "
-                        f"{type(value).__name__}. Pass a tensor."
-                    )
-                    raise TypeError(msg)
-                if own[name].shape != value.shape:
-                    msg = (
-                        f"the value for {kind} parameter {name!r} has shape "
-                        f"{tuple(value.shape)}, the parameter "
-                        f"{tuple(own[name].shape)}. Pass a tensor of its shape."
-                    )
-                    raise ValueError(msg)
-                targets.append(own[name])
-                moved.append(value)
-        return targets, moved
+        own = {"inner": self.inner_params, "outer": self.outer_params}
+        return moved(own, {"inner": inner_params or {}, "outer": outer_params or {}})
 
     def swapped(self, clones: Params) -> AbstractContextManager[None]:
         """Return a context with `clones` in the places of the inner parameters.
@@ -498,17 +461,6 @@ class BilevelProblem:
         out = dict(params)
         out.update({a: params[n] for a, n in self.aliases.items() if n in params})
         return out
-
-
-def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
-
-
-def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
-    # Never through .data: that hides the move from autograd, and a graph kept across
-    # it is then silently wrong.
-    with torch.inference_mode(mode=False):
-        tree.copy(targets, values)
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> Params:

@@ -43,7 +43,7 @@ def choose_reference(
     Raises:
         TypeError: `reference` is neither a name nor an estimator.
         ValueError: an unknown name, a matrix that would be too large, or nothing to
-            unroll through.
+            unroll through where that is asked for, or where λ acts in inner steps alone.
 
     Example:
         >>> import torch
@@ -61,6 +61,15 @@ def choose_reference(
     # Steps along a direction of an estimator's own cannot be looked through.
     count = 0 if any(step.directed for step in steps or ()) else len(steps or ())
     name = reference
+    if problem.beside_losses and not count:
+        msg = (
+            f"reference={reference!r} cannot answer for "
+            f"{', '.join(sorted(problem.beside_losses)[:4])}: these act in inner steps "
+            "alone, and there are none to look back at. Pass `steps`, such as "
+            "`recorded_steps` of a BilevelOptimizer, or a reference of your own, such as "
+            "Unrolled(num_steps=K, rule=...)."
+        )
+        raise ValueError(msg)
     if name == "auto":
         name = "unrolled" if count else "dense" if n <= LARGEST_DENSE else "cg"
     if name == "unrolled":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ QUESTIONS = {
     "given": "whatever was passed",
 }
 
-# Heading, width, and what a row shows there.
+# Heading, least width, and what a row shows there.
 COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("error", 9, lambda row: _power(row.indirect_error)),
     ("cosine", 8, lambda row: _cosine(row.indirect_cosine)),
@@ -31,24 +32,31 @@ COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("seconds", 9, lambda row: _short(row.seconds, 3)),
     ("MiB", 8, lambda row: _mebibytes(row.peak_bytes)),
 )
-GROUPS = (("indirect", 17), ("total", 17), ("cost", 35))
-TAKEN = sum(width for _, width, _ in COLUMNS)
+GROUPS = (("indirect", 2), ("total", 2), ("cost", 5))
+"""Titles over several columns each."""
 
 
 def table(comparison: Comparison, width: int) -> str:
     """Return the table, what its marks mean, and what to know of single rows."""
     rows, reference = comparison.rows, comparison.reference
-    room = max(12, width - TAKEN)
+    cells = [
+        [show(row) if not row.failure else "" for _, _, show in COLUMNS] for row in rows
+    ]
+    # A space at least before each cell, however long its number is.
+    widths = [
+        max(least, *(1 + len(row[i]) for row in cells))
+        for i, (_, least, _) in enumerate(COLUMNS)
+    ]
+    room = max(12, width - sum(widths))
     shown = [f"{_mark(row, reference.answers)} {row.label}" for row in rows]
     room = min(room, max([12, *(len(label) for label in shown)]))
     lines = [
-        " " * room + "".join(_over(title, span) for title, span in GROUPS),
-        " " * room + "".join(f"{title:>{n}}" for title, n, _ in COLUMNS),
+        " " * room + "".join(_titles(widths)),
+        " " * room + _line([title for title, _, _ in COLUMNS], widths),
     ]
-    for label, row in zip(shown, rows, strict=True):
+    for label, row, own in zip(shown, rows, cells, strict=True):
         if not row.failure:
-            cells = "".join(f"{show(row):>{n}}" for _, n, show in COLUMNS)
-            lines.append(f"{_cut(label, room):<{room}}{cells}")
+            lines.append(f"{_cut(label, room):<{room}}{_line(own, widths)}")
     lines += ["", *_legend(comparison, width)]
     for row in rows:
         if row.failure:
@@ -95,6 +103,16 @@ def _question(answers: str) -> str:
 
 def _note(text: str, width: int) -> list[str]:
     return textwrap.wrap(f"- {text}", width, subsequent_indent="  ")
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths, strict=True))
+
+
+def _titles(widths: Sequence[int]) -> Iterator[str]:
+    left = iter(widths)
+    for title, count in GROUPS:
+        yield _over(title, sum(islice(left, count)))
 
 
 def _over(title: str, span: int) -> str:

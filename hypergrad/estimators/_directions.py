@@ -13,7 +13,13 @@ from hypergrad._checks import check_count
 from hypergrad.answer import EstimatorState
 from hypergrad.tree import Params
 
-__all__ = ["ONE_DIRECTION", "Directions", "NumDirections", "check_directions"]
+__all__ = [
+    "ONE_DIRECTION",
+    "Directions",
+    "NumDirections",
+    "check_directions",
+    "draws_of",
+]
 
 NumDirections = int | Literal["all"]
 """How many random directions, or all entries, each by itself."""
@@ -120,6 +126,15 @@ class Directions:
     def _signs(self, number: int) -> np.ndarray[Any, np.dtype[np.int8]]:
         make = np.random.default_rng([self.seed, self.draws, number])
         return 2 * make.integers(0, 2, self.entries, dtype=np.int8) - 1
+
+
+def draws_of(state: Mapping[str, Any]) -> EstimatorState:
+    """Return the part of a state that has the next estimate draw other directions.
+
+    Args:
+        state: of an estimate.
+    """
+    return {_DRAWS: state[_DRAWS]} if _DRAWS in state else {}
 
 
 def check_directions(num_directions: Any, seed: Any) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-from hypergrad.batches import as_micro_batches, check_fraction, part_of
-from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
-from hypergrad.problem import BilevelProblem
-from hypergrad.products import Product, ProductLike, as_product
-from hypergrad.rules import Rule
+from hypergrad.batches import check_fraction, part_of
+from hypergrad.estimator import Indirect, Needs, Point
+from hypergrad.estimators._with_product import WithProduct
+from hypergrad.products import ProductLike, as_product
 from hypergrad.steps import InnerStep
 from hypergrad.tree import Params
 
@@ -17,7 +16,7 @@ __all__ = ["OneStepEstimator"]
 
 
 @dataclass(frozen=True)
-class OneStepEstimator(HypergradEstimator):
+class OneStepEstimator(WithProduct):
     """Apply the mixed product of the last inner step to some direction."""
 
     _: KW_ONLY
@@ -43,19 +42,6 @@ class OneStepEstimator(HypergradEstimator):
     def _whole(self) -> bool:
         return self.product_fraction == 1.0
 
-    def resolve(
-        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> Choice:
-        """Return itself with the product that `auto` takes on this problem.
-
-        Args:
-            problem: the problem; it is left as it was.
-            inner_batch: data of the inner loss.
-            rule: not used.
-        """
-        del rule
-        return with_chosen_product(self, self.product, problem, inner_batch)
-
     def _mixed(
         self, point: Point, step: InnerStep, direction: Params, **info: Any
     ) -> Indirect:
@@ -74,29 +60,6 @@ class OneStepEstimator(HypergradEstimator):
         with point.product_at(step, self.product) as product:
             grads = product.mixed_vjp(direction)
         return Indirect(grads, info={**product.info, **info})
-
-
-def with_chosen_product(
-    estimator: Any, product: ProductLike, problem: BilevelProblem, inner_batch: Any
-) -> Choice:
-    """Return an estimator with the product that its own stands for on a problem.
-
-    Args:
-        estimator: a dataclass with a field `product`.
-        product: its product.
-        problem: the problem; it is left as it was.
-        inner_batch: data of the inner loss.
-    """
-    given = as_product(product)
-    chosen, _ = given.chosen(problem, as_micro_batches(inner_batch))
-    if chosen is given:
-        return Choice(estimator)
-    return Choice(replace(estimator, product=_plain(chosen)))
-
-
-def _plain(product: Product) -> ProductLike:
-    """Return the name of a product at its defaults, so that it shows as such."""
-    return product.name if as_product(product.name) == product else product
 
 
 def _part_of(step: InnerStep, fraction: float) -> InnerStep:

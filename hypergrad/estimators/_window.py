@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from hypergrad.rules import State
 from hypergrad.steps import InnerStep, take_again
 from hypergrad.tree import Params
 
-__all__ = ["check_first", "moved_within", "start_of"]
+__all__ = ["check_first", "counted", "moved_within", "start_of"]
 
 _MOVED = (
     "the outer parameters moved within the last {0} inner steps: this is the derivative "
@@ -49,6 +49,23 @@ def start_of(point: Point, num_steps: int) -> tuple[Params, State]:
         step = replace(step, inner_params=w, state=state)
         w, state = take_again(point.problem, step, point.tally)
     return w, state
+
+
+def counted(point: Point, in_all: int) -> Callable[[], None]:
+    """Return what tells of one more inner step each time that it is called.
+
+    Args:
+        point: the place, which knows who asked.
+        in_all: inner steps that the estimate goes through.
+    """
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        point.tell_progress(done, in_all)
+
+    return tell
 
 
 def check_first(who: object, num_steps: int, number: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -11,20 +11,23 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_count
-from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
+from hypergrad.answer import EstimatorState
+from hypergrad.estimator import Indirect, Needs, Point
 from hypergrad.estimators._directions import (
     ONE_DIRECTION,
     Directions,
     NumDirections,
     check_directions,
+    draws_of,
 )
-from hypergrad.estimators._one_step import with_chosen_product
-from hypergrad.estimators._window import check_first, moved_within, start_of
+from hypergrad.estimators._growth import TangentNorms
+from hypergrad.estimators._window import check_first, counted, moved_within, start_of
+from hypergrad.estimators._with_product import WithProduct
 from hypergrad.learned import tangents_of_settings
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, Tally, as_product
 from hypergrad.rules import Rule, State
-from hypergrad.rules.base import check_rule
+from hypergrad.rules.base import check_rule, watch_finite
 from hypergrad.steps import InnerStep, SnapshotLimit, check_snapshots
 from hypergrad.tree import Params
 
@@ -35,7 +38,7 @@ _TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Forward(HypergradEstimator):
+class Forward(WithProduct):
     r"""Push directions of λ through the last K inner steps, oldest first [FDF17, Alg. 2].
 
     With $(w_{k+1}, s_{k+1}) = U(w_k, s_k, \nabla_w g(w_k, \lambda_k))$ and tangents
@@ -51,6 +54,9 @@ class Forward(HypergradEstimator):
     random signs, and the indirect term is an unbiased estimate [SWY24]: of n entries
     and m directions, its squared error is (n - 1)/m of the square of the term's norm, on
     average. The direct term is exact in any case.
+
+    The derivative of w along a direction may explode on a long way: growth by more than
+    1/ε of the dtype of w for each step is warned of, and an overflow names the step.
 
     Nothing is kept for a way back: w goes along with the tangents, so that memory is that
     of one step whatever K is. Cost: an inner gradient and `num_directions` products a
@@ -134,18 +140,13 @@ class Forward(HypergradEstimator):
         """Return the rule that was set."""
         return self.rule
 
-    def resolve(
-        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> Choice:
-        """Return itself with the product that `auto` takes on this problem.
+    def new_run(self, state: Mapping[str, Any]) -> EstimatorState:
+        """Return the count of draws: directions of another run are others too.
 
         Args:
-            problem: the problem; it is left as it was.
-            inner_batch: data of the inner loss.
-            rule: not used.
+            state: at the end of the run before.
         """
-        del rule
-        return with_chosen_product(self, self.product, problem, inner_batch)
+        return draws_of(state)
 
     def indirect(self, point: Point) -> Indirect:
         """Return the slopes of f through w, put together along the directions.
@@ -159,11 +160,16 @@ class Forward(HypergradEstimator):
         )
         slopes: list[Tensor] = []
         info: dict[str, Any] = {}
-        for first in range(0, len(directions), _TOGETHER):
+        exploded: list[TangentNorms] = []
+        starts = range(0, len(directions), _TOGETHER)
+        tell = counted(point, len(starts) * self.num_steps)
+        for first in starts:
             numbers = range(first, min(first + _TOGETHER, len(directions)))
             tangents = [_Tangent(directions[number]) for number in numbers]
-            info |= self._push(point, tangents)
+            norms = TangentNorms(point, self.num_steps, len(tangents))
+            info |= self._push(point, tangents, norms, tell)
             slopes += [_dot(point.v, tangent.params) for tangent in tangents]
+            exploded.append(norms)
         found = point.tally.read(*slopes)
         if not any(found) and not point.asked("inner"):
             # Differences do not tell whether λ acts on the inner gradient at all.
@@ -173,10 +179,19 @@ class Forward(HypergradEstimator):
         for name in point.unused("inner"):  # exactly 0, and not so by random directions
             if name in total and name not in acting:
                 total[name].zero_()
-        reason = moved_within(point, point.steps[-self.num_steps :])
-        return Indirect(total, directions.state, {**info, "reason": reason})
+        reasons = [moved_within(point, point.steps[-self.num_steps :])]
+        # Of many directions through the same steps, the first that is said speaks for all.
+        reasons.append(next(filter(None, (norms.warn() for norms in exploded)), ""))
+        info["reason"] = " ".join(filter(None, reasons))
+        return Indirect(total, directions.state, info)
 
-    def _push(self, point: Point, tangents: Sequence[_Tangent]) -> dict[str, Any]:
+    def _push(
+        self,
+        point: Point,
+        tangents: Sequence[_Tangent],
+        norms: TangentNorms,
+        tell: Callable[[], None],
+    ) -> dict[str, Any]:
         """Take tangents through all steps; return what the product knows of itself."""
         info: dict[str, Any] = {}
         problem = point.problem
@@ -188,6 +203,8 @@ class Forward(HypergradEstimator):
             tangent.begin(problem, w)
         for left, recorded in zip(reversed(range(len(steps))), steps, strict=True):
             step = recorded
+            if self.num_steps > 1:
+                point.tally.where = norms.says_where(len(steps) - 1 - left)
             if not step.is_snapshot:
                 step = replace(step, inner_params=w, state=state)
             with point.product_at(step, self.product, single_use=False) as product:
@@ -196,8 +213,11 @@ class Forward(HypergradEstimator):
                 info |= product.info
             for tangent, change in zip(tangents, changes, strict=True):
                 tangent.step(problem, step, grads, change, point.tally)
+            norms.watch([tangent.params for tangent in tangents])
             if left:
                 w, state = step.rule.apply(step.inner_params, step.state, grads)
+            tell()
+        point.tally.where = None
         return info
 
 
@@ -247,16 +267,7 @@ class _Tangent:
             change,
             tangents_of_settings(problem, step.rule, step.number, self.outer),
         )
-        tally.watch_finite(
-            list(pushed.params),
-            list(pushed.params.values()),
-            lambda bad: (
-                f"the derivative of an inner step is not finite in {bad}: a NaN or "
-                "infinity in the step's gradient or optimizer state, or Adam with eps=0 "
-                "where a gradient is 0, is the usual cause. Look at the optimizer state; "
-                "raise eps."
-            ),
-        )
+        watch_finite(tally, pushed.params)
         self.params, self.state = pushed.params, pushed.state
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hypergrad import tree
-from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
-from hypergrad.estimators._one_step import with_chosen_product
-from hypergrad.problem import BilevelProblem
+from hypergrad.estimator import Indirect, Needs, Point
+from hypergrad.estimators._with_product import WithProduct
 from hypergrad.products import (
     BoundProduct,
     Curvature,
@@ -17,7 +16,6 @@ from hypergrad.products import (
     as_product,
     check_curvature,
 )
-from hypergrad.rules import Rule
 from hypergrad.solvers import Solver, make_solver
 from hypergrad.tree import Params
 
@@ -25,7 +23,7 @@ __all__ = ["Implicit", "ImplicitEstimator"]
 
 
 @dataclass(frozen=True)
-class ImplicitEstimator(HypergradEstimator):
+class ImplicitEstimator(WithProduct):
     """Solve with the inner Hessian, then take the mixed product; see `Implicit`."""
 
     _: KW_ONLY
@@ -45,19 +43,6 @@ class ImplicitEstimator(HypergradEstimator):
     def needs(self) -> Needs:
         """The order of the product; 1 before `auto` is resolved."""
         return Needs(order=as_product(self.product).order)
-
-    def resolve(
-        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> Choice:
-        """Return itself with the product that `auto` takes on this problem.
-
-        Args:
-            problem: the problem; it is left as it was.
-            inner_batch: data of the inner loss.
-            rule: not used.
-        """
-        del rule
-        return with_chosen_product(self, self.product, problem, inner_batch)
 
     def indirect(self, point: Point) -> Indirect:
         """Return -∂²g/∂λ∂w (∂²g/∂w² + δI)⁻¹ v."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -95,7 +95,7 @@ class Sama(OneStepEstimator):
         info: dict[str, Tensor] = {}
         if self.needs.order == 1:
             direction, info["dropped"] = _without_dead(direction, step)
-        watch_finite(point.tally, replace(pulled, grads=direction))
+        watch_finite(point.tally, direction)
         return self._mixed(point, step, direction, **info)
 
 

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from hypergrad import tree
 from hypergrad._checks import check_count
-from hypergrad.estimator import Choice, HypergradEstimator, Indirect, Needs, Point
-from hypergrad.estimators._adjoint import AdjointNorms
-from hypergrad.estimators._one_step import with_chosen_product
+from hypergrad.estimator import Indirect, Needs, Point
+from hypergrad.estimators._growth import AdjointNorms
 from hypergrad.estimators._window import check_first, moved_within
+from hypergrad.estimators._with_product import WithProduct
 from hypergrad.learned import adjoint_of_settings, wanted_settings
-from hypergrad.problem import BilevelProblem
 from hypergrad.products import ProductLike, as_product
 from hypergrad.rules import Rule, State
 from hypergrad.rules.base import check_rule, watch_finite
@@ -23,7 +22,7 @@ __all__ = ["Unrolled"]
 
 
 @dataclass(frozen=True)
-class Unrolled(HypergradEstimator):
+class Unrolled(WithProduct):
     r"""Pull ∂f/∂w back through the last K inner steps, one at a time [FDF17, Alg. 1].
 
     With $(w_{k+1}, s_{k+1}) = U(w_k, s_k, \nabla_w g(w_k, \lambda_k))$ and adjoints
@@ -120,19 +119,6 @@ class Unrolled(HypergradEstimator):
         """Return the rule that was set."""
         return self.rule
 
-    def resolve(
-        self, problem: BilevelProblem, inner_batch: Any, rule: Rule | None
-    ) -> Choice:
-        """Return itself with the product that `auto` takes on this problem.
-
-        Args:
-            problem: the problem; it is left as it was.
-            inner_batch: data of the inner loss.
-            rule: not used.
-        """
-        del rule
-        return with_chosen_product(self, self.product, problem, inner_batch)
-
     def indirect(self, point: Point) -> Indirect:
         """Return the sum of the steps' contributions.
 
@@ -161,7 +147,7 @@ class Unrolled(HypergradEstimator):
                     )
                 else:
                     pulled, learned = step.rule.pullback(*given), {}
-                watch_finite(point.tally, pulled)
+                watch_finite(point.tally, pulled.grads)
                 # The product takes most memory: what it does not need is let go.
                 adjoint = pulled.params, pulled.state
                 starts = bool(problem.inner_start) and oldest

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hypergrad import tree
 from hypergrad._checks import check_count, check_number
+from hypergrad.answer import EstimatorState
 from hypergrad.errors import HypergradError
 from hypergrad.estimator import HypergradEstimator, Needs, Point, Terms
 from hypergrad.estimators._directions import (
@@ -19,11 +20,13 @@ from hypergrad.estimators._directions import (
     Directions,
     NumDirections,
     check_directions,
+    draws_of,
 )
-from hypergrad.estimators._window import moved_within, start_of
+from hypergrad.estimators._window import counted, moved_within, start_of
 from hypergrad.precision import autocast_dtypes, coarsest, settings_unit, unit
 from hypergrad.products import gradients
 from hypergrad.products.evaluation import seen_unit
+from hypergrad.reporting import report
 from hypergrad.rules import Rule, State
 from hypergrad.rules.base import check_rule
 from hypergrad.steps import InnerStep, SnapshotLimit, check_snapshots
@@ -46,9 +49,10 @@ class ZerothOrder(HypergradEstimator):
     the mean of slope times u: for such an F, an unbiased estimate whose squared error is
     (n - 1)/m of the squared norm, on average, for n entries and m directions.
 
-    f is a value and nothing else: a metric that counts, a quantised or compiled model will
-    do. The inner steps are retaken by their own gradients; with `num_steps=0` w stays where
-    it is, and not even those are needed. Both sides see the same data and the same random
+    f is a value and nothing else: a metric that counts, a quantised or compiled model, or
+    a plain number will do. It is made small: of accuracy or F1, return the negative. The
+    inner steps are retaken by their own gradients; with `num_steps=0` w stays where it is,
+    and not even those are needed. Both sides see the same data and the same random
     numbers, and start where the window does: what was done to w by hand between its steps
     is not done again. Cost: 4 values of f for each direction, and 2 K inner gradients.
 
@@ -122,7 +126,7 @@ class ZerothOrder(HypergradEstimator):
     def without_laws(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Values do not tell what a loss is computed from; and see `Forward`."""
         laws = {
-            "unused levels": "values of constants differ by 0, and the reason says so"
+            "unused levels": "values of constants differ by 0, and a warning says so"
         }
         if self.num_steps == 0:
             return laws | {"direction": "without steps it has no indirect term"}
@@ -148,6 +152,14 @@ class ZerothOrder(HypergradEstimator):
         """Return the rule that was set."""
         return self.rule
 
+    def new_run(self, state: Mapping[str, Any]) -> EstimatorState:
+        """Return the count of draws: directions of another run are others too.
+
+        Args:
+            state: at the end of the run before.
+        """
+        return draws_of(state)
+
     def terms(self, point: Point) -> Terms:
         """Return both terms, from the same differences.
 
@@ -164,13 +176,14 @@ class ZerothOrder(HypergradEstimator):
         start = start_of(point, len(taken)) if taken else ({}, {})
         sums = (tree.zeros_like(_wide(outer)), tree.zeros_like(_wide(outer)))
         seen: list[Tensor] = []
+        tell = counted(point, 2 * len(directions) * len(taken))
         for number in range(len(directions)):
             u = directions[number]
             step = {n: t * lengths[n] for n, t in u.items()}
             ends = _moved(outer, step, 1.0), _moved(outer, step, -1.0)
             # Divided by what they were moved in truth: rounding differs by the entry.
             width = tree.sub(*(_wide({n: end[n] for n in u}) for end in ends))
-            changes = _changes(point, taken, start, step, ends)
+            changes = _changes(point, taken, start, step, ends, tell)
             seen += changes
             for total, change in zip(sums, changes, strict=True):
                 for n, t in width.items():
@@ -183,7 +196,10 @@ class ZerothOrder(HypergradEstimator):
         largest = max(lengths.values())
         reasons = [moved_within(point, taken) if taken else ""]
         if not any(point.tally.read(*seen)):
-            reasons.append(_CONSTANT.format(4 * len(directions), largest))
+            reasons.append(
+                _CONSTANT.format((4 if taken else 2) * len(directions), largest)
+            )
+            report(reasons[-1])
         info = {"fd_radius": largest, "reason": " ".join(filter(None, reasons))}
         return Terms(direct, indirect, directions.state, info)
 
@@ -243,6 +259,7 @@ def _changes(
     start: tuple[Params, State],
     step: Params,
     ends: tuple[Params, Params],
+    tell: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Return by how much f changes from one end to the other, by λ itself and by w.
 
@@ -252,14 +269,15 @@ def _changes(
         start: w and the optimizer's state before them.
         step: how far λ is moved.
         ends: λ at either end.
+        tell: called after each inner step.
     """
     ahead, behind = ends
     if not steps:
         change = _value(point, ahead) - _value(point, behind)
         return change, torch.zeros_like(change)
-    w = _retaken(point, steps, start, step, 1.0)
+    w = _retaken(point, steps, start, step, 1.0, tell)
     high, across = _value(point, {**w, **ahead}), _value(point, {**w, **behind})
-    w = _retaken(point, steps, start, step, -1.0)
+    w = _retaken(point, steps, start, step, -1.0, tell)
     back, low = _value(point, {**w, **ahead}), _value(point, {**w, **behind})
     by_outer = (high - across) + (back - low)
     by_inner = (high - back) + (across - low)
@@ -276,6 +294,7 @@ def _retaken(
     start: tuple[Params, State],
     step: Params,
     sign: float,
+    tell: Callable[[], None],
 ) -> Params:
     """Return w after the steps, each taken at its λ moved by the same."""
     problem = point.problem
@@ -286,6 +305,7 @@ def _retaken(
             g = gradients(problem, "inner", one.micro_batches, point.tally, outer=False)
             # Not from the copy: an embedding with max_norm moved w in the forward pass.
             w, state = one.rule.apply(problem.inner_params, state, g.inner or {})
+        tell()
     return w
 
 

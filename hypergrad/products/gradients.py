@@ -173,7 +173,11 @@ def value(
             tally.n_forward += 1
             with recording(), torch.no_grad(), replay(problem, micro):
                 loss = problem.loss(
-                    level, problem.inner_params, problem.outer_params, micro.batch
+                    level,
+                    problem.inner_params,
+                    problem.outer_params,
+                    micro.batch,
+                    number=level == "outer",
                 ).clone()  # a loss that is an entry of w would change with it
             loss = loss if micro.weight == 1.0 else micro.weight * loss
             total = loss if total is None else total + loss

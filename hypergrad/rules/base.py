@@ -152,16 +152,16 @@ NO_FORWARD = (
 )
 
 
-def watch_finite(tally: Tally, pulled: Pullback) -> None:
-    """Have the adjoints of a step looked at: they must be finite.
+def watch_finite(tally: Tally, derivative: Params) -> None:
+    """Have the derivative of a step looked at: it must be finite.
 
     Args:
         tally: says so where it is read.
-        pulled: the adjoints.
+        derivative: adjoints of the gradient, or tangents of w, by parameter.
     """
     tally.watch_finite(
-        list(pulled.grads),
-        list(pulled.grads.values()),
+        list(derivative),
+        list(derivative.values()),
         lambda bad: (
             f"the derivative of an inner step is not finite in {bad}: a NaN or infinity "
             "in the step's gradient or optimizer state, or Adam with eps=0 where a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +54,15 @@ SUPPORTED: dict[type[torch.optim.Optimizer], Callable[[Mapping[str, Any]], Rule]
 }
 
 
-def check_supported(optimizer: torch.optim.Optimizer) -> None:
+def check_supported(
+    optimizer: torch.optim.Optimizer, learned: Collection[str] = ()
+) -> None:
     """Refuse an optimizer whose step has no rule.
+
+    Args:
+        optimizer: the inner optimizer.
+        learned: outer parameters that act in its steps alone, so that no estimator can do
+            without the steps' derivative.
 
     Raises:
         TypeError: naming the optimizer and those that work. A subclass may step in
@@ -63,10 +70,18 @@ def check_supported(optimizer: torch.optim.Optimizer) -> None:
     """
     if type(optimizer) not in SUPPORTED:
         known = ", ".join(f"torch.optim.{kind.__name__}" for kind in SUPPORTED)
+        remedy = (
+            f"Inner optimizers that work with every estimator: {known}. "
+            "Estimators with lookback 0 ('first-order', 'cg', 'neumann') take any."
+        )
+        if learned:
+            remedy = (
+                f"What is learned of the inner run ({', '.join(sorted(learned)[:4])}) "
+                f"acts in its steps alone: take one of {known}, or leave it out."
+            )
         msg = (
             f"{type(optimizer).__name__} has no rule here, so its step cannot be "
-            f"differentiated. Inner optimizers that work with every estimator: {known}. "
-            "Estimators with lookback 0 ('first-order', 'cg', 'neumann') take any."
+            f"differentiated. {remedy}"
         )
         raise TypeError(msg)
 

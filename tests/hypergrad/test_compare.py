@@ -575,6 +575,14 @@ def test_table_fits_and_cuts_long_labels() -> None:
     assert "inf" in lines[2]
 
 
+def test_long_numbers_of_a_table_stay_apart() -> None:
+    costs = {"seconds": 0.0592, "peak_bytes": 368, "forwards": 1.23456e6}
+    rows = (Row("a", "", "steps", indirect_error=1.0, n_hvp=123456, **costs),)
+    lines = Comparison(rows, made([]).reference, 0.1).table(100).splitlines()
+    assert {"0.0592", "0.000351", "1.235e+06", "1.235e+05"} <= set(lines[2].split())
+    assert len(lines[0]) == len(lines[1]) == len(lines[2])
+
+
 @pytest.mark.parametrize(
     "cost", ["forwards", "seconds", "inner_gradients", "peak_bytes"]
 )

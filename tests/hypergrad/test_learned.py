@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,11 +17,14 @@ from hypergrad import (
     BilevelOptimizer,
     BilevelProblem,
     HypergradError,
+    compare_estimators,
     estimator_names,
     make_estimator,
     take_steps,
 )
 from hypergrad.batches import Accumulated
+from hypergrad.estimator import Choice
+from hypergrad.estimators import Auto
 from hypergrad.rules import SGD, Adam, AdamW, Clipped, Grouped, Rule
 from hypergrad.testing.snapshot import snapshot_of
 from tests.hypergrad.estimators.truths import Case, network_case
@@ -431,6 +435,79 @@ def test_settings_of_a_module_by_hand() -> None:
     assert abs(opt.problem.inner_params["w"].item() - 2 * (1 - grown.exp())) < 1e-12
 
 
+def end(rates: list[float]) -> float:
+    """w after steps from 4 towards 0."""
+    return 4.0 * math.prod(1 - rate for rate in rates)
+
+
+def moved(rates: list[float]) -> float:
+    """Of f = w²/2 after such steps, df/dlog lr = -w² Σ r/(1 - r)."""
+    return -(end(rates) ** 2) * sum(rate / (1 - rate) for rate in rates)
+
+
+def hypergradient(opt: BilevelOptimizer) -> float:
+    found = opt.estimator.estimate(
+        opt.problem, inner_batch=None, outer_batch=0.0, steps=opt.recorded_steps
+    )
+    return found.outer_grads["log_lr"].item()
+
+
+def test_a_plateau_lowers_a_learned_rate() -> None:
+    """The scheduler notes no rate that it began with, as others of torch do."""
+    opt = line(make_estimator("unrolled", num_steps=4), inner_settings={"lr": 0.25})
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        opt.inner, factor=0.1, patience=0
+    )
+    factors = []
+    for _ in range(4):
+        factors.append(opt.inner.param_groups[0]["lr"] / 0.5)
+        opt.inner_step(0.0)
+        schedule.step(1.0)
+    assert factors == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    rates = [0.25 * factor for factor in factors]
+    here = opt.problem.inner_params["w"].item()
+    assert abs(here - end(rates)) <= 1e-14
+    assert abs(hypergradient(opt) - moved(rates)) <= 1e-14
+
+
+def test_a_rate_set_by_hand_is_a_factor_of_the_learned_one() -> None:
+    opt = line(inner_settings={"lr": 0.25})
+    opt.inner_step(0.0)
+    opt.inner.param_groups[0]["lr"] = 0.05  # a tenth of what it was made with
+    file = io.BytesIO()
+    torch.save((opt.state_dict(), opt.problem.module.state_dict()), file)  # pyright: ignore[reportOptionalMemberAccess]
+    file.seek(0)
+    state, model = torch.load(file, weights_only=True)
+    other = line(inner_settings={"lr": 0.25})
+    other.problem.module.load_state_dict(model)  # pyright: ignore[reportOptionalMemberAccess]
+    other.load_state_dict(state)
+    for each in (opt, other):
+        each.inner_step(0.0)
+        here = each.problem.inner_params["w"].item()
+        assert abs(here - end([0.25, 0.025])) <= 1e-14
+        assert abs(hypergradient(each) - moved([0.25, 0.025])) <= 1e-14
+
+
+def test_a_rate_that_began_at_zero_has_no_factor() -> None:
+    def of(rate: float, **settings: Any) -> BilevelOptimizer:
+        return BilevelOptimizer(
+            Line(),
+            loss,
+            estimator=make_estimator("unrolled", num_steps=2),
+            inner_optimizer=partial(torch.optim.SGD, lr=rate),
+            outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+            inner_settings=settings,
+        )
+
+    with pytest.raises(ValueError, match=r"learning rate begins at 0: .*any positive"):
+        of(0.0, lr=0.5)
+    assert "initial_lr" not in of(0.0, schedule=[1.0, 1.0]).param_groups[0]
+    opt = of(0.5, lr=0.5)
+    opt.inner.param_groups[0]["lr"] = 0.0
+    opt.inner_step(0.0)  # a factor of 0 is one
+    assert opt.problem.inner_params["w"].item() == 4.0
+
+
 def test_a_run_resumes_with_its_numbers() -> None:
     settings = {"inner_settings": {"lr": 0.5, "schedule": [1.0, 0.5, 0.25]}}
     opt, other = (line(learn_start=True, **settings) for _ in range(2))
@@ -550,6 +627,17 @@ BAD: list[tuple[Callable[[], Any], Any, str]] = [
     ),
     (lambda: line(learn_start=["head"]), ValueError, "'head' fits no inner parameter"),
     (lambda: line(learn_start=[3]), TypeError, "learn_start holds 3: pass True"),
+    (
+        settings_of({"lr": 0.1}, learn_start=None),
+        TypeError,
+        "learn_start=None must be True, False, or names .*got NoneType",
+    ),
+    (settings_of({"lr": 0.1}, learn_start=1), TypeError, "learn_start=1 must be True"),
+    (
+        settings_of({"lr": 0.1}, audit_every=1, audit_reference="cg"),
+        ValueError,
+        "reference='cg' cannot answer for log_lr: .*Pass `steps`",
+    ),
     (lambda: line(), TypeError, "with a module, pass loss_fn and outer"),
     (
         lambda: BilevelProblem.from_module(Line(), loss),
@@ -565,6 +653,10 @@ def test_bad_input(make: Callable[[], Any], kind: Any, text: str) -> None:
         make()
 
 
+RATE: dict[str, Any] = {"inner_settings": {"lr": 0.1}}
+START: dict[str, Any] = {"learn_start": True}
+
+
 def test_an_optimizer_without_a_rule() -> None:
     made = BilevelProblem.from_module(Line(), loss, inner_settings={"lr": 0.1})
     with pytest.raises(
@@ -576,6 +668,17 @@ def test_an_optimizer_without_a_rule() -> None:
             inner_optimizer=partial(torch.optim.Rprop, lr=0.1),
             outer_optimizer=partial(torch.optim.SGD, lr=1.0),
         )
+    for estimator in ("unrolled", "auto"):  # which else would take 'cg'
+        for settings, name in ((RATE, "log_lr"), (START, "start of w")):
+            with pytest.raises(
+                TypeError, match=rf"\({name}\) acts in its steps alone: take one of"
+            ):
+                BilevelOptimizer(
+                    BilevelProblem.from_module(Line(), loss, **settings),
+                    estimator=estimator,
+                    inner_optimizer=partial(torch.optim.Rprop, lr=0.1),
+                    outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+                )
     with pytest.raises(TypeError, match=r"inner_settings.* go with a module"):
         BilevelOptimizer(
             made,
@@ -584,6 +687,105 @@ def test_an_optimizer_without_a_rule() -> None:
             outer_optimizer=partial(torch.optim.SGD, lr=1.0),
             inner_settings={"lr": 0.1},
         )
+
+
+def test_an_estimator_that_chooses_one_that_does_not_see_where_it_acts() -> None:
+    class Blind(Auto):
+        def resolve(self, problem: Any, inner_batch: Any, rule: Any) -> Choice:
+            return Choice(make_estimator("cg"))
+
+    with pytest.raises(HypergradError, match="ConjugateGradient cannot answer for lo"):
+        line(Blind(), inner_settings={"lr": 0.1}).inner_step(0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "held", "says"),
+    [
+        (
+            {"lr": 0.1},
+            710.0,
+            r"'log_lr' is 710.0, which makes lr inf: .*lower the outer",
+        ),
+        ({"lr": 0.1}, -800.0, "makes lr 0.0: rounding gives a bound of the log scale"),
+        ({"lr": 0.1}, float("nan"), "makes lr nan"),
+        ({"momentum": 0.5}, 40.0, "'logit_momentum' is 40.0, which makes momentum 1.0"),
+    ],
+)
+def test_a_setting_that_an_outer_step_threw_too_far(
+    given: Any, held: float, says: str
+) -> None:
+    opt = BilevelOptimizer(
+        Line(),
+        loss,
+        estimator=make_estimator("unrolled", num_steps=1),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.5),
+        outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+        inner_settings=given,
+    )
+    (lam,) = opt.problem.outer_params.values()
+    with torch.no_grad():
+        lam.fill_(held)
+    with pytest.raises(HypergradError, match=says):
+        opt.inner_step(0.0)
+    assert opt.problem.inner_params["w"].item() == 4.0
+    with torch.no_grad():
+        lam.fill_(0.0)
+    opt.inner_step(0.0)
+
+
+def test_the_state_of_a_problem_that_learns_something_else() -> None:
+    def made(**more: Any) -> BilevelOptimizer:
+        problem = BilevelProblem(
+            lambda i, o, b: (i["w"] - sum(o.values())) ** 2 / 2,
+            lambda i, o, b: i["w"] ** 2,
+            {"w": torch.tensor(4.0, dtype=F64, requires_grad=True)},
+            {
+                n: torch.tensor(0.0, dtype=F64, requires_grad=True)
+                for n in more.pop("names", ("lam",))
+            },
+            **more,
+        )
+        opt = BilevelOptimizer(
+            problem,
+            estimator=make_estimator("unrolled", num_steps=1),
+            inner_optimizer=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1),
+            outer_optimizer=partial(torch.optim.SGD, lr=0.1),
+            outer_warmup=0,
+        )
+        opt.step(None, None)
+        return opt
+
+    plain, rate = made(), made(inner_settings={"lr": 0.1})
+    decay = made(inner_settings={"weight_decay": 0.1})
+    for mine, theirs, says in (
+        (
+            plain,
+            rate,
+            r"learns \['log_lr'\] of the inner run, and this one learns noth",
+        ),
+        (rate, plain, r"learns nothing of the inner run, and this one learns \['log_l"),
+        (rate, decay, r"learns \['log_weight_decay'\] of .* one learns \['log_lr'\]"),
+        (plain, made(names=("mu",)), r"other outer parameters .*\(mu; here: lam\)"),
+    ):
+        before = snapshot_of(dict(mine.problem.outer_params))
+        with pytest.raises(ValueError, match=says):
+            mine.load_state_dict(theirs.state_dict())
+        assert snapshot_of(dict(mine.problem.outer_params)) == before
+        mine.step(None, None)
+
+
+def test_a_comparison_without_steps_says_what_to_pass() -> None:
+    opt = line(inner_settings={"lr": 0.5})
+    unrolled = make_estimator("unrolled", num_steps=2, rule=SGD(0.5))
+    compare = partial(compare_estimators, opt.problem, {"mine": unrolled}, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"'auto' cannot answer for log_lr: .*`steps`"):
+        compare(repeats=1)
+    for _ in range(2):
+        opt.inner_step(0.0)
+    with torch.no_grad():
+        opt.problem.inner_params["w"].fill_(4.0)  # where the virtual steps begin
+    assert not compare(repeats=1, reference=unrolled).rows[0].failure
+    assert not compare(repeats=1, steps=opt.recorded_steps).rows[0].failure
 
 
 def test_a_run_that_is_not_seen_whole() -> None:

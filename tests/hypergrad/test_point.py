@@ -216,6 +216,15 @@ def test_bad_places() -> None:
         here.value("inner", at={"v": torch.zeros(())})
     with pytest.raises(ValueError, match=r"'lam' has shape \(2,\)"):
         here.gradients("inner", at={"lam": torch.zeros(2)})
+    for ask in (here.value, here.gradients, here.unused, here.asked):
+        bad: Any = "iner"
+        with pytest.raises(
+            ValueError, match="level='iner' must be one of 'inner', 'ou"
+        ):
+            ask(bad)
+    bad = "w"
+    with pytest.raises(ValueError, match="wrt='w' must be one of 'inner', 'outer', 'b"):
+        here.gradients("inner", bad)
     nothing = Point(here.problem, here.inner_batches, ())
     with pytest.raises(HypergradError, match=r"no outer batch here.*each_step=True"):
         nothing.value("outer")

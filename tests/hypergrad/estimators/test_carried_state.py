@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hypergrad import make_estimator
+from hypergrad import BilevelProblem, make_estimator
+from hypergrad.estimators import FirstOrder
 from hypergrad.optimizer import BilevelOptimizer
 from hypergrad.testing import ridge, softmax_regression
 from tests.tolerances import error
@@ -95,3 +96,69 @@ def test_another_seed_draws_another_sketch() -> None:
     assert error(found[6, 0], found[6, 1]) <= 1e-12
     inverse = torch.linalg.inv(known.hessian + 0.5 * torch.eye(6).double())
     assert error(found[6, 0], known.indirect_by(inverse)) <= 1e-12
+
+
+# -- where another inner run begins -------------------------------------------------------
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("name", ["forward", "zeroth-order"])
+def test_random_directions_go_on_to_others_in_another_run(
+    name: str, anew: bool
+) -> None:
+    """λ moves within the span of the m directions of each outer step.
+
+    Of 20 entries, 6 moves with m = 2 are independent, unless all have the same directions:
+    then their rank is 1, for the slopes of a linear f stay what they were.
+    """
+    slopes = torch.linspace(-1, 1, 20, dtype=torch.float64)
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(20, dtype=torch.float64, requires_grad=True)
+
+    problem = BilevelProblem(
+        lambda i, o, b: (i["w"] - o["lam"]).square().sum() / 2,
+        lambda i, o, b: slopes @ i["w"],
+        {"w": zeros()},
+        {"lam": zeros()},
+    )
+    opt = BilevelOptimizer(
+        problem,
+        estimator=make_estimator(name, num_steps=1, num_directions=2),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.5),
+        outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+        outer_warmup=0,
+    )
+    held: list[torch.Tensor] = []
+    for _ in range(6):
+        if anew:
+            opt.begin_run()
+        before = problem.outer_params["lam"].detach().clone()
+        step(opt)
+        held.append(problem.outer_params["lam"].detach() - before)
+    assert torch.linalg.matrix_rank(torch.stack(held), rtol=1e-6) == 6
+
+
+def test_another_run_starts_without_the_last_solution() -> None:
+    """A start from it takes a product; the first estimate of a run has none."""
+    opt = run("cg", {"warm_start": True})
+    products = []
+    for _ in range(2):
+        opt.begin_run()
+        products += [step(opt), step(opt)]
+    assert products == [5, 6, 5, 6]
+
+
+def test_a_state_for_another_run_that_is_no_tensor() -> None:
+    class Counted(FirstOrder):
+        def new_run(self, state: Any) -> Any:
+            return {"runs": 1}
+
+    opt = BilevelOptimizer(
+        softmax_regression().problem,
+        estimator=Counted(),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.01),
+        outer_optimizer=partial(torch.optim.SGD, lr=0.01),
+    )
+    with pytest.raises(TypeError, match=r"Counted.new_run returned 1 as state 'runs'"):
+        opt.begin_run()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hypergrad import (
     BilevelOptimizer,
@@ -21,7 +20,7 @@ from hypergrad import (
 from hypergrad.estimators._penalised import stencil
 from hypergrad.rules import SGD
 from hypergrad.testing import quadratic
-from hypergrad.tree import Params
+from tests.hypergrad.estimators.curved import batch, inner_loss, outer_loss
 
 F64 = torch.float64
 LAM, SLOPE = 2.0, 0.8
@@ -110,20 +109,6 @@ def test_without_sequences_it_is_the_penalty() -> None:
 
 
 # -- the sequences ------------------------------------------------------------------------
-
-
-def inner_loss(i: Params, o: Params, b: Any) -> Tensor:
-    return ((b @ i["w"]).tanh() - 0.3).square().mean() + (
-        o["lam"].exp() * i["w"].square()
-    ).sum()
-
-
-def outer_loss(i: Params, o: Params, b: Any) -> Tensor:
-    return ((b @ i["w"]).sin() + 0.2).square().mean()
-
-
-def batch(seed: int) -> Tensor:
-    return torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def made(inner: Any, **settings: Any) -> BilevelOptimizer:

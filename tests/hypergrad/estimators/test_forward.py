@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypergrad import (
     BilevelProblem,
     HypergradError,
     NonFiniteError,
+    NumericalWarning,
     make_estimator,
     take_steps,
     tree,
@@ -34,6 +36,7 @@ from tests.hypergrad.estimators.truths import (
 )
 from tests.hypergrad.test_learned import SETUPS, worst
 from tests.hypergrad.test_learned import problem as problem_of
+from tests.hypergrad.test_whole_run import linear
 from tests.tolerances import error
 
 F64 = torch.float64
@@ -220,6 +223,67 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     assert many is not None
     copy = 4 * 10**5  # bytes of w; 28 more records of w and momentum would be 56 of it
     assert many - few <= copy
+
+
+# -- long ways --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 29), (F64, 59)])
+def test_growth_beyond_the_precision_is_said(dtype: torch.dtype, most: int) -> None:
+    """η h = 3: of w after k steps the derivative is 1 - (-2)^k, from 3 after the first.
+
+    After K steps it grew by about 2^K/3, which is 1/ε for each of them at K - log2(3K) =
+    23 in float32 and 52 in float64: between 29 and 30, and 59 and 60.
+    """
+    made = make_estimator("forward", num_steps=most, rule=SGD(1.0))
+    batches: dict[str, Any] = {"inner_batch": None, "outer_batch": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericalWarning)
+        result = made.estimate(linear(3.0, dtype), **batches)
+    assert result.info.reason == ""
+    assert error(result.outer_grads["lam"], torch.tensor(1 - (-2.0) ** most)) <= 1e-7
+    beyond = make_estimator("forward", num_steps=most + 1, rule=SGD(1.0))
+    says = (
+        rf"from 3 after inner step 1 to .* after step {most + 1} of {most + 1}: by mo"
+    )
+    with pytest.warns(NumericalWarning, match=says):
+        result = beyond.estimate(linear(3.0, dtype), **batches)
+    assert "lower it, clip inner gradients" in result.info.reason
+
+
+def test_what_each_step_adds_is_no_explosion() -> None:
+    """η h = 1/512 in bfloat16, 1/ε = 128: 200 steps add up to 165 times the first."""
+    made = make_estimator("forward", num_steps=200, rule=SGD(1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericalWarning)
+        result = made.estimate(
+            linear(1 / 512, torch.bfloat16), inner_batch=None, outer_batch=None
+        )
+    assert result.outer_grads["lam"] > 128 / 512
+    assert result.info.reason == ""
+
+
+def test_an_overflow_on_the_way_names_the_step() -> None:
+    """Before step 128 it is -2^127, and three times that is too much in float32."""
+    told: list[int] = []
+    with pytest.raises(
+        NonFiniteError, match=r"going forward, at inner step 128 of 200: .*grew .*-fold"
+    ):
+        make_estimator("forward", num_steps=200, rule=SGD(1.0)).estimate(
+            linear(3.0, torch.float32),
+            inner_batch=None,
+            outer_batch=None,
+            on_progress=lambda done, _: told.append(done),
+        )
+    assert told[-1] < 200  # and the rest of the way is not taken in vain
+
+
+def test_progress_is_told_after_every_step() -> None:
+    """20 entries go through the two steps 8 at a time."""
+    made, problem, data = drawn("all")
+    told: list[tuple[int, int]] = []
+    made.estimate(problem, **data, on_progress=lambda *now: told.append(now))
+    assert told == [(done, 6) for done in range(1, 7)]
 
 
 # -- along random directions ------------------------------------------------------------

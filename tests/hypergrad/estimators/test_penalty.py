@@ -21,6 +21,7 @@ from hypergrad.estimators._penalised import stencil
 from hypergrad.rules import SGD
 from hypergrad.testing import KnownProblem, quadratic, relative_error
 from hypergrad.tree import Params
+from tests.hypergrad.estimators.curved import batch, inner_loss, outer_loss
 
 F64 = torch.float64
 
@@ -93,20 +94,6 @@ def test_a_stencil_is_exact_on_polynomials(order: int) -> None:
 
 
 # -- its steps ----------------------------------------------------------------------------
-
-
-def inner_loss(i: Params, o: Params, b: Any) -> Tensor:
-    return ((b @ i["w"]).tanh() - 0.3).square().mean() + (
-        o["lam"].exp() * i["w"].square()
-    ).sum()
-
-
-def outer_loss(i: Params, o: Params, b: Any) -> Tensor:
-    return ((b @ i["w"]).sin() + 0.2).square().mean()
-
-
-def batch(seed: int) -> Tensor:
-    return torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def made(inner: Any, **settings: Any) -> BilevelOptimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from hypergrad import (
     BilevelProblem,
     HypergradError,
     NonFiniteError,
+    NumericalWarning,
     make_estimator,
 )
 from hypergrad.estimators import ZerothOrder
@@ -171,11 +173,53 @@ def test_a_metric_that_counts() -> None:
     assert found.info.reason == ""
 
 
-def test_a_constant_is_zeros_and_says_so() -> None:
-    found = run(half(share_below, 0.1))
+def f1(inner: Any, outer: Any, batch: Any) -> Any:
+    """Minus F1, where of 0, 1, ..., 9 the positive are 3 and more, and w and more said."""
+    points = np.arange(10)
+    said, true = points > inner["w"].item(), points >= 3
+    return -2 * (said & true).sum() / (said.sum() + true.sum())
+
+
+def test_a_score_that_is_a_number_of_numpy() -> None:
+    """w is 2.05 ± 1/2: of 2, ..., 9 seven are positive, F1 = 14/15; of 3, ..., 9 all."""
+    problem = half(f1, 0.1)
+    assert isinstance(f1(problem.inner_params, {}, None), np.floating)
+    found = run(problem, radius=1.0)
+    assert abs(found.outer_grads["lam"].item() + (1 - 14 / 15) / 2) <= 1e-15
+    assert found.outer_loss == -1.0
+
+
+def test_a_quantised_parameter_as_a_plain_number() -> None:
+    """In quarters, w = 2.05 ± 1/2 is 5/2 and 3/2, for λ moved by ±1."""
+    found = run(half(lambda i, o, b: round(4 * i["w"].item()) / 4, 0.1), radius=1.0)
+    assert (found.outer_grads["lam"].item(), found.outer_loss) == (0.5, 2.0)
+    coarse = run(
+        half(
+            lambda i, o, b: torch.fake_quantize_per_tensor_affine(
+                i["w"], 0.25, 0, -128, 127
+            ),
+            0.1,
+            torch.float32,
+        ),
+        radius=1.0,
+    )
+    assert (coarse.outer_grads["lam"].item(), coarse.outer_loss) == (0.5, 2.0)
+
+
+def test_a_compiled_loss() -> None:
+    """As for w³ above: 6 and μ²/8 too much."""
+    cube = torch.compile(lambda w: w**3, backend="aot_eager")
+    found = run(half(lambda i, o, b: cube(i["w"])), radius=0.5)
+    assert abs(found.outer_grads["lam"].item() - 6 - 0.5**2 / 8) <= 1e-13
+
+
+@pytest.mark.parametrize(("steps", "places"), [(0, 2), (1, 4)])
+def test_a_constant_is_zeros_and_says_so(steps: int, places: int) -> None:
+    says = f"the same value at all {places} places"
+    with pytest.warns(NumericalWarning, match=f"{says}.*raise `radius`"):
+        found = run(half(share_below, 0.1), steps)
     assert found.outer_grads["lam"] == 0.0
-    assert "the same value at all 4 places" in found.info.reason
-    assert "raise `radius`" in found.info.reason
+    assert says in found.info.reason
 
 
 def test_an_optimizer_climbs_a_metric() -> None:
@@ -279,6 +323,19 @@ def test_four_values_a_direction_and_two_gradients_a_step(steps: int, m: int) ->
     assert made.needs.order == 0
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_progress_is_told_after_every_step(steps: int) -> None:
+    """One entry, to both sides."""
+    told: list[tuple[int, int]] = []
+    make_estimator("zeroth-order", num_steps=steps, rule=HALF).estimate(
+        half(lambda i, o, b: i["w"] + o["lam"]),
+        inner_batch=None,
+        outer_batch=None,
+        on_progress=lambda *now: told.append(now),
+    )
+    assert told == [(done, 2 * steps) for done in range(1, 2 * steps + 1)]
+
+
 def test_records_with_few_copies_give_the_same_bits() -> None:
     case = network_case()
     few, every = (
@@ -368,6 +425,32 @@ def test_a_metric_that_is_not_finite_on_one_side() -> None:
         run(problem, radius=0.5)
 
 
-def test_a_metric_that_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match="outer_loss returned float, not a tensor"):
-        run(half(lambda i, o, b: i["w"].item()))
+@pytest.mark.parametrize("name", ["first-order", "unrolled", "penalty"])
+def test_a_number_has_no_gradient(name: str) -> None:
+    more = {} if name == "first-order" else {"num_steps": 1, "rule": HALF}
+    problem = half(lambda i, o, b: i["w"].item())
+    with pytest.raises(
+        TypeError, match=r"outer_loss returned float, not.*estimator='zeroth-order'"
+    ):
+        make_estimator(name, **more).estimate(
+            problem, inner_batch=None, outer_batch=None
+        )
+
+
+@pytest.mark.parametrize("bad", [True, "0.5", None, [0.5]])
+def test_a_metric_that_is_no_number(bad: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"outer_loss returned {type(bad).__name__}, not a"
+    ):
+        run(half(lambda i, o, b: bad))
+
+
+def test_an_inner_loss_that_is_a_number() -> None:
+    problem = BilevelProblem(
+        lambda i, o, b: i["w"].item(),  # pyright: ignore[reportArgumentType]
+        lambda i, o, b: i["w"].item(),
+        {"w": leaf(4.0)},
+        {"lam": leaf(0.0)},
+    )
+    with pytest.raises(TypeError, match="inner_loss returned float, not a tensor"):
+        run(problem)
