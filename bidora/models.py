@@ -215,8 +215,17 @@ class Base:
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
             and module is not output
-            and not any(name == h or name.startswith(f"{h}.") for h in self.head)
+            and not self._is_trained_whole(name)
         ]
+
+    def _is_trained_whole(self, name: str) -> bool:
+        """Return whether PEFT wraps a module, or one that it is in, for the head's sake.
+
+        It goes by the ends of names: `head` is also ESM's `contact_head`.
+        """
+        parts = name.split(".")
+        ways = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        return any(way.endswith(tuple(self.head)) for way in ways)
 
     def adaptable(self) -> list[str]:
         """Return the ends of those names, as `--target-modules` takes them."""

@@ -123,6 +123,18 @@ class PooledModel(PreTrainedModel):
             nn.init.normal_(self.head.weight, std=std)
             nn.init.zeros_(self.head.bias)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the weights by the names that the module has for them.
+
+        transformers would give some, ESM's among them, those of older checkpoints, which
+        a plain module such as the one on the card does not load.
+
+        Args:
+            args: As for any model.
+            kwargs: Likewise.
+        """
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
     def forward(
         self,
         input_ids: Tensor | None = None,

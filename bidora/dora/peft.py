@@ -353,6 +353,8 @@ def obstacle(layer: DoraAdapter) -> str | None:
         own = layer.module.lora_A[layer.adapter]
         if base.dilation != own.dilation and max(base.kernel_size) > 1:
             return f"PEFT makes A without its dilation of {base.dilation}"
+        if base.padding_mode != own.padding_mode:
+            return f"PEFT's A pads with {own.padding_mode}, not {base.padding_mode}"
     return None
 
 

@@ -29,6 +29,8 @@ CLASS = '''\
 class Pooled(torch.nn.Module):
     """A transformer, the {pooling} of its tokens, and a linear head."""
 
+    base_model_prefix = "body"  # which transformers asks of ESM and some others
+
     def __init__(self, body, config):
         super().__init__()
         self.config, self.body = config, body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
     from bidora.runs.job_settings import JobSettings
 
 __all__ = ["ExactDora", "Lora", "PeftDora", "RankStabilisedLora"]
+
+
+def _check_targets(base: Base, targets: list[str], model: str) -> None:
+    """Refuse a name that no module's ends in, which PEFT passes over if others do."""
+    names = [f".{name}" for name, _ in base.model.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            able = base.adaptable()
+            near = get_close_matches(target, able, n=1)
+            raise UserError(
+                f"--target-modules: no layer of {model!r} ends in {target!r}"
+                + (f"; did you mean {near[0]}?" if near else ".")
+                + f" Its layers that can be adapted end in {', '.join(able)}."
+            )
 
 
 class Lora(Method):
@@ -42,7 +57,10 @@ class Lora(Method):
         asked = settings.target_modules
         # PEFT's own all-linear would go into heads that it does not know by name.
         wanted = asked or ("all-linear",)
-        targets = base.linear_layers() if wanted == ("all-linear",) else list(wanted)
+        targets = [name for name in wanted if name != "all-linear"]
+        _check_targets(base, targets, settings.model)
+        if len(targets) < len(wanted):
+            targets += base.linear_layers()
         config = LoraConfig(
             task_type=base.peft_type,
             r=settings.lora_r,

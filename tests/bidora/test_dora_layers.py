@@ -437,6 +437,10 @@ def test_two_active_adapters(kind: str, second: str) -> None:
     [
         (lambda: nn.Embedding(4, 3, max_norm=1.0), r"Embedding: its max_norm changes"),
         (lambda: nn.Conv1d(2, 2, 3, dilation=2), r"Conv1d: .* dilation of \(2,\)"),
+        (
+            lambda: nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect"),
+            r"Conv1d: PEFT's A pads with zeros, not reflect",
+        ),
     ],
 )
 def test_refusals_name_the_layer_and_the_reason(

@@ -14,6 +14,8 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertForSequenceClassification,
+    EsmConfig,
+    EsmModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -74,6 +76,27 @@ def decoder(tiny_encoder: Path, folder: Path, kind: str) -> Path:
             )
         )
     model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    return folder
+
+
+def protein_model(tiny_encoder: Path, folder: Path) -> Path:
+    """Return the folder of an ESM-2, which has a head for contacts of residues."""
+    torch.manual_seed(0)
+    config = EsmConfig(
+        vocab_size=17,
+        mask_token_id=1,  # none of the ids that rows are drawn from
+        pad_token_id=0,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=26,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        initializer_range=0.3,
+    )
+    EsmModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
     return folder
 
@@ -244,6 +267,37 @@ def test_pooled_decoders_are_loaded_by_the_card(
 ) -> None:
     folder = decoder(tiny_encoder, tmp_path / "base", kind)
     compare_outputs(*saved_and_loaded("lora", tmp_path / "run", folder, how))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_pooled_protein_model_is_loaded_by_the_card(
+    tiny_encoder: Path, tmp_path: Path, method: str
+) -> None:
+    folder = protein_model(tiny_encoder, tmp_path / "base")
+    targets = base_of(folder, pooling="mean").linear_layers()
+    assert targets
+    assert not any("contact_head" in name for name in targets)
+    compare_outputs(*saved_and_loaded(method, tmp_path / "run", folder, "mean"))
+
+
+def test_a_layer_that_the_model_does_not_have_is_named(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    base = base_of(tiny_encoder)
+    for targets in (("query", "valu"), ("all-linear", "valu")):
+        settings = TrainSettings(method="lora", target_modules=targets)
+        with pytest.raises(UserError, match=r"no layer .* ends in 'valu'.*mean value"):
+            make_method("lora").adapt(base, settings)
+    settings = TrainSettings(
+        method="lora", target_modules=("all-linear", "word_embeddings")
+    )
+    model: Any = make_method("lora").adapt(base, settings)
+    adapted = {
+        n.split(".lora_A")[0] for n, _ in model.named_modules() if "lora_A." in n
+    }
+    linear = base_of(tiny_encoder).linear_layers()
+    assert adapted == {f"base_model.model.{name}" for name in linear}
+    assert any("lora_embedding_A" in name for name, _ in model.named_parameters())
 
 
 def test_new_rows_are_scored_as_by_the_model(
