@@ -98,6 +98,39 @@ def test_figures_are_those_of_the_papers_tables(
     assert not set(recipe.ours) & set(published)
 
 
+BASE = {  # steps, rate, outer weight decay; γ 1e-5 and inner decay 0.1 in all
+    "mnli": (20_000, 5e-5, 0.1),
+    "sst2": (12_000, 1e-5, 0.1),
+    "mrpc": (25_000, 2e-5, 0.1),
+    "cola": (20_000, 5e-5, 0.1),
+    "qnli": (15_000, 2e-5, 0.0),
+    "qqp": (20_000, 5e-5, 0.1),
+    "rte": (15_000, 1e-5, 0.1),
+    "stsb": (12_000, 1e-5, 0.01),
+}
+LARGE = {  # steps, γ, inner and outer weight decay; rate 1e-5 in all
+    "mnli": (50_000, 0.0, 0.5, 0.5),
+    "sst2": (20_000, 0.0, 0.5, 0.05),
+    "mrpc": (30_000, 1e-5, 0.0, 0.0),
+    "cola": (20_000, 1e-5, 0.2, 0.2),
+    "qnli": (60_000, 0.0, 0.5, 0.5),
+    "qqp": (40_000, 1e-5, 0.5, 0.5),
+    "rte": (15_000, 0.0, 0.5, 0.1),
+    "stsb": (10_000, 1e-5, 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("task", BASE)
+def test_glue_is_the_papers_whole_table(task: str) -> None:
+    base = settings_of(f"glue-roberta-base/{task}")
+    assert (base.max_steps, base.learning_rate, base.outer_weight_decay) == BASE[task]
+    assert (base.orthogonality, base.weight_decay, base.max_length) == (1e-5, 0.1, 512)
+    large = settings_of(f"glue-roberta-large/{task}")
+    found = (large.max_steps, large.orthogonality, large.weight_decay)
+    assert (*found, large.outer_weight_decay) == LARGE[task]
+    assert (large.learning_rate, large.max_length) == (1e-5, 128)
+
+
 def test_the_authors_script_retrains_longer_at_a_lower_rate() -> None:
     settings = settings_of("glue-roberta-base/cola")
     assert (settings.max_steps, settings.learning_rate) == (20_000, 5e-5)
