@@ -374,6 +374,22 @@ def test_a_dry_run_tells_of_torn_records_and_leaves_them(
     assert path.read_text() == "{"
 
 
+def test_a_metric_that_cannot_be_computed_is_refused_before_the_first_run(
+    small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"name: {i},it is called {i}\n" for i in range(12))
+    (tmp_path / "data.csv").write_text(f"text,reference\n{rows}")
+    task = {"task": str(tmp_path / "data.csv"), "task_type": "generation"}
+    task |= {"text_column": "text", "label_column": "reference"}
+    settings = StudySettings(
+        small_grid(tasks={"names": task}), output_dir=str(tmp_path / "out")
+    )
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(UserError, match=r"names: its metric bleu .*pip install"):
+        look_ahead(settings, Heard())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("study", ["quality", "variants"])
 def test_committed_records_are_read(study: str) -> None:
     results = Path(__file__).parents[3] / "benchmarks" / "results"
