@@ -112,7 +112,7 @@ def prepare(
         seed=settings.seed,
         pooling=settings.pooling,
     )
-    task.try_model(base.model, tokenizer)
+    task.try_model(base.model, tokenizer, examples.rows)
     linear_layers = base.linear_layers()  # before the method changes the model
     model: Any = method.adapt(base, settings).to(device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

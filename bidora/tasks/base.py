@@ -356,17 +356,18 @@ class Task(ABC):
         del schema
         return processor
 
-    def try_model(self, model: Any, processor: Any) -> None:
+    def try_model(self, model: Any, processor: Any, rows: Mapping[str, Rows]) -> None:
         """Refuse a model that can't read what its processor makes; most tasks look at none.
 
         Args:
             model: As it was loaded, in eval mode; left as it is.
             processor: The model's tokenizer or image processor.
+            rows: Examples by part.
 
         Raises:
-            UserError: If the two do not fit.
+            UserError: If the two do not fit, or the processor does not fit the examples.
         """
-        del model, processor
+        del model, processor, rows
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.
