@@ -122,7 +122,10 @@ def prepare(
         f"{total:,} parameters, on {device}"
     )
     usual = examples.source.hints.get("max_length") or task.usual_length
-    length = settings.tokens_kept(longest_input(base.model), usual)
+    longest = longest_input(base.model)
+    length = settings.tokens_kept(longest, usual)
+    for rows in examples.rows.values():
+        task.check_lengths(rows, tokenizer, schema, length, longest)
     sets = {
         part: encode(rows, task, schema, tokenizer, length)
         for part, rows in examples.rows.items()

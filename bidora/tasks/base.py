@@ -369,6 +369,28 @@ class Task(ABC):
         """
         del model, processor, rows
 
+    def check_lengths(
+        self,
+        rows: Rows,
+        processor: Any,
+        schema: Schema,
+        length: int,
+        longest: int | None,
+    ) -> None:
+        """Refuse examples that are too long and can't be cut; most tasks cut them.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer or image processor.
+            schema: Of the data.
+            length: Tokens kept of an example.
+            longest: Tokens that the model takes; None where it sets no bound.
+
+        Raises:
+            UserError: If there is one.
+        """
+        del rows, processor, schema, length, longest
+
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.
 
