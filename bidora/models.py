@@ -423,9 +423,11 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
             ) from error
         raise UserError(
             f"the {what} {source.name!r} cannot be fetched from the Hub "
-            f"({first_line}). Check its name and the network connection, or work "
-            f"offline: --model FOLDER loads a saved model, and without --model the "
-            f"bundled {BUNDLED_MODEL} is used, for texts."
+            f"({first_line}). Check its name and the network connection. To work offline, "
+            f"run `hf download {source.location}` where there is a network and copy what "
+            "it fetched into the cache of this machine (~/.cache/huggingface/hub, or where "
+            "HF_HUB_CACHE says); a new run may also take a folder that save_pretrained "
+            "wrote: --model FOLDER."
         ) from error
 
 

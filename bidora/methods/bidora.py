@@ -80,6 +80,9 @@ class BiDoRA(PeftDora):
 
         Args:
             parts: What it is made of.
+
+        Raises:
+            UserError: If an outer batch takes more examples than there are for it.
         """
         from bidora.methods.training import use_one_device
         from bidora.trainer import BiDoRATrainer, BiDoRATrainingArguments
@@ -94,10 +97,13 @@ class BiDoRA(PeftDora):
             estimator_settings=settings.estimator_settings or None,
         )
         use_one_device(args)
-        if settings.per_device_outer_batch_size is None:  # no more than there is
+        held = len(parts.split[1]) or len(parts.given["train_dataset"])
+        size = settings.per_device_outer_batch_size
+        if size is None:  # no more than there is
             usual = args.bidora_settings()["per_device_outer_batch_size"]
-            held = len(parts.split[1]) or len(parts.given["train_dataset"])
             args.per_device_outer_batch_size = min(usual, held)
+        elif size > held:  # the trainer would refuse it, once the folder is claimed
+            raise UserError(_too_large(size, parts))
         trainer = BiDoRATrainer(args=args, **parts.given, **self.levels(parts))
         trainer.whole_batches = parts.whole_batches
         return trainer
@@ -109,6 +115,21 @@ class BiDoRA(PeftDora):
             parts: What it is made of.
         """
         return {"split": parts.split}
+
+
+def _too_large(size: int, parts: TrainerParts) -> str:
+    """Return why an outer batch can't be that large, and what to do."""
+    inner, outer = map(len, parts.split)
+    there, remedy = f"{inner} training examples", ""
+    if outer:
+        there = f"{outer} of {inner + outer} training examples held back for it"
+    if outer and size < inner + outer:
+        remedy = ", or hold more back with --validation-fraction"
+    return (
+        f"--per-device-outer-batch-size {size} is more than the {there}, so that some "
+        "would come twice in a batch. A recipe sets it for data larger than this. Pass "
+        f"--per-device-outer-batch-size {outer or inner} or less{remedy}."
+    )
 
 
 class FirstOrder(BiDoRA):

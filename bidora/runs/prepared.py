@@ -112,7 +112,7 @@ def prepare(
         seed=settings.seed,
         pooling=settings.pooling,
     )
-    task.try_model(base.model, tokenizer)
+    task.try_model(base.model, tokenizer, examples.rows)
     linear_layers = base.linear_layers()  # before the method changes the model
     model: Any = method.adapt(base, settings).to(device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -122,7 +122,10 @@ def prepare(
         f"{total:,} parameters, on {device}"
     )
     usual = examples.source.hints.get("max_length") or task.usual_length
-    length = settings.tokens_kept(longest_input(base.model), usual)
+    longest = longest_input(base.model)
+    length = settings.tokens_kept(longest, usual)
+    for rows in examples.rows.values():
+        task.check_lengths(rows, tokenizer, schema, length, longest)
     sets = {
         part: encode(rows, task, schema, tokenizer, length)
         for part, rows in examples.rows.items()

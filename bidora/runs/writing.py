@@ -37,13 +37,18 @@ def written(
         rows: The examples; their labels are not looked at.
         length: Tokens kept of an example.
         listener: Told how far it is.
+
+    Raises:
+        UserError: If a prompt is too long.
     """
     from bidora.models import longest_input
 
     asked = {name: x for name, x in rows.columns.items() if name != "labels"}
-    prompts = encode(Rows(asked, rows.places), task, schema, tokenizer, length)
-    generation = task.generation() or {}
+    rows = Rows(asked, rows.places)
     bound = longest_input(model)
+    task.check_lengths(rows, tokenizer, schema, length, bound)
+    prompts = encode(rows, task, schema, tokenizer, length)
+    generation = task.generation() or {}
     listener.phase("write", len(set(map(tuple, prompts["input_ids"]))))
     return write_texts(
         model,

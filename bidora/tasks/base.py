@@ -356,17 +356,40 @@ class Task(ABC):
         del schema
         return processor
 
-    def try_model(self, model: Any, processor: Any) -> None:
+    def try_model(self, model: Any, processor: Any, rows: Mapping[str, Rows]) -> None:
         """Refuse a model that can't read what its processor makes; most tasks look at none.
 
         Args:
             model: As it was loaded, in eval mode; left as it is.
             processor: The model's tokenizer or image processor.
+            rows: Examples by part.
 
         Raises:
-            UserError: If the two do not fit.
+            UserError: If the two do not fit, or the processor does not fit the examples.
         """
-        del model, processor
+        del model, processor, rows
+
+    def check_lengths(
+        self,
+        rows: Rows,
+        processor: Any,
+        schema: Schema,
+        length: int,
+        longest: int | None,
+    ) -> None:
+        """Refuse examples that are too long and can't be cut; most tasks cut them.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer or image processor.
+            schema: Of the data.
+            length: Tokens kept of an example.
+            longest: Tokens that the model takes; None where it sets no bound.
+
+        Raises:
+            UserError: If there is one.
+        """
+        del rows, processor, schema, length, longest
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.

@@ -11,12 +11,7 @@ from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema, TextScores
 from bidora.tasks.labels import BadValueError, plain
-from bidora.tasks.language import (
-    IGNORED,
-    Encoded,
-    LanguageTask,
-    refuse_long_prompts,
-)
+from bidora.tasks.language import IGNORED, Encoded, LanguageTask
 from bidora.tasks.metrics import choose_metric
 from bidora.tasks.text_scores import TEXT_METRICS, text_scores
 
@@ -188,10 +183,22 @@ class EncoderDecoderGeneration(Generation):
         del schema
         made = {name: list(x) for name, x in processor(list(batch["text"])).items()}
         made.pop("token_type_ids", None)
-        refuse_long_prompts([len(ids) - 1 for ids in made["input_ids"]], length)
         if "labels" in batch:
             made["labels"] = [x[:length] for x in with_end(batch["labels"], processor)]
         return made
+
+    def prompt_lengths(
+        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
+    ) -> list[int]:
+        """Return how many tokens each input has, without the token that ends it.
+
+        Args:
+            batch: Columns of `rows`.
+            processor: The model's tokenizer.
+            schema: Not used.
+        """
+        del schema
+        return [len(ids) - 1 for ids in processor(list(batch["text"]))["input_ids"]]
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many references have more than `length` tokens and are cut.

@@ -155,8 +155,8 @@ class ImageClassification(OneClass):
         )
         return [*lines, *(f"{n:,} {TRAITS[trait]}" for trait, n in traits.items())]
 
-    def try_model(self, model: Any, processor: Any) -> None:
-        """Show the model a blank image."""
+    def try_model(self, model: Any, processor: Any, rows: Mapping[str, Rows]) -> None:
+        """Show the model a blank image, and the processor some of the examples' sizes."""
         import torch
         from PIL import Image
 
@@ -171,6 +171,8 @@ class ImageClassification(OneClass):
                 f"model refuses: {str(error).splitlines()[0][:200]} Set `size` in its "
                 "preprocessor_config.json to what the model was trained with."
             ) from error
+        sizes = {size for part in rows.values() for size in part.columns["size"]}
+        _refuse_mixed(processor, sizes)
 
     def features(
         self,
@@ -194,6 +196,50 @@ class ImageClassification(OneClass):
         from transformers import default_data_collator
 
         return default_data_collator
+
+
+def _refuse_mixed(processor: Any, sizes: set[tuple[int, int]]) -> None:
+    """Refuse a processor that leaves images of several sizes, which no batch can hold.
+
+    The smallest and the largest show whether it brings images to a size of its own, the
+    narrowest and the widest whether it keeps their shapes.
+
+    Args:
+        processor: The model's image processor.
+        sizes: Width and height of the examples.
+
+    Raises:
+        UserError: If it makes inputs of different shapes of them.
+    """
+    from PIL import Image
+
+    def made(size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        inputs = processor(images=[Image.new("RGB", size)], return_tensors="np")
+        return {name: values.shape for name, values in inputs.items()}
+
+    def shape(size: tuple[int, int]) -> float:
+        return size[0] / size[1]
+
+    small, large = min(sizes), max(sizes)
+    for first, second in (
+        (small, large),
+        (min(sizes, key=shape), max(sizes, key=shape)),
+    ):
+        if made(first) == made(second):
+            continue
+        found = (
+            " × ".join(map(str, made(size)["pixel_values"][-2:]))
+            for size in (first, second)
+        )
+        raise UserError(
+            f"the model's image processor leaves images of several sizes: it makes "
+            f"{' and '.join(found)} pixels (height × width) of images of "
+            f"{first[1]} × {first[0]} and {second[1]} × {second[0]}, and a batch takes one "
+            f"size. The examples have {len(sizes):,} sizes. In the model's "
+            "preprocessor_config.json, set do_resize to true and size to a height and a "
+            "width; or keep its shortest_edge, set do_center_crop to true and give "
+            "crop_size."
+        )
 
 
 def holds_images(table: Table, column: str) -> bool:

@@ -30,6 +30,12 @@ OF_WRITING = (
 )
 """Settings of how texts are written."""
 
+BATCH = 1000
+"""Examples that are tokenised at once to be counted."""
+
+SHOWN = 3
+"""Prompts that are too long whose places are told."""
+
 Encoded = tuple[list[list[int]], list[list[int]]]
 """Tokens of each example, and the labels of each."""
 
@@ -133,17 +139,48 @@ class LanguageTask(TextTask):
 
         Returns:
             `input_ids`, `attention_mask`, and `labels` where answers are known.
-
-        Raises:
-            UserError: If a prompt leaves no room for an answer.
         """
         ids, labels = self.encoded(batch, processor, schema)
-        refuse_long_prompts([_prompt_length(x) for x in labels], length)
         ids = [tokens[:length] for tokens in ids]
         made = {"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]}
         if any(label != IGNORED for row in labels for label in row):
             made["labels"] = [row[:length] for row in labels]
         return made
+
+    def prompt_lengths(
+        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
+    ) -> list[int]:
+        """Return how many tokens each prompt has.
+
+        Args:
+            batch: Columns of `rows`.
+            processor: The model's tokenizer.
+            schema: Of the data.
+        """
+        _, labels = self.encoded(batch, processor, schema)
+        return [
+            next((i for i, x in enumerate(row) if x != IGNORED), len(row))
+            for row in labels
+        ]
+
+    def check_lengths(
+        self,
+        rows: Rows,
+        processor: Any,
+        schema: Schema,
+        length: int,
+        longest: int | None,
+    ) -> None:
+        """Refuse prompts that leave no room for an answer: all are counted."""
+        counts: list[int] = []
+        for start in range(0, len(rows), BATCH):
+            part = slice(start, start + BATCH)
+            batch = {name: values[part] for name, values in rows.columns.items()}
+            counts += self.prompt_lengths(batch, processor, schema)
+        long = {i: n for i, n in enumerate(counts) if n >= length}
+        if long:
+            places = [rows.places[i] for i in long]
+            raise UserError(_over_long([*long.values()], places, length, longest))
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples have more than `length` tokens, so that answers are cut.
@@ -231,26 +268,25 @@ class LanguageTask(TextTask):
         return [{"generated": text} for text in predictions]
 
 
-def refuse_long_prompts(lengths: Sequence[int], length: int) -> None:
-    """Refuse prompts that leave no room for an answer.
-
-    Args:
-        lengths: Tokens of each prompt.
-        length: Tokens kept of an example.
-
-    Raises:
-        UserError: If there is one.
-    """
-    long = [n for n in lengths if n >= length]
-    if long:
-        raise UserError(
-            f"{len(long)} prompt(s) have {min(long)} to {max(long)} tokens, and "
-            f"--max-length {length} keeps no token of their answers. A prompt is not cut, "
-            f"for it may lose what the answer says: raise --max-length above {max(long)}, "
-            "as far as the model goes, or shorten them."
+def _over_long(
+    counts: Sequence[int], places: Sequence[str], length: int, longest: int | None
+) -> str:
+    """Return what is wrong with prompts of so many tokens, where they are, and a remedy."""
+    least, most = min(counts), max(counts)
+    tokens = f"{most}" if least == most else f"{least} to {most}"
+    more = len(places) - SHOWN
+    where = "; ".join(places[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    if longest is None or most < longest:
+        remedy = f"train with --max-length above {most}, or shorten them"
+    elif length < longest:
+        remedy = (
+            f"train with --max-length {longest}, which is all that the model takes, and "
+            "shorten prompts of as many tokens or leave them out"
         )
-
-
-def _prompt_length(labels: Sequence[int]) -> int:
-    """Return how many tokens come before the first that is learnt."""
-    return next((i for i, x in enumerate(labels) if x != IGNORED), len(labels))
+    else:
+        remedy = f"the model takes {longest} tokens, so shorten them or leave them out"
+    return (
+        f"{len(counts)} prompt(s) have {tokens} tokens, and --max-length {length} keeps no "
+        f"token of their answers ({where}). A prompt is not cut, for it may lose what the "
+        f"answer says: {remedy}."
+    )

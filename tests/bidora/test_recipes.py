@@ -216,7 +216,9 @@ def test_options_go_before_the_recipe_and_a_model_that_is_not_there_is_told(
     assert main(words) == 2
     told = capsys.readouterr().err
     assert "'FacebookAI/roberta-base' cannot be fetched from the Hub" in told
-    assert "--model FOLDER loads a saved model" in told
+    assert "run `hf download FacebookAI/roberta-base` where there is a network" in told
+    assert "a new run may also take a folder" in told
+    assert "all-MiniLM" not in told  # without --model it is the recipe's own
     assert not (tmp_path / "run").exists()
 
 

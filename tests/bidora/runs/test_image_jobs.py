@@ -25,6 +25,8 @@ from bidora.cli import main
 from bidora.errors import UserError
 from bidora.runs.export import export
 from bidora.runs.predict import load_run, predict
+from bidora.tasks.base import Rows
+from bidora.tasks.images import ImageClassification
 from tests.bidora.conftest import Finished, finish
 from tests.bidora.image_models import save_vit, write_pets
 
@@ -85,6 +87,40 @@ def test_an_image_processor_of_another_size_is_told(
     with pytest.raises(UserError, match=r"to 12 × 12 pixels, .* `size` in its preproc"):
         finish(model=str(other), task=str(pets), output_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        ({"do_resize": False}, "8 × 10 and 17 × 10"),
+        ({"size": {"shortest_edge": 8}}, "8 × 10 and 13 × 8"),
+    ],
+)
+def test_an_image_processor_that_leaves_several_sizes_is_told(
+    settings: dict[str, Any], made: str, vit: Path, pets: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "vit"
+    shutil.copytree(vit, other)
+    ViTImageProcessor(**settings).save_pretrained(other)
+    with pytest.raises(
+        UserError, match=f"makes {made} pixels .* set do_resize to true"
+    ):
+        finish(model=str(other), task=str(pets), output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_processor_that_keeps_shapes_may_have_images_of_one_shape(
+    vit: Path,
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    processor = ViTImageProcessor(size={"shortest_edge": 8})
+    square = Rows({"size": [(8, 8), (30, 30)]}, ["", ""])
+    ImageClassification().try_model(model, processor, {"train": square})
+    wide = Rows({"size": [(16, 8)]}, [""])
+    with pytest.raises(UserError, match=r"of 8 × 8 and 8 × 16, and a batch takes one"):
+        ImageClassification().try_model(
+            model, processor, {"train": square, "test": wide}
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -379,6 +379,29 @@ def test_a_search_too_short_for_its_warm_up_is_refused(options: dict[str, Any]) 
         train(TrainSettings(**options))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("method", "size", "said"),
+    [
+        (
+            "bidora",
+            32,
+            "32 is more than the 10 of 48 training examples held back for it.*size 10 or "
+            "less, or hold more back with --validation-fraction",
+        ),
+        ("bidora", 48, r"Pass --per-device-outer-batch-size 10 or less\.$"),
+        ("bidora-one-split", 64, r"the 48 training examples, .*size 48 or less\.$"),
+    ],
+)
+def test_an_outer_batch_of_more_examples_than_there_are_is_refused(
+    options: dict[str, Any], method: str, size: int, said: str, dry_run: bool
+) -> None:
+    given = {**options, "method": method, "per_device_outer_batch_size": size}
+    with pytest.raises(UserError, match=said):
+        train(TrainSettings(**given), dry_run=dry_run)
+    assert not Path(options["output_dir"]).exists()
+
+
 def test_a_batch_too_small_to_divide_is_refused(options: dict[str, Any]) -> None:
     options.update(estimator="darts", estimator_settings={"product_fraction": 0.01})
     with pytest.raises(UserError, match="product_fraction"):

@@ -268,6 +268,19 @@ def test_what_does_not_fit_is_refused(
     long = "--max-length 99 is more than the 48 tokens"
     refused(long, gpt2, method="lora", max_length=99)
     refused("bitfit trains biases", llama, method="bitfit")
+    lengthy = tmp_path / "long.csv"
+    rows = [f"{name} {'a ' * (60 * (name == 'Cotto'))},{name} is" for name in NAMES * 4]
+    lengthy.write_text("\n".join(["mr,ref", *rows]) + "\n")
+    said = (
+        r"long.csv, line \d+.*the model takes 48 tokens, so shorten them or leave them"
+    )
+    given = {
+        **settings(gpt2, lengthy, tmp_path / "no", method="lora"),
+        "max_length": None,
+    }
+    idle = METHODS.get("lora").ignores
+    with pytest.raises(UserError, match=said):
+        train(TrainSettings(**{n: x for n, x in given.items() if n not in idle}))
     given = {"task": str(labelled_csv), "model": str(tiny_encoder), "num_beams": 2}
     with pytest.raises(UserError, match="--num-beams has no meaning for classificat"):
         train(TrainSettings(**given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_an_encoder_decoder_reads_and_writes_apart() -> None:
     assert tokenizer.convert_ids_to_tokens(made["labels"][0]) == ["Aromi", "is", "</s>"]
     assert task.count_over_long(rows, tokenizer, 2) == 1
     with pytest.raises(UserError, match="1 prompt"):
-        task.features(rows.columns, tokenizer, schema, 4)
+        task.check_lengths(rows, tokenizer, schema, 4, None)
 
 
 def test_padding_is_not_learnt() -> None:
@@ -128,8 +129,32 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_an_answer_is_cut() -> None:
     assert TASK.count_over_long(rows, tokenizer, 10) == 0
     made = TASK.features(rows.columns, tokenizer, schema, 6)
     assert sum(x != -100 for x in made["labels"][0]) == 1
-    with pytest.raises(UserError, match=r"5 to 5 tokens.*--max-length 5"):
-        TASK.features(rows.columns, tokenizer, schema, 5)
+    TASK.check_lengths(rows, tokenizer, schema, 6, None)
+    with pytest.raises(UserError, match=r"1 prompt.* 5 tokens.*--max-length 5"):
+        TASK.check_lengths(rows, tokenizer, schema, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("length", "longest", "remedy"),
+    [
+        (4, None, "train with --max-length above 7, or shorten them"),
+        (4, 8, "train with --max-length above 7, or shorten them"),
+        (4, 7, "train with --max-length 7, which is all that the model takes, and"),
+        (4, 4, "the model takes 4 tokens, so shorten them or leave them out"),
+    ],
+)
+def test_all_prompts_that_are_too_long_are_counted_and_the_remedy_is_possible(
+    length: int, longest: int | None, remedy: str
+) -> None:
+    short, long, longer = ("a", "ref"), ("a a a", "ref"), ("a a a a a a", "ref")
+    given = [longer if i == 3400 else short if i % 500 else long for i in range(3500)]
+    rows, schema = read(*given)
+    said = (
+        f"8 prompt(s) have 4 to 7 tokens, and --max-length {length} keeps no token of "
+        "their answers (t.csv, line 2; t.csv, line 502; t.csv, line 1002; and 5 more)."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(said)}.*{re.escape(remedy)}"):
+        TASK.check_lengths(rows, tokenizer_of_words(), schema, length, longest)
 
 
 @pytest.mark.parametrize("two_parts", [False, True])

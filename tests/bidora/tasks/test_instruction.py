@@ -101,8 +101,12 @@ def test_answers_are_cut_and_counted_and_prompts_are_refused() -> None:
     assert TASK.count_over_long(rows, tokenizer, 9) == 1
     made = TASK.features(rows.columns, tokenizer, OF_CHATS, 9)
     assert [len(x) for x in made["labels"]] == [9, 9]
-    with pytest.raises(UserError, match=r"2 prompt.* 5 to 5 tokens.*--max-length 5"):
-        TASK.features(rows.columns, tokenizer, OF_CHATS, 5)
+    TASK.check_lengths(rows, tokenizer, OF_CHATS, 6, None)
+    said = (
+        r"^2 prompt.* 5 tokens.*--max-length 5 .*\(t.jsonl, line 1; t.jsonl, line 2\)"
+    )
+    with pytest.raises(UserError, match=said):
+        TASK.check_lengths(rows, tokenizer, OF_CHATS, 5, None)
 
 
 @pytest.mark.parametrize(
