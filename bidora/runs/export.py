@@ -22,6 +22,13 @@ __all__ = ["DTYPES", "Exported", "export"]
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be written in."""
 
+LARGEST_DIFFERENCE = 1e-3
+"""Of the merged outputs from the run's own, over the largest of them.
+
+Merging adds up each weight once more in float32, which costs about 1e-6 of the outputs and
+1e-4 where large ones cancel. More than this is no rounding.
+"""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -54,7 +61,9 @@ def export(
     An adapted weight becomes $W = W_0 + sBA$ for LoRA, and for DoRA
     $W_i = m_i (W_0 + sBA)_i / \lVert (W_0 + sBA)_i \rVert$, row by row. What other methods
     trained is in the model already. The merged model's outputs are compared with those of
-    the model that it was made of.
+    the model that it was made of. An adapted weight that the model uses in two places, such
+    as input embeddings tied to the output layer, becomes two weights: only one of them was
+    adapted.
 
     Args:
         run: Folder of a finished run.
@@ -67,8 +76,8 @@ def export(
         What was written.
 
     Raises:
-        UserError: If the run is not finished, its model can't be merged, or the folder
-            is there already.
+        UserError: If the run is not finished, its model can't be merged, the merged
+            model gives other outputs, or the folder is there already.
     """
     import torch
 
@@ -89,6 +98,16 @@ def export(
     before = _outputs(model, inputs)
     merged = _merge(model, settings.method)
     difference = _difference(before, _outputs(merged, inputs))
+    # Written so that NaN is refused too.
+    if not difference <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"the merged model's outputs differ from those of {source} by "
+            f"{difference:.1e} of the largest, and rounding costs less than "
+            f"{LARGEST_DIFFERENCE:.0e}. Nothing was written. Likely an adapted weight is "
+            "used in a second place, which the adapter does not reach (embeddings, with "
+            "--target-modules). The adapter itself is right: load it with PEFT, as the "
+            "run's README.md says, or train again without that module."
+        )
     listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
     task = make_task(schema.task, **schema.settings).for_model(merged.config)
     names = {
@@ -146,6 +165,7 @@ def _merge(model: Any, method: str) -> Any:
         )
     if not isinstance(model, PeftModel):
         return model
+    _untie(model)
     merged: Any = model.merge_and_unload()
     broken = [n for n, p in merged.named_parameters() if not torch.isfinite(p).all()]
     if broken:
@@ -154,6 +174,33 @@ def _merge(model: Any, method: str) -> Any:
             f"{broken[0]}. The training has diverged; lower the learning rate."
         )
     return merged
+
+
+def _untie(model: Any) -> None:
+    """Give every place that uses an adapted weight a copy of its own.
+
+    The adapter changes what one place computes. Merged into a tied weight, it would change
+    them all.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    bases: list[Any] = [layer.get_base_layer() for layer in layers]
+    adapted = {id(getattr(base, "weight", None)) for base in bases}
+    places: dict[int, list[Any]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in adapted:
+            places.setdefault(id(weight), []).append(module)
+    tied = [module for users in places.values() if len(users) > 1 for module in users]
+    for module in tied:
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    if not tied:
+        return
+    config = model.get_base_model().config
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False  # or they are tied again as they are loaded
 
 
 def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
@@ -184,7 +231,8 @@ def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    return ((after - before).abs().max() / before.abs().max()).item()
+    gap = (after - before).abs().max()
+    return (gap / before.abs().max()).item() if gap else 0.0  # a head may be all zeros
 
 
 def _card(base: str, method: str, names: dict[str, str]) -> str:

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from bidora.cli import main
 from bidora.errors import UserError
@@ -15,6 +22,7 @@ from bidora.runs.export import export
 from bidora.runs.job import train
 from bidora.runs.predict import load_run
 from bidora.runs.settings import TrainSettings
+from tests.bidora.language_models import save_language_model
 
 pytestmark = [
     pytest.mark.usefixtures("spared"),
@@ -61,6 +69,78 @@ def test_outputs_are_those_of_the_run(
     base = AutoModel.from_pretrained(tiny_encoder).state_dict()
     after = plain.base_model.state_dict()
     assert any((after[n] - base[n]).abs().max() > 0.01 for n in after)
+
+
+@pytest.fixture
+def pubs_csv(tmp_path: Path) -> Path:
+    """Return a csv of inputs and the texts to write for them."""
+    path, names = tmp_path / "pubs.csv", ("Aromi", "Wrestlers", "Cotto")
+    rows = [f"name [ {n} ] {f},{n} serves {f}" for n in names for f in ("Thai", "food")]
+    path.write_text("\n".join(["mr,ref", *rows, ""]), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("gpt2", ["c_attn", "wte"]),
+        ("llama", ["q_proj", "embed_tokens"]),
+        ("t5", ["q", "embed_tokens"]),  # four places have one weight
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_tied_embeddings_are_merged_where_they_were_adapted(
+    kind: str, targets: list[str], pubs_csv: Path, tmp_path: Path
+) -> None:
+    base = save_language_model(tmp_path / "base", kind)
+    given: dict[str, Any] = {"target_modules": targets, "max_length": 40}
+    given |= {"max_new_tokens": 4, "num_beams": 1}
+    run = run_of("lora", base, pubs_csv, tmp_path, **given)
+    done = export(run, tmp_path / "whole")
+    assert done.difference < 1e-5
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    plain: Any = auto.from_pretrained(tmp_path / "whole").eval()
+    entrance, exit_ = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if kind == "t5":
+        entrance = plain.encoder.embed_tokens
+    assert (entrance.weight - exit_.weight).abs().max() > 0.01
+    words: dict[str, Any] = {"input_ids": IDS}
+    if kind == "t5":
+        words["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        expected = load_run(run)[0](**words).logits
+        got = plain(**words).logits
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_merged_model_with_other_outputs_is_refused(
+    factor: float,
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    merge = BaseTuner.merge_and_unload
+
+    def wrong(self: Any) -> Any:
+        merged = merge(self)
+        # Finite weights whose outputs are not, or are a hundredth larger.
+        merged.register_forward_hook(
+            lambda module, given, out: setattr(out, "logits", out.logits * factor)
+        )
+        return merged
+
+    monkeypatch.setattr(BaseTuner, "merge_and_unload", wrong)
+    with pytest.raises(
+        UserError, match=r"differ from .* by (1\.0e-02|nan) of the"
+    ) as e:
+        export(run, tmp_path / "whole")
+    assert "load it with PEFT" in str(e.value)
+    assert not (tmp_path / "whole").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Base weights have rows of zeros")
