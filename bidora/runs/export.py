@@ -94,7 +94,7 @@ def export(
             "rounded to its few bits, which undoes the training. Export onto the model "
             "that it was quantised from: set `model` in the run's settings.json to it."
         )
-    inputs = _made_up(tokenizer)
+    inputs = _made_up(tokenizer, model.config)
     before = _outputs(model, inputs)
     merged = _merge(model, settings.method)
     difference = _difference(before, _outputs(merged, inputs))
@@ -166,7 +166,14 @@ def _merge(model: Any, method: str) -> Any:
     if not isinstance(model, PeftModel):
         return model
     _untie(model)
-    merged: Any = model.merge_and_unload()
+    try:
+        merged: Any = model.merge_and_unload()
+    except NotImplementedError as error:
+        raise UserError(
+            f"PEFT cannot merge {_in_groups(model) or 'a layer of this adapter'} "
+            f"({error}). Load the adapter with PEFT, as the run's README.md says, or "
+            "train again with --target-modules that leave such layers out."
+        ) from error
     broken = [n for n, p in merged.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise UserError(
@@ -174,6 +181,21 @@ def _merge(model: Any, method: str) -> Any:
             f"{broken[0]}. The training has diverged; lower the learning rate."
         )
     return merged
+
+
+def _in_groups(model: Any) -> str:
+    """Return which adapted convolutions work in groups, nothing if none does."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and getattr(module.get_base_layer(), "groups", 1) > 1
+    ]
+    if not names:
+        return ""
+    return f"{len(names)} adapted convolution(s) in groups, such as {names[0]}"
 
 
 def _untie(model: Any) -> None:
@@ -203,8 +225,11 @@ def _untie(model: Any) -> None:
         part.tie_word_embeddings = False  # or they are tied again as they are loaded
 
 
-def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Return two rows of tokens, the second with padding at its end; or two images."""
+def _made_up(tokenizer: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Return two rows of tokens, the second with padding at its end; or two images.
+
+    Each row has the model's end token, if it has one: the head of a T5 reads its state.
+    """
     import torch
 
     if not hasattr(tokenizer, "all_special_ids"):
@@ -217,6 +242,10 @@ def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
     ids = torch.tensor([words, words[::-1]])
     mask = torch.ones_like(ids)
     ids[1, -2:], mask[1, -2:] = tokenizer.pad_token_id, 0
+    ends = getattr(config, "eos_token_id", None)
+    end = ends[0] if isinstance(ends, list) else ends  # Llama 3 has several
+    if end is not None and end < len(tokenizer):
+        ids[0, -1], ids[1, -3] = end, end
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -14,6 +14,9 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    ConvNextModel,
 )
 
 from bidora.cli import main
@@ -22,6 +25,7 @@ from bidora.runs.export import export
 from bidora.runs.job import train
 from bidora.runs.predict import load_run
 from bidora.runs.settings import TrainSettings
+from tests.bidora.image_models import write_pets
 from tests.bidora.language_models import save_language_model
 
 pytestmark = [
@@ -113,6 +117,34 @@ def test_tied_embeddings_are_merged_where_they_were_adapted(
         expected = load_run(run)[0](**words).logits
         got = plain(**words).logits
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_classifier_that_reads_the_end_of_a_text_is_merged(
+    labelled_csv: Path, tmp_path: Path
+) -> None:
+    base = save_language_model(tmp_path / "base", "t5")
+    run = run_of("lora", base, labelled_csv, tmp_path)
+    assert export(run, tmp_path / "whole").difference < 1e-5
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    ends = torch.tensor([[7, 8, 9, 1], [9, 10, 1, 0]])  # 1 is the end
+    with torch.no_grad():
+        expected = load_run(run)[0](input_ids=ends).logits
+        got = plain.eval()(input_ids=ends).logits
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_convolutions_in_groups_are_refused_by_name(tmp_path: Path) -> None:
+    config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8] * 4, image_size=32)
+    ConvNextModel(config).save_pretrained(tmp_path / "base")
+    size = {"shortest_edge": 32}
+    ConvNextImageProcessor(size=size).save_pretrained(tmp_path / "base")
+    pets = write_pets(tmp_path / "pets")
+    given = {"target_modules": ["dwconv"], "max_steps": 1}
+    run = run_of("lora", tmp_path / "base", pets, tmp_path, **given)
+    with pytest.raises(UserError, match=r"4 adapted convolution.* as \S*\.dwconv \("):
+        export(run, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
