@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
+from bidora.methods import make_method
 from bidora.methods.loading import whole_lines
 from bidora.runs.predict import load_run, read_run
 from bidora.runs.results import Listener
@@ -87,13 +88,9 @@ def export(
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     _refuse_target(source, target, overwrite=overwrite)
     settings, schema = read_run(source)
+    if not make_method(settings.method).saves_whole:
+        _refuse_quantised(settings.model)
     model, tokenizer = load_run(source)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"the base model {settings.model} is quantised, and a merged weight would be "
-            "rounded to its few bits, which undoes the training. Export onto the model "
-            "that it was quantised from: set `model` in the run's settings.json to it."
-        )
     inputs = _made_up(tokenizer, model.config)
     before = _outputs(model, inputs)
     merged = _merge(model, settings.method)
@@ -150,6 +147,21 @@ def _refuse_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"--output {target} holds something else than a model, and --overwrite would "
             "delete it; name another folder."
+        )
+
+
+def _refuse_quantised(name: str) -> None:
+    """Look before the weights are loaded, which may take a library that is not there."""
+    from bidora.models import find_model, load_config
+
+    base = find_model(name)
+    if base.gguf_file is not None:
+        return  # its weights are brought back to float32 as they are loaded
+    if getattr(load_config(base), "quantization_config", None) is not None:
+        raise UserError(
+            f"the base model {name} is quantised, and a merged weight would be "
+            "rounded to its few bits, which undoes the training. Export onto the model "
+            "that it was quantised from: set `model` in the run's settings.json to it."
         )
 
 

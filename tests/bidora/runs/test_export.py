@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from transformers import (
 
 from bidora.cli import main
 from bidora.errors import UserError
-from bidora.runs.export import export
+from bidora.models import ModelSource
+from bidora.runs.export import _refuse_quantised, export
 from bidora.runs.job import train
 from bidora.runs.predict import load_run
 from bidora.runs.settings import TrainSettings
@@ -271,18 +274,27 @@ def test_houlsbys_bottlenecks_are_refused(
     assert not (tmp_path / "whole").exists()
 
 
-def test_a_quantised_base_is_refused(
+def test_a_quantised_base_is_refused_before_it_is_loaded(
     tiny_encoder: Path,
     labelled_csv: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
-    model, tokenizer = load_run(run)
-    model.config.quantization_config = {"load_in_4bit": True}
-    monkeypatch.setattr("bidora.runs.export.load_run", lambda run: (model, tokenizer))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    run = run_of("lora", base, labelled_csv, tmp_path, max_steps=1)
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+    }
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(UserError, match="is quantised, and a merged weight would be"):
         export(run, tmp_path / "whole")
+    # A packaged file of few bits is unpacked as it is loaded.
+    packed = ModelSource("smollm2", str(base), is_local=True, gguf_file="w.gguf")
+    monkeypatch.setattr("bidora.models.find_model", lambda name: packed)
+    _refuse_quantised("smollm2")
 
 
 def test_the_command_says_where_it_is_and_how_to_load_it(
