@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.methods.loading import whole_lines
+from bidora.runs.card import outputs_of
 from bidora.runs.predict import load_run, read_run
 from bidora.runs.results import Listener
 from bidora.tasks.registry import make_task
@@ -120,7 +121,10 @@ def export(
         staging.mkdir(parents=True)
         merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
-        card = _card(settings.model, settings.method, {**names, "folder": "."})
+        shutil.copyfile(source / "task.json", staging / "task.json")
+        outputs = f"{task.name}. Outputs: {outputs_of(task, schema)}."
+        here = {**names, "folder": "."}
+        card = _card(settings.model, settings.method, outputs, here)
         (staging / "README.md").write_text(card, "utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -276,11 +280,14 @@ def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
     return (gap / before.abs().max()).item() if gap else 0.0  # a head may be all zeros
 
 
-def _card(base: str, method: str, names: dict[str, str]) -> str:
+def _card(base: str, method: str, outputs: str, names: dict[str, str]) -> str:
     return f"""\
 # {base}, fine-tuned by `{method}` and merged
 
 The weights of a run of hypergrad-bidora, with its adapter merged in: no PEFT is needed.
+
+- **Task**: {outputs} More of it is in `task.json`.
+
 With this folder as the working folder:
 
 ```python

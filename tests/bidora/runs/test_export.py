@@ -207,6 +207,24 @@ def test_a_pooled_model_is_loaded_by_the_lines_that_are_told(
     assert words["input_ids"]
 
 
+def test_the_scale_of_a_regression_goes_with_the_model(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "scores.csv"
+    lines = [f"a small {w},{i}.5" for i in range(15) for w in ("apple", "iron")]
+    data.write_text("\n".join(["text,score", *lines, ""]), "utf-8")
+    kind = {"task_type": "regression", "label_column": "score", "max_steps": 1}
+    run = run_of("lora", tiny_encoder, data, tmp_path, **kind)
+    export(run, tmp_path / "whole")
+    task = (tmp_path / "whole" / "task.json").read_text("utf-8")
+    assert task == (run / "task.json").read_text("utf-8")
+    details = json.loads(task)["details"]
+    scale = f"{details['mean']:.6g} + {details['deviation']:.6g} times the logit."
+    for folder in (run, tmp_path / "whole"):
+        card = (folder / "README.md").read_text("utf-8")
+        assert f"Outputs: a number, {scale}" in card
+
+
 def test_weights_are_written_in_the_dtype_asked_for(
     tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
 ) -> None:
