@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from bidora.runs.examples import Examples
     from bidora.runs.results import RunResult
     from bidora.runs.settings import TrainSettings
+    from bidora.tasks.base import Schema, Task
 
-__all__ = ["write_card"]
+__all__ = ["outputs_of", "write_card"]
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -96,15 +97,6 @@ def _text(
         values = [f"{last.scores[part][n]:.4f}" for n in [*names, "loss"]]
         table.append(f"| {_plain(part)} | " + " | ".join(values) + " |")
     sizes = ", ".join(f"{len(r)} {_plain(p)}" for p, r in examples.rows.items())
-    labels = ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50]) or (
-        "a number, {mean:.6g} + {deviation:.6g} times the logit".format(
-            **schema.details
-        )
-        if {"mean", "deviation"} <= set(schema.details)
-        else "numbers"
-        if examples.task.generation() is None
-        else "texts"
-    )
     changed = settings.as_dict()
     rows = [
         f"| {name} | `{_plain(changed[name])}` |"
@@ -119,7 +111,7 @@ def _text(
 # {_plain(source.name)}, fine-tuned on {_plain(examples.source.name)}
 
 - **Method**: {summary} (`{settings.method}` of hypergrad-bidora).
-- **Task**: {examples.task.name}. Outputs: {labels}.
+- **Task**: {examples.task.name}. Outputs: {outputs_of(examples.task, schema)}.
 - **Data**: {_plain(examples.source.note)} ({sizes} examples)
 - **Training**: {phases}; seed {settings.seed}.
 
@@ -146,6 +138,22 @@ it, or leave DoRA's magnitudes out.
 
 {chr(10).join(["| setting | value |", "|---|---|", *rows])}
 """
+
+
+def outputs_of(task: Task, schema: Schema) -> str:
+    """Return what a model's outputs mean: labels, or a number and its scale, or texts.
+
+    Args:
+        task: That it learnt.
+        schema: What the task found out about the data.
+    """
+    if schema.label_names:
+        return ", ".join(f"`{_plain(n)}`" for n in schema.label_names[:50])
+    if {"mean", "deviation"} <= set(schema.details):
+        return "a number, {mean:.6g} + {deviation:.6g} times the logit".format(
+            **schema.details
+        )
+    return "numbers" if task.generation() is None else "texts"
 
 
 def _missing(reasons: dict[str, str]) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
+from bidora.methods import make_method
 from bidora.methods.loading import whole_lines
+from bidora.runs.card import outputs_of
 from bidora.runs.predict import load_run, read_run
 from bidora.runs.results import Listener
 from bidora.tasks.registry import make_task
@@ -21,6 +23,13 @@ __all__ = ["DTYPES", "Exported", "export"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be written in."""
+
+LARGEST_DIFFERENCE = 1e-3
+"""Of the merged outputs from the run's own, over the largest of them.
+
+Merging adds up each weight once more in float32, which costs about 1e-6 of the outputs and
+1e-4 where large ones cancel. More than this is no rounding.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ def export(
     An adapted weight becomes $W = W_0 + sBA$ for LoRA, and for DoRA
     $W_i = m_i (W_0 + sBA)_i / \lVert (W_0 + sBA)_i \rVert$, row by row. What other methods
     trained is in the model already. The merged model's outputs are compared with those of
-    the model that it was made of.
+    the model that it was made of. An adapted weight that the model uses in two places, such
+    as input embeddings tied to the output layer, becomes two weights: only one of them was
+    adapted.
 
     Args:
         run: Folder of a finished run.
@@ -67,8 +78,8 @@ def export(
         What was written.
 
     Raises:
-        UserError: If the run is not finished, its model can't be merged, or the folder
-            is there already.
+        UserError: If the run is not finished, its model can't be merged, the merged
+            model gives other outputs, or the folder is there already.
     """
     import torch
 
@@ -78,17 +89,23 @@ def export(
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
     _refuse_target(source, target, overwrite=overwrite)
     settings, schema = read_run(source)
+    if not make_method(settings.method).saves_whole:
+        _refuse_quantised(settings.model)
     model, tokenizer = load_run(source)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"the base model {settings.model} is quantised, and a merged weight would be "
-            "rounded to its few bits, which undoes the training. Export onto the model "
-            "that it was quantised from: set `model` in the run's settings.json to it."
-        )
-    inputs = _made_up(tokenizer)
+    inputs = _made_up(tokenizer, model.config)
     before = _outputs(model, inputs)
     merged = _merge(model, settings.method)
     difference = _difference(before, _outputs(merged, inputs))
+    # Written so that NaN is refused too.
+    if not difference <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"the merged model's outputs differ from those of {source} by "
+            f"{difference:.1e} of the largest, and rounding costs less than "
+            f"{LARGEST_DIFFERENCE:.0e}. Nothing was written. Likely an adapted weight is "
+            "used in a second place, which the adapter does not reach (embeddings, with "
+            "--target-modules). The adapter itself is right: load it with PEFT, as the "
+            "run's README.md says, or train again without that module."
+        )
     listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
     task = make_task(schema.task, **schema.settings).for_model(merged.config)
     names = {
@@ -104,7 +121,10 @@ def export(
         staging.mkdir(parents=True)
         merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
-        card = _card(settings.model, settings.method, {**names, "folder": "."})
+        shutil.copyfile(source / "task.json", staging / "task.json")
+        outputs = f"{task.name}. Outputs: {outputs_of(task, schema)}."
+        here = {**names, "folder": "."}
+        card = _card(settings.model, settings.method, outputs, here)
         (staging / "README.md").write_text(card, "utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -134,6 +154,21 @@ def _refuse_target(source: Path, target: Path, *, overwrite: bool) -> None:
         )
 
 
+def _refuse_quantised(name: str) -> None:
+    """Look before the weights are loaded, which may take a library that is not there."""
+    from bidora.models import find_model, load_config
+
+    base = find_model(name)
+    if base.gguf_file is not None:
+        return  # its weights are brought back to float32 as they are loaded
+    if getattr(load_config(base), "quantization_config", None) is not None:
+        raise UserError(
+            f"the base model {name} is quantised, and a merged weight would be "
+            "rounded to its few bits, which undoes the training. Export onto the model "
+            "that it was quantised from: set `model` in the run's settings.json to it."
+        )
+
+
 def _merge(model: Any, method: str) -> Any:
     """Return the model without adapters, all that was trained in its weights."""
     import torch
@@ -146,7 +181,15 @@ def _merge(model: Any, method: str) -> Any:
         )
     if not isinstance(model, PeftModel):
         return model
-    merged: Any = model.merge_and_unload()
+    _untie(model)
+    try:
+        merged: Any = model.merge_and_unload()
+    except NotImplementedError as error:
+        raise UserError(
+            f"PEFT cannot merge {_in_groups(model) or 'a layer of this adapter'} "
+            f"({error}). Load the adapter with PEFT, as the run's README.md says, or "
+            "train again with --target-modules that leave such layers out."
+        ) from error
     broken = [n for n, p in merged.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise UserError(
@@ -156,8 +199,53 @@ def _merge(model: Any, method: str) -> Any:
     return merged
 
 
-def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Return two rows of tokens, the second with padding at its end; or two images."""
+def _in_groups(model: Any) -> str:
+    """Return which adapted convolutions work in groups, nothing if none does."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and getattr(module.get_base_layer(), "groups", 1) > 1
+    ]
+    if not names:
+        return ""
+    return f"{len(names)} adapted convolution(s) in groups, such as {names[0]}"
+
+
+def _untie(model: Any) -> None:
+    """Give every place that uses an adapted weight a copy of its own.
+
+    The adapter changes what one place computes. Merged into a tied weight, it would change
+    them all.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    bases: list[Any] = [layer.get_base_layer() for layer in layers]
+    adapted = {id(getattr(base, "weight", None)) for base in bases}
+    places: dict[int, list[Any]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in adapted:
+            places.setdefault(id(weight), []).append(module)
+    tied = [module for users in places.values() if len(users) > 1 for module in users]
+    for module in tied:
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    if not tied:
+        return
+    config = model.get_base_model().config
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False  # or they are tied again as they are loaded
+
+
+def _made_up(tokenizer: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Return two rows of tokens, the second with padding at its end; or two images.
+
+    Each row has the model's end token, if it has one: the head of a T5 reads its state.
+    """
     import torch
 
     if not hasattr(tokenizer, "all_special_ids"):
@@ -170,6 +258,10 @@ def _made_up(tokenizer: Any) -> dict[str, torch.Tensor]:
     ids = torch.tensor([words, words[::-1]])
     mask = torch.ones_like(ids)
     ids[1, -2:], mask[1, -2:] = tokenizer.pad_token_id, 0
+    ends = getattr(config, "eos_token_id", None)
+    end = ends[0] if isinstance(ends, list) else ends  # Llama 3 has several
+    if end is not None and end < len(tokenizer):
+        ids[0, -1], ids[1, -3] = end, end
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -184,14 +276,18 @@ def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    return ((after - before).abs().max() / before.abs().max()).item()
+    gap = (after - before).abs().max()
+    return (gap / before.abs().max()).item() if gap else 0.0  # a head may be all zeros
 
 
-def _card(base: str, method: str, names: dict[str, str]) -> str:
+def _card(base: str, method: str, outputs: str, names: dict[str, str]) -> str:
     return f"""\
 # {base}, fine-tuned by `{method}` and merged
 
 The weights of a run of hypergrad-bidora, with its adapter merged in: no PEFT is needed.
+
+- **Task**: {outputs} More of it is in `task.json`.
+
 With this folder as the working folder:
 
 ```python

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    ConvNextModel,
+)
 
 from bidora.cli import main
 from bidora.errors import UserError
-from bidora.runs.export import export
+from bidora.models import ModelSource
+from bidora.runs.export import _refuse_quantised, export
 from bidora.runs.job import train
 from bidora.runs.predict import load_run
 from bidora.runs.settings import TrainSettings
+from tests.bidora.image_models import write_pets
+from tests.bidora.language_models import save_language_model
 
 pytestmark = [
     pytest.mark.usefixtures("spared"),
@@ -63,6 +78,108 @@ def test_outputs_are_those_of_the_run(
     assert any((after[n] - base[n]).abs().max() > 0.01 for n in after)
 
 
+@pytest.fixture
+def pubs_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a csv of inputs and the texts to write for them."""
+    # METEOR is left out, whose program takes long to start.
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    path, names = tmp_path / "pubs.csv", ("Aromi", "Wrestlers", "Cotto")
+    rows = [f"name [ {n} ] {f},{n} serves {f}" for n in names for f in ("Thai", "food")]
+    path.write_text("\n".join(["mr,ref", *rows, ""]), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("gpt2", ["c_attn", "wte"]),
+        ("llama", ["q_proj", "embed_tokens"]),
+        ("t5", ["q", "embed_tokens"]),  # four places have one weight
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_tied_embeddings_are_merged_where_they_were_adapted(
+    kind: str, targets: list[str], pubs_csv: Path, tmp_path: Path
+) -> None:
+    base = save_language_model(tmp_path / "base", kind)
+    given: dict[str, Any] = {"target_modules": targets, "max_length": 40}
+    given |= {"max_new_tokens": 4, "num_beams": 1}
+    run = run_of("lora", base, pubs_csv, tmp_path, **given)
+    done = export(run, tmp_path / "whole")
+    assert done.difference < 1e-5
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    plain: Any = auto.from_pretrained(tmp_path / "whole").eval()
+    entrance, exit_ = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if kind == "t5":
+        entrance = plain.encoder.embed_tokens
+    assert (entrance.weight - exit_.weight).abs().max() > 0.01
+    words: dict[str, Any] = {"input_ids": IDS}
+    if kind == "t5":
+        words["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        expected = load_run(run)[0](**words).logits
+        got = plain(**words).logits
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_classifier_that_reads_the_end_of_a_text_is_merged(
+    labelled_csv: Path, tmp_path: Path
+) -> None:
+    base = save_language_model(tmp_path / "base", "t5")
+    run = run_of("lora", base, labelled_csv, tmp_path)
+    assert export(run, tmp_path / "whole").difference < 1e-5
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    ends = torch.tensor([[7, 8, 9, 1], [9, 10, 1, 0]])  # 1 is the end
+    with torch.no_grad():
+        expected = load_run(run)[0](input_ids=ends).logits
+        got = plain.eval()(input_ids=ends).logits
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_convolutions_in_groups_are_refused_by_name(tmp_path: Path) -> None:
+    config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8] * 4, image_size=32)
+    ConvNextModel(config).save_pretrained(tmp_path / "base")
+    size = {"shortest_edge": 32}
+    ConvNextImageProcessor(size=size).save_pretrained(tmp_path / "base")
+    pets = write_pets(tmp_path / "pets")
+    given = {"target_modules": ["dwconv"], "max_steps": 1}
+    run = run_of("lora", tmp_path / "base", pets, tmp_path, **given)
+    with pytest.raises(UserError, match=r"4 adapted convolution.* as \S*\.dwconv \("):
+        export(run, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_merged_model_with_other_outputs_is_refused(
+    factor: float,
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    merge = BaseTuner.merge_and_unload
+
+    def wrong(self: Any) -> Any:
+        merged = merge(self)
+        # Finite weights whose outputs are not, or are a hundredth larger.
+        merged.register_forward_hook(
+            lambda module, given, out: setattr(out, "logits", out.logits * factor)
+        )
+        return merged
+
+    monkeypatch.setattr(BaseTuner, "merge_and_unload", wrong)
+    with pytest.raises(
+        UserError, match=r"differ from .* by (1\.0e-02|nan) of the"
+    ) as e:
+        export(run, tmp_path / "whole")
+    assert "load it with PEFT" in str(e.value)
+    assert not (tmp_path / "whole").exists()
+
+
 @pytest.mark.filterwarnings("ignore:Base weights have rows of zeros")
 def test_rows_of_zeros_stay_zeros(
     tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
@@ -90,6 +207,24 @@ def test_a_pooled_model_is_loaded_by_the_lines_that_are_told(
     assert torch.allclose(logits(names["model"]), expected, rtol=0, atol=1e-4)
     words = names["tokenizer"]("good film")
     assert words["input_ids"]
+
+
+def test_the_scale_of_a_regression_goes_with_the_model(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "scores.csv"
+    lines = [f"a small {w},{i}.5" for i in range(15) for w in ("apple", "iron")]
+    data.write_text("\n".join(["text,score", *lines, ""]), "utf-8")
+    kind = {"task_type": "regression", "label_column": "score", "max_steps": 1}
+    run = run_of("lora", tiny_encoder, data, tmp_path, **kind)
+    export(run, tmp_path / "whole")
+    task = (tmp_path / "whole" / "task.json").read_text("utf-8")
+    assert task == (run / "task.json").read_text("utf-8")
+    details = json.loads(task)["details"]
+    scale = f"{details['mean']:.6g} + {details['deviation']:.6g} times the logit."
+    for folder in (run, tmp_path / "whole"):
+        card = (folder / "README.md").read_text("utf-8")
+        assert f"Outputs: a number, {scale}" in card
 
 
 def test_weights_are_written_in_the_dtype_asked_for(
@@ -159,18 +294,27 @@ def test_houlsbys_bottlenecks_are_refused(
     assert not (tmp_path / "whole").exists()
 
 
-def test_a_quantised_base_is_refused(
+def test_a_quantised_base_is_refused_before_it_is_loaded(
     tiny_encoder: Path,
     labelled_csv: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
-    model, tokenizer = load_run(run)
-    model.config.quantization_config = {"load_in_4bit": True}
-    monkeypatch.setattr("bidora.runs.export.load_run", lambda run: (model, tokenizer))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    run = run_of("lora", base, labelled_csv, tmp_path, max_steps=1)
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+    }
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(UserError, match="is quantised, and a merged weight would be"):
         export(run, tmp_path / "whole")
+    # A packaged file of few bits is unpacked as it is loaded.
+    packed = ModelSource("smollm2", str(base), is_local=True, gguf_file="w.gguf")
+    monkeypatch.setattr("bidora.models.find_model", lambda name: packed)
+    _refuse_quantised("smollm2")
 
 
 def test_the_command_says_where_it_is_and_how_to_load_it(
