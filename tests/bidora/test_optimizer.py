@@ -293,7 +293,9 @@ def test_the_outer_loss_may_be_a_metric_without_a_derivative() -> None:
     )
     before = [m.detach().clone() for m in magnitudes(model).values()]
     reports = [opt.step(batch(i), batch(10)) for i in range(4)]
-    assert all(-1 <= r.outer_loss <= 0 and r.inner_loss > 0 for r in reports)
+    for report in reports:
+        assert report.outer_loss is not None
+        assert -1 <= report.outer_loss <= 0
     after = magnitudes(model).values()
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
