@@ -30,6 +30,11 @@ def make_settings(
     Raises:
         TypeError: something else.
         ValueError: a setting that cannot be learned, or a value that is not on its scale.
+
+    Example:
+        >>> settings, params = make_settings({"lr": 1.0, "momentum": 0.5}, [])
+        >>> list(settings), [t.item() for t in params.values()]
+        (['log_lr', 'logit_momentum'], [0.0, 0.0])
     """
     if given is not None and not isinstance(given, Mapping):
         msg = (
@@ -131,6 +136,12 @@ def make_start(
     Raises:
         TypeError: neither a flag nor names.
         ValueError: a pattern that fits no inner parameter.
+
+    Example:
+        >>> make_start("head.*", {"head.w": torch.zeros(1), "body.w": torch.zeros(1)})[
+        ...     0
+        ... ]
+        {'head.w': 'start of head.w'}
     """
     if isinstance(given, bool):
         given = "*" if given else ()

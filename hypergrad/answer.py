@@ -74,6 +74,13 @@ class Hypergradient:
         state: what to pass to the next `estimate`, for a warm start or for sequences of
             the estimator's own.
         info: cost and trustworthiness.
+
+    Example:
+        >>> import torch
+        >>> one = {"lam": torch.ones(())}
+        >>> result = Hypergradient(one, one, {"lam": torch.zeros(())}, 0.5)
+        >>> result.because("auto took cg.").info.reason
+        'auto took cg.'
     """
 
     outer_grads: Params
@@ -105,6 +112,11 @@ class Indirect:
         info: fields of `Info` that the estimator knows; a number may still be a tensor of
             one entry, which is read with all others; what follows from numbers that the
             tally watches, a function that is called once they are read.
+
+    Example:
+        >>> import torch
+        >>> Indirect({"lam": torch.tensor(2.0)}, info={"residual_norm": 1e-6}).state
+        {}
     """
 
     grads: Params
@@ -122,6 +134,11 @@ class Terms:
         indirect: the term through w, likewise.
         state: as in `Indirect`.
         info: as in `Indirect`.
+
+    Example:
+        >>> import torch
+        >>> Terms({"lam": torch.tensor(1.0)}, {"lam": torch.tensor(2.0)}).indirect
+        {'lam': tensor(2.)}
     """
 
     direct: Params

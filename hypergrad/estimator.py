@@ -52,6 +52,11 @@ class Choice:
     Attributes:
         estimator: it resolves to itself.
         why: empty where nothing had to be chosen.
+
+    Example:
+        >>> from hypergrad import make_estimator
+        >>> Choice(make_estimator("darts"), "differences do").estimator.name
+        'darts'
     """
 
     estimator: HypergradEstimator

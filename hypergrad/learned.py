@@ -55,6 +55,10 @@ class LearnedSetting:
             learning rate for each step of the inner run.
         param: name of the outer parameter, which holds it on its scale.
         groups: number of groups that have a value each; None for one value for all.
+
+    Example:
+        >>> LearnedSetting("momentum", "logit_momentum").value(torch.zeros(()), 0, 0)
+        0.5
     """
 
     setting: str
@@ -91,7 +95,21 @@ class LearnedSetting:
 
 
 def start_of(problem: BilevelProblem) -> Params:
-    """Return copies of w where an inner run begins: at what is learned, else here."""
+    """Return copies of w where an inner run begins: at what is learned, else here.
+
+    Args:
+        problem: the problem.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> half = lambda i, o, b: i["w"] ** 2 / 2
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> problem = BilevelProblem(half, half, {"w": w}, {}, learn_start=True)
+        >>> with problem.at({"w": torch.tensor(1.0)}):
+        ...     start_of(problem)
+        {'w': tensor(4.)}
+    """
     start = problem.inner_start
     return {
         n: (problem.outer_params[start[n]] if n in start else t).detach().clone()
@@ -117,6 +135,19 @@ def values_at(
         rate: the group's own learning rate.
         factor: what a scheduler made of that since it began.
         decay: the group's own weight decay; what is off stays off.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"schedule": [1.0, 0.5]},
+        ... )
+        >>> round(values_at(problem, 0, 1, rate=0.2, factor=1.0, decay=0.0)["lr"], 6)
+        0.1
     """
     held = problem.outer_params
     values = {
@@ -140,6 +171,25 @@ def learned_rule(rule: Rule, problem: BilevelProblem, number: int) -> Rule:
         rule: what a step does.
         problem: the problem.
         number: of the step in its inner run, from 0.
+
+    Raises:
+        HypergradError: a learned schedule has ended, or a setting left its scale.
+        ValueError: the rule does not have what is learned.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> from hypergrad.rules import SGD
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"lr": 1.0},
+        ... )
+        >>> rule = learned_rule(SGD(9.0, momentum=0.9), problem, 0)
+        >>> rule.lr, rule.momentum
+        (1.0, 0.9)
     """
     if not problem.inner_settings:
         return rule
@@ -165,6 +215,28 @@ def learned_groups(
         optimizer: the inner optimizer, whose rates `note_rates` noted.
         problem: the problem.
         number: of the step in its inner run, from 0.
+
+    Raises:
+        HypergradError: a learned schedule has ended, or a setting left its scale.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"lr": 1.0},
+        ... )
+        >>> opt = torch.optim.SGD(problem.inner_params.values(), lr=9.0)
+        >>> note_rates(opt, problem)
+        >>> opt.param_groups[0]["lr"] = 4.5  # by a scheduler, say
+        >>> with learned_groups(opt, problem, 0):
+        ...     opt.param_groups[0]["lr"]
+        0.5
+        >>> opt.param_groups[0]["lr"]
+        4.5
     """
     if not problem.inner_settings:
         yield
@@ -269,7 +341,26 @@ def check_learned(rule: Rule, problem: BilevelProblem) -> None:
 
 
 def wanted_settings(problem: BilevelProblem) -> set[str]:
-    """Return the settings of a rule that adjoints are needed of."""
+    """Return the settings of a rule that adjoints are needed of.
+
+    Args:
+        problem: the problem.
+
+    Example:
+        A factor of the rate acts as the rate does.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"schedule": [1.0, 0.5]},
+        ... )
+        >>> wanted_settings(problem)
+        {'lr'}
+    """
     names = {s.setting for s in problem.inner_settings.values()}
     return {"lr" if name == "schedule" else name for name in names}
 
@@ -287,6 +378,27 @@ def adjoint_of_settings(
         rule: of the step.
         number: of the step in its inner run.
         pulled: adjoints by parameter, then setting.
+
+    Raises:
+        HypergradError: a schedule is learned, and the record does not say which step it
+            was, or the schedule is shorter.
+
+    Example:
+        df/dlog lr = lr · df/dlr, of 1/2 and -4.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> from hypergrad.rules import SGD
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"lr": 0.5},
+        ... )
+        >>> bar = {"w": {"lr": torch.tensor(-4.0)}}
+        >>> adjoint_of_settings(problem, SGD(0.5), 0, bar)
+        {'log_lr': tensor(-2.)}
     """
     found: Params = {}
     parts = list(_parts(rule, problem.inner_params))
@@ -327,6 +439,25 @@ def tangents_of_settings(
 
     Returns:
         Tangents by parameter, then setting, as `Rule.pushforward` takes them.
+
+    Raises:
+        HypergradError: as for `adjoint_of_settings`.
+
+    Example:
+        Where log lr moves by 1, lr moves by itself.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> from hypergrad.rules import SGD
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": torch.tensor(4.0, requires_grad=True)},
+        ...     {},
+        ...     inner_settings={"lr": 0.5},
+        ... )
+        >>> tangents_of_settings(problem, SGD(0.5), 0, {"log_lr": torch.ones(())})
+        {'w': {'lr': tensor(0.5000)}}
     """
     found: State = {}
     parts = list(_parts(rule, problem.inner_params))

@@ -51,8 +51,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
     Args:
         problem_or_model: a `BilevelProblem`, or a module to make one of.
         loss_fn: with a module: `(model, batch) -> scalar`.
-        outer: with a module: which parameters are outer; see
-            `BilevelProblem.from_module`.
+        outer: with a module: what is outer; see `BilevelProblem.from_module`.
         outer_loss_fn: with a module: the outer loss; `loss_fn` where None.
         estimator: a name of `estimator_names()` or an estimator.
         inner_optimizer: a torch optimizer over the inner parameters, or a function that
@@ -75,10 +74,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
             inner optimizer has no rule.
         audit_window: inner steps that are recorded for a reference that unrolls; None
             for all since the last outer step.
-        inner_settings: with a module: settings of the inner optimizer that are learned;
-            see `BilevelProblem`.
-        learn_start: with a module: whether w at the start of an inner run is learned;
-            likewise.
+        inner_settings: with a module: what is learned of it; see `BilevelProblem`.
+        learn_start: with a module: whether the start of an inner run is learned; likewise.
 
     Raises:
         TypeError: an estimator or optimizer of a kind that does not work here.
@@ -294,6 +291,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         Returns:
             What was done.
+
+        Raises:
+            NonFiniteError: as for `step`.
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)

@@ -57,6 +57,24 @@ class Point:
             zeros where the estimator needs it, and empty where it does not.
         on_progress: called as `(steps done, steps in all)` by an estimator that goes
             through many inner steps, after each; None for nothing.
+
+    Example:
+        g = (w - λ)²/2 and f = w²/2 at w = 3, λ = 1: g = 2, and ∂f/∂w = 3.
+
+        >>> import torch
+        >>> w = torch.tensor(3.0, requires_grad=True)
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": w},
+        ...     {"lam": lam},
+        ... )
+        >>> point = Point(problem, as_micro_batches(None), as_micro_batches(None))
+        >>> point.value("inner").item()
+        2.0
+        >>> point.gradients("outer", "inner").inner
+        {'w': tensor(3.)}
     """
 
     problem: BilevelProblem

@@ -68,6 +68,19 @@ class InnerStep:
         directed: whether `grads` is a direction of the estimator's own, in the place of
             ∂g/∂w; it is then kept in any case.
         number: which step of its inner run it was, from 0; None where that is not known.
+
+    Example:
+        One step on w²/2 at rate 1/2, from w = 4: the record has w before it.
+
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(0.0, requires_grad=True)
+        >>> half = lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2
+        >>> problem = BilevelProblem(half, half, {"w": w}, {"lam": lam})
+        >>> (step,), end = take_steps(problem, [None], SGD(0.5))
+        >>> step.inner_params["w"].item(), step.grads["w"].item(), step.number
+        (4.0, 4.0, 0)
     """
 
     inner_params: Params

@@ -34,6 +34,16 @@ class Pullback:
         grads: adjoint of the gradient, before clipping.
         settings: adjoints of the settings that were asked for: by parameter name, then
             setting name. Of a setting that several parameters share, each has its part.
+
+    Example:
+        w₊ = w - g/2: of an adjoint of 1, w has 1 and g has -1/2.
+
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> one = {"w": torch.tensor(1.0)}
+        >>> pulled = SGD(0.5).pullback(one, {}, one, one, {})
+        >>> pulled.params["w"].item(), pulled.grads["w"].item()
+        (1.0, -0.5)
     """
 
     params: Params
@@ -49,6 +59,15 @@ class Pushforward:
     Attributes:
         params: tangent of w, same keys as w.
         state: tangents of the floating point slots of the state.
+
+    Example:
+        w₊ = w - g/2: where w moves by 1 and g by 1, w₊ moves by 1/2.
+
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> one = {"w": torch.tensor(1.0)}
+        >>> SGD(0.5).pushforward(one, {}, one, one, {}, one).params["w"].item()
+        0.5
     """
 
     params: Params
@@ -61,6 +80,17 @@ class Rule(ABC):
     Laws: `apply` equals the optimizer's own step to rounding; `pushforward` multiplies by
     the Jacobian of `apply` in (w, s, g, θ) together, and `pullback` by its transpose. None
     changes its arguments.
+
+    Example:
+        A step of rate 1/2 from 4 along a gradient of 2.
+
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> w, state = SGD(0.5).apply(
+        ...     {"w": torch.tensor(4.0)}, {}, {"w": torch.tensor(2.0)}
+        ... )
+        >>> w["w"].item()
+        3.0
     """
 
     @abstractmethod
