@@ -217,7 +217,8 @@ def _check_learned(saved: Mapping[str, Any], problem: BilevelProblem) -> None:
     Raises:
         ValueError: naming them.
     """
-    theirs, mine = saved.get("learned", []), sorted(problem.beside_losses)
+    mine = sorted(problem.beside_losses)
+    theirs = saved.get("learned", mine)
     if theirs != mine:
         msg = (
             f"this state_dict is of a problem that learns {theirs or 'nothing'} of the "

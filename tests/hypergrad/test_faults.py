@@ -282,6 +282,7 @@ def torn(saved: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         "left",
         "why",
         "began",
+        "learned",
     )  # older ones lack them
     for key in saved["bilevel"]:
         if key not in newer:
