@@ -116,7 +116,7 @@ def test_a_short_search_moves_its_magnitudes(
     small_job: dict[str, Any], tmp_path: Path
 ) -> None:
     """Fewer steps than the usual warm-up, which is scaled to them."""
-    given = {**small_job, "max_steps": 4, "eval_steps": 4}
+    given = {**small_job, "method": "bidora", "max_steps": 4, "eval_steps": 4}
     run = finish(**given, output_dir=str(tmp_path / "run"))
     search = run.result.phases[0]
     assert (search.steps, search.outer_steps) == (2, 1)
