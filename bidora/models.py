@@ -29,6 +29,7 @@ __all__ = [
     "load_processor",
     "load_tokenizer",
     "longest_input",
+    "without_bars",
 ]
 
 LANGUAGE_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -406,7 +407,7 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
     if source.gguf_file is not None:
         settings["gguf_file"] = source.gguf_file
     try:
-        with _no_progress_bar():
+        with without_bars():
             return load(
                 source.location,
                 local_files_only=source.is_local,
@@ -432,8 +433,15 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep the terminal free of transformers' bars over weights, a second long."""
+def without_bars() -> Iterator[None]:
+    """Keep transformers' bars over weights, a second long, out of a bar of ours.
+
+    Example:
+        >>> from transformers.utils import logging
+        >>> with without_bars():
+        ...     logging.is_progress_bar_enabled()
+        False
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

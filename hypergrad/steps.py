@@ -348,9 +348,9 @@ def take_again(
         report(
             f"an inner step that was taken again has a gradient of norm {now:.4g}, and "
             f"had one of {then:.4g}: the inner loss depends on more than parameters, "
-            "batch and random state, and the hypergradient is that of other steps. Was "
-            "the module put in eval mode since? Let the outer loss do that, which is "
-            "undone after it; or pass snapshots='all', which keeps w of each step."
+            "batch and random state, and the hypergradient is that of other steps. Where "
+            "the module was put in eval mode since, let the outer loss do that, which is "
+            "undone after it. Else pass snapshots='all', which keeps w of each step."
         )
     return moved
 

@@ -83,6 +83,8 @@ def export(
     """
     import torch
 
+    from bidora.models import without_bars
+
     listener = listener or Listener()
     source, target = Path(run).expanduser(), Path(output).expanduser()
     if dtype not in DTYPES:
@@ -119,7 +121,8 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
+        with without_bars():
+            merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         shutil.copyfile(source / "task.json", staging / "task.json")
         outputs = f"{task.name}. Outputs: {outputs_of(task, schema)}."

@@ -86,7 +86,7 @@ def train(
 
     import torch
 
-    from bidora.models import find_model
+    from bidora.models import find_model, without_bars
 
     device = find_device(settings.device)
     if device.type == "cuda" and device.index:
@@ -96,7 +96,7 @@ def train(
         )
     source = find_model(settings.model)
     _check_trainer_fields(settings.trainer)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), without_bars():
         job = _Job(
             **vars(prepare(settings, method, source, examples, device, listener)),
             method=method,

@@ -251,7 +251,7 @@ class TrainSettings(JobSettings):
     def usual_method(self) -> str:
         """The method where none is given: the first to which every given setting is of use.
 
-        That of the bundled encoder is none for other models.
+        The first of all, for the bundled encoder, is not among those of other models.
         """
         names = (defaults.METHOD,) * self.is_bundled + defaults.OTHER_METHODS
         suit = (n for n in names if not METHODS.get(n).useless(self))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from bidora.study._words import joined
 from bidora.study.grid import Grid, Group
 from bidora.study.records import Cell
 
@@ -30,8 +31,8 @@ def settings_notes(grid: Grid) -> Iterable[str]:
             seen[unused].append(method)
     for names, methods in seen.items():
         yield (
-            f"{_words(methods)} {'have' if len(methods) > 1 else 'has'} no use for "
-            f"{_words(names)}, and ran without."
+            f"{joined(methods)} {'have' if len(methods) > 1 else 'has'} no use for "
+            f"{joined(names)}, and ran without."
         )
 
 
@@ -61,7 +62,7 @@ def sweep_notes(grid: Grid) -> Iterable[str]:
             )
     plain = [method.name for method in grid.methods if not method.sweep]
     if swept and plain:
-        yield f"Nothing was swept for {_words(plain)}."
+        yield f"Nothing was swept for {joined(plain)}."
 
 
 def run_notes(plan: Plan) -> Iterable[str]:
@@ -95,7 +96,7 @@ def _time_notes(plan: Plan) -> Iterable[str]:
     without = [name for name in timed if not grid.has(name, grid.reference)]
     if without:
         yield (
-            f"{grid.reference} is not run on {_words(without)}, so that nothing is "
+            f"{grid.reference} is not run on {joined(without)}, so that nothing is "
             "compared there at its time."
         )
     for group in grid.groups():
@@ -136,8 +137,3 @@ def _of(group: Group | Cell) -> str:
         return f"{_of((group.task, group.method, group.size))}, seed {group.seed}"
     task, method, size = group
     return f"{method} on {task}" + (f" with {size} examples" if size else "")
-
-
-def _words(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

@@ -60,7 +60,7 @@ def test_the_code_on_a_card_loads_the_same_weights() -> None:
 
 def packed_llama(folder: Path) -> ModelSource:
     """Write a Llama of one layer, its linear weights in four bits."""
-    gguf: Any = pytest.importorskip("gguf", reason="needs the extra llm")
+    gguf: Any = pytest.importorskip("gguf", reason="needs the extra test or llm")
     file = gguf.GGUFWriter(str(folder / "tiny.gguf"), "llama")
     file.add_vocab_size(48)
     file.add_embedding_length(32)

@@ -109,7 +109,7 @@ def test_the_bundled_model_is_named_as_on_the_hub(
     try:
         source = find_model()
     except UserError as missing:
-        pytest.skip(str(missing))
+        pytest.skip(f"needs the bundled model, of the extra demo: {missing}")
     run = finished("lora")
     job = run.job
     write_card(tmp_path, run.settings, job.examples, source, run.result, job.pooling)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from bidora.dora import magnitudes
 from bidora.errors import UserError
@@ -354,6 +355,15 @@ def test_another_gpu_is_chosen_from_outside(
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
         train(TrainSettings(**options, method="lora"))
     assert not Path(options["output_dir"]).exists()
+
+
+def test_no_bar_but_ours_is_shown(
+    options: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers draws one for each file of weights that it loads or writes."""
+    train(TrainSettings(**options, method="full"))
+    assert "%|" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_another_part_is_another_data_set(tmp_path: Path) -> None:
 def test_images_are_known_by_what_they_show_and_not_by_their_names(
     tmp_path: Path,
 ) -> None:
-    Image = pytest.importorskip("PIL.Image")
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
 
     def images(name: str, shade: int) -> str:
         for label in ("dark", "light"):
@@ -70,7 +70,7 @@ def test_images_are_known_by_what_they_show_and_not_by_their_names(
 
 
 def test_an_image_of_bytes_is_known_however_it_is_packed(tmp_path: Path) -> None:
-    Image = pytest.importorskip("PIL.Image")
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     source = digits_source()
     table = source.train
     data, label = table.rows[0]
