@@ -350,7 +350,7 @@ def test_sizes_are_compared_together_in_every_file(tmp_path: Path) -> None:
     assert "Over all sizes, equal steps" in text
     assert "are not independent of each other" in text
     # Eight pairs, one method: 2 of 256 patterns.
-    assert "a_b +10.0[+10.0, +10.0]8 pairs0.0080.008▲ better8–0–0" in text
+    assert "a_b +10.0 [+10.0, +10.0]0.0080.008▲ better8–0–0 of 8 pairs" in text
     assert page.text.count("Against the probe") == 1
     (overall,) = content["summary"]["overall"]
     assert overall["cells"] == [["sst2", 100], ["sst2", 500]]
