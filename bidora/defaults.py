@@ -44,7 +44,7 @@ POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 METHOD = "full"
 """How the bundled encoder is trained; a model as small loses nothing by it."""
 
-OTHER_METHODS = ("lora", "bidora")
+OTHER_METHODS = ("lora", "lora-plus", "bidora")
 """How every other model is trained, and this one where a setting is given that means
 nothing to `METHOD`: by the first of these to which every given setting is of use."""
 

@@ -125,6 +125,7 @@ class Checkpointer:
                 "weight": m.weight,
                 "rng_state": m.rng_state,
                 "attention": m.attention,
+                "training": m.training,
                 # A loss may move its batch by itself.
                 "on_host": self._device.type != "cpu" and _is_on_host(m.batch),
             }

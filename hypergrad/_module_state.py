@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 from hypergrad import tree
 from hypergrad.errors import HypergradError
 
-__all__ = ["LARGEST_COPIED_BUFFER", "BufferCopies", "ModuleState", "copy_of_buffer"]
+__all__ = [
+    "LARGEST_COPIED_BUFFER",
+    "BufferCopies",
+    "ModuleState",
+    "copy_of_buffer",
+    "modes_of",
+]
 
 LARGEST_COPIED_BUFFER = 16 * 2**20
 """Bytes; larger buffers are packed weights, not state."""
@@ -22,6 +29,17 @@ _Place = tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]
 def copy_of_buffer(buffer: Tensor) -> Tensor:
     """Return a copy for one evaluation; large buffers, and any in a graph, themselves."""
     return buffer.detach().clone() if _is_copied(buffer) else buffer
+
+
+def modes_of(module: nn.Module) -> tuple[bool, ...]:
+    """Return whether each submodule is in train mode, in the order of `modules()`."""
+    return _shared(tuple([m.training for m in module.modules()]))
+
+
+@lru_cache(maxsize=8)
+def _shared(modes: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return one object for equal modes, of which a long run has one for each step."""
+    return modes
 
 
 def _is_copied(buffer: Tensor) -> bool:
@@ -59,6 +77,8 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._modes, self._places = _walk(module)
+        self.training = _shared(tuple([on for _, on in self._modes]))
+        """Train/eval modes, as they were."""
         own: dict[int, Tensor] = {}  # one for each buffer, however many names it has
         for _, buffers, _ in self._places:
             own |= {id(b): b for b in buffers.values() if b is not None}
@@ -84,12 +104,17 @@ class ModuleState:
         self._copies = copies
         self._fresh = True
 
-    def rewind(self, *, keep: bool) -> None:
-        """Make the copies what the buffers were.
+    def rewind(self, training: tuple[bool, ...], *, keep: bool) -> None:
+        """Make the copies what the buffers were, and set the modes.
 
         Args:
+            training: train/eval modes, as of `modes_of`.
             keep: whether these copies must not be changed by a later `rewind`.
+
+        Raises:
+            HypergradError: the modes are those of a module of another structure.
         """
+        self._set_modes(training)
         if not self._copied:
             return
         if not self._fresh:
@@ -102,6 +127,18 @@ class ModuleState:
         self._fresh = False
         if keep:
             self._placed = []
+
+    def _set_modes(self, training: tuple[bool, ...]) -> None:
+        if len(training) != len(self._modes):
+            msg = (
+                f"the module has {len(self._modes)} submodules and had {len(training)} "
+                "when the inner step was recorded, so that their train/eval modes cannot "
+                "be set as they were. Take new inner steps after changing a module."
+            )
+            raise HypergradError(msg)
+        for (m, _), on in zip(self._modes, training, strict=True):
+            if m.training is not on:
+                m.training = on
 
     def _was_replaced(self) -> bool:
         """Return whether an evaluation assigned a buffer anew."""

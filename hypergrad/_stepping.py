@@ -18,11 +18,11 @@ from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback
 from hypergrad._run import Run
 from hypergrad._snapshots import LEAST, spacing
-from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.batches import MicroBatch, as_micro_batches, fixed
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import Hypergradient, Needs
 from hypergrad.learned import learned_groups, start_of
-from hypergrad.point import fixed, versions_of
+from hypergrad.point import versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
 from hypergrad.reporting import once_for, report
@@ -219,7 +219,8 @@ class Stepper:
                 "function that draws one."
             )
             raise HypergradError(msg)
-        return fixed(outer_batch, rng.capture(self.problem.tensors))
+        state = rng.capture(self.problem.tensors)
+        return fixed(outer_batch, state, self.problem.training)
 
     def _record(
         self,

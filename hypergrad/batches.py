@@ -14,7 +14,14 @@ from hypergrad.attention import AttentionBackend
 from hypergrad.errors import BatchError
 from hypergrad.rng import RngState
 
-__all__ = ["Accumulated", "MicroBatch", "as_micro_batches", "check_fraction", "part_of"]
+__all__ = [
+    "Accumulated",
+    "MicroBatch",
+    "as_micro_batches",
+    "check_fraction",
+    "fixed",
+    "part_of",
+]
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,15 @@ class MicroBatch:
         weight: factor of its loss in the accumulated one.
         rng_state: random state that the evaluation starts from; None for the present.
         attention: attention backend that the evaluation runs under.
+        training: train/eval mode of each submodule, in the order of `module.modules()`;
+            None for that in which the estimate began.
     """
 
     batch: Any
     weight: float = 1.0
     rng_state: RngState | None = None
     attention: AttentionBackend = "default"
+    training: tuple[bool, ...] | None = None
 
 
 class Accumulated(tuple[MicroBatch, ...]):
@@ -125,6 +135,25 @@ def as_micro_batches(
     ):
         return tuple(batch)
     return (MicroBatch(batch, attention=attention),)
+
+
+def fixed(
+    batch: Any, state: RngState, training: tuple[bool, ...] | None = None
+) -> tuple[MicroBatch, ...]:
+    """Give each micro-batch without a random state this one, so that all see the same.
+
+    Args:
+        batch: as for `as_micro_batches`.
+        state: the random state.
+        training: the modes that go with it.
+
+    Returns:
+        At least one micro-batch.
+    """
+    return tuple(
+        m if m.rng_state is not None else replace(m, rng_state=state, training=training)
+        for m in as_micro_batches(batch)
+    )
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -15,10 +15,10 @@ from hypergrad import tree
 from hypergrad._answer_checks import check_like, check_state
 from hypergrad._estimate_checks import check_acts, check_depends, check_reaches
 from hypergrad.answer import EstimatorState, Hypergradient, Indirect, Info, Terms
-from hypergrad.batches import MicroBatch
+from hypergrad.batches import MicroBatch, fixed
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.needs import Needs
-from hypergrad.point import Point, fixed
+from hypergrad.point import Point
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Tally
 from hypergrad.reporting import once_for, report

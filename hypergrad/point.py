@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad import tree
 from hypergrad.attention import attention
-from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError
 from hypergrad.problem import BilevelProblem, Level
 from hypergrad.products import (
@@ -27,11 +27,10 @@ from hypergrad.products import (
     gradients,
     value,
 )
-from hypergrad.rng import RngState
 from hypergrad.steps import InnerStep, SnapshotLimit, steps_back
 from hypergrad.tree import Params
 
-__all__ = ["Point", "Wanted", "fixed", "versions_of"]
+__all__ = ["Point", "Wanted", "versions_of"]
 
 Wanted = Literal["inner", "outer", "both"]
 """What a loss is differentiated in: w, λ, or both from one backward pass."""
@@ -62,6 +61,7 @@ class Point:
         g = (w - λ)²/2 and f = w²/2 at w = 3, λ = 1: g = 2, and ∂f/∂w = 3.
 
         >>> import torch
+        >>> from hypergrad.batches import as_micro_batches
         >>> w = torch.tensor(3.0, requires_grad=True)
         >>> lam = torch.tensor(1.0, requires_grad=True)
         >>> problem = BilevelProblem(
@@ -319,11 +319,3 @@ def _backend(product: Product) -> AbstractContextManager[object]:
 def versions_of(problem: BilevelProblem) -> tuple[int, ...]:
     """Return the version counters of λ, by which a move shows."""
     return tuple(t._version for t in problem.outer_params.values())
-
-
-def fixed(batch: Any, state: RngState) -> tuple[MicroBatch, ...]:
-    """Give each micro-batch that has none a random state, so that all see the same."""
-    return tuple(
-        m if m.rng_state is not None else replace(m, rng_state=state)
-        for m in as_micro_batches(batch)
-    )

@@ -18,6 +18,7 @@ from hypergrad._checks import (
     check_tensor,
 )
 from hypergrad._learn import make_settings, make_start
+from hypergrad._module_state import modes_of
 from hypergrad._moved import moved
 from hypergrad._session import Session
 from hypergrad.modules import ModuleLoss, select_parameters
@@ -393,7 +394,11 @@ class BilevelProblem:
 
     @contextmanager
     def untouched(
-        self, state: rng.RngState | None = None, *, keep: bool = False
+        self,
+        state: rng.RngState | None = None,
+        training: tuple[bool, ...] | None = None,
+        *,
+        keep: bool = False,
     ) -> Iterator[Session]:
         """Leave random state, buffers and train/eval modes as they are.
 
@@ -405,6 +410,7 @@ class BilevelProblem:
         Args:
             state: random state that the block starts from; None for that of the outer
                 block, or the present one.
+            training: train/eval modes that the block runs in; likewise.
             keep: whether a graph that the block builds is used after it.
 
         Yields:
@@ -414,16 +420,28 @@ class BilevelProblem:
             HypergradError: the block changed a buffer too large to be copied.
         """
         if self._session is not None:
-            self._session.rewind(state, keep=keep)
+            self._session.rewind(state, training, keep=keep)
             yield self._session
             return
-        self._session = session = Session(self.module, self.tensors, state)
+        session = Session(self.module, self.tensors, state, training)
+        self._session = session
         try:
-            session.rewind(state, keep=keep)
+            session.rewind(state, training, keep=keep)
             yield session
         finally:
             self._session = None
             session.close()
+
+    @property
+    def training(self) -> tuple[bool, ...] | None:
+        """Train/eval modes of evaluations that have none of their own.
+
+        Those that `untouched` began with, whatever a loss in its block has set since; None
+        for a functional problem.
+        """
+        if self._session is not None:
+            return self._session.training
+        return None if self.module is None else modes_of(self.module)
 
     def guarded(self) -> AbstractContextManager[object]:
         """Leave all as it is after the block, as `untouched`, but start no evaluation."""

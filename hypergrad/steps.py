@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad import _snapshots as snapshots_of
 from hypergrad import rng, tree
 from hypergrad._checks import check_count
-from hypergrad.batches import MicroBatch, as_micro_batches
+from hypergrad.batches import MicroBatch, fixed
 from hypergrad.learned import learned_rule, start_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import InnerGraph, Tally, gradients
@@ -164,11 +164,7 @@ def take_steps(
     every = 1
     with problem.untouched():
         for i, batch in enumerate(batches):
-            micro = as_micro_batches(batch)
-            now = rng.capture(problem.tensors)
-            micro = tuple(
-                m if m.rng_state else replace(m, rng_state=now) for m in micro
-            )
+            micro = fixed(batch, rng.capture(problem.tensors), problem.training)
             with problem.at(w):
                 g = gradients(problem, "inner", micro, tally, outer=byproduct)
             found = g.inner or {}
@@ -348,9 +344,8 @@ def take_again(
         report(
             f"an inner step that was taken again has a gradient of norm {now:.4g}, and "
             f"had one of {then:.4g}: the inner loss depends on more than parameters, "
-            "batch and random state, and the hypergradient is that of other steps. Where "
-            "the module was put in eval mode since, let the outer loss do that, which is "
-            "undone after it. Else pass snapshots='all', which keeps w of each step."
+            "batch, random state and train/eval mode, and the hypergradient is that of "
+            "other steps. Pass snapshots='all', which keeps w of each step."
         )
     return moved
 

@@ -17,7 +17,7 @@ from bidora.cli.compare import run_compare
 from bidora.cli.export import run_export
 from bidora.cli.lists import list_methods, list_recipes
 from bidora.cli.options import literal, pairs
-from bidora.cli.parser import EXIT_USAGE, Parser, make_parser
+from bidora.cli.parser import EXIT_USAGE, make_parser
 from bidora.errors import UserError
 from bidora.runs.settings import TrainSettings
 
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     if unknown:
         # argparse would point to the help of all commands, which has none of their options.
-        asked = Parser(prog=f"bidora {command}" if command else "bidora")
-        asked.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.commands.get(command, parser).refuse(unknown)
     if command is None:
         parser.print_help(sys.stderr)
         return EXIT_USAGE

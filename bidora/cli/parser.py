@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -80,6 +83,22 @@ tags and spans.
 class Parser(argparse.ArgumentParser):
     """Say in one line what is wrong, without the long usage."""
 
+    commands: Mapping[str, Parser] = {}
+    """The parser of each command, by name."""
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Exit with the words that are no options, and what the first may have meant.
+
+        Args:
+            words: What was not understood.
+        """
+        first = words[0].partition("=")[0]
+        near = get_close_matches(
+            first, re.findall(r"--[\w-]+", self.format_help()), n=1
+        )
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
     def error(self, message: str) -> NoReturn:
         """Exit with the message.
 
@@ -99,7 +118,7 @@ def _version() -> str:
         return "(not installed, run from its source)"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return what reads the words of the command line, all commands among them."""
     parser = Parser(
         prog="bidora",
@@ -116,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_compare(commands)
     _add_estimators(commands)
+    parser.commands = commands.choices
     return parser
 
 

@@ -64,7 +64,7 @@ class Lora(Method):
         config = LoraConfig(
             task_type=base.peft_type,
             r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # a float too
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float too
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
             modules_to_save=base.head or None,

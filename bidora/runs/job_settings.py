@@ -188,8 +188,11 @@ class JobSettings(Declared):
         metavar="{" + ",".join(defaults.POOLINGS) + "}",
     )
     lora_r: int = option(32, "rank of the change of a weight", ADAPTER)
-    lora_alpha: float = option(
-        64.0, "the change is scaled by lora_alpha / lora_r", ADAPTER
+    lora_alpha: float | None = option(
+        None,
+        "the change is scaled by lora_alpha / lora_r",
+        ADAPTER,
+        shown="twice lora_r",
     )
     lora_dropout: float = option(0.0, "dropout in front of the change", ADAPTER)
     target_modules: tuple[str, ...] | None = option(
@@ -281,6 +284,11 @@ class JobSettings(Declared):
         if self.learning_rate is not None:
             return self.learning_rate
         return self.usual_rates[0 if self.is_bundled else 1]
+
+    @property
+    def alpha(self) -> float:
+        """What the rank divides into the scale: `lora_alpha`, or twice the rank."""
+        return 2.0 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
     @property
     def is_bundled(self) -> bool:

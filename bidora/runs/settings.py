@@ -52,8 +52,8 @@ class TrainSettings(JobSettings):
     method: str = option(
         "auto",
         f"how to train; auto is {defaults.METHOD} for the bundled encoder, else "
-        f"{defaults.OTHER_METHODS[0]}, or {defaults.OTHER_METHODS[1]} where one of its own "
-        "settings is given; help lists all",
+        f"{defaults.OTHER_METHODS[0]}, or {defaults.OTHER_METHODS[-1]} where one of its "
+        "own settings is given; help lists all",
         WHAT,
         metavar="NAME",
     )

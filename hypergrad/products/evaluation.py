@@ -44,14 +44,15 @@ __all__ = [
 def replay(
     problem: BilevelProblem, micro: MicroBatch, *, keep: bool = False
 ) -> Iterator[None]:
-    """Evaluate in the block from the micro-batch's random state, and leave no trace.
+    """Evaluate in the block from the micro-batch's random state and modes; leave no trace.
 
     Args:
         problem: the problem.
         micro: the data.
         keep: whether the graph that the block builds is used after it.
     """
-    with problem.untouched(micro.rng_state, keep=keep), attention(micro.attention):
+    state, training = micro.rng_state, micro.training
+    with problem.untouched(state, training, keep=keep), attention(micro.attention):
         yield
 
 
@@ -210,7 +211,7 @@ def _refuse_cut_graph(
     """
     tally.n_forward += 1
     watch = _Checkpoints()
-    with problem.untouched(micro.rng_state), problem.swapped(w), watch:
+    with replay(problem, micro), problem.swapped(w), watch:
         problem.loss(level, w, problem.outer_params, micro.batch)
     if watch.seen:
         raise HypergradError(REENTRANT)

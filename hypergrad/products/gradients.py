@@ -226,7 +226,8 @@ def local(
         for given in batches:
             micro = given
             if live:
-                micro = replace(given, rng_state=rng.capture(problem.tensors))
+                state, training = rng.capture(problem.tensors), problem.training
+                micro = replace(given, rng_state=state, training=training)
             evaluated.append(micro)
             w = problem.inner_params
             if keep:

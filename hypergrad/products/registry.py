@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 from hypergrad import rng
 from hypergrad._checks import check_new_name
-from hypergrad.batches import MicroBatch
+from hypergrad.batches import MicroBatch, fixed
 from hypergrad.problem import BilevelProblem
 from hypergrad.products.base import NO_HINTS, BoundProduct, Hints, Product
 from hypergrad.products.choice import AutoProduct
@@ -169,7 +168,7 @@ def bind_product(
     # The present random state serves every evaluation that has none of its own.
     if any(m.rng_state is None for m in batches):
         state = rng.capture(problem.tensors)
-        batches = [m if m.rng_state else replace(m, rng_state=state) for m in batches]
+        batches = fixed(tuple(batches), state, problem.training)
     bound = as_product(product).bind(problem, batches, tally, hints)
     return GaussNewton(bound) if curvature == "gauss-newton" else bound
 

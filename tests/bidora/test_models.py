@@ -123,6 +123,8 @@ def test_target_modules_and_scale_reach_peft(tiny_encoder: Path) -> None:
     found = (config.r, config.lora_alpha, set(config.target_modules))
     assert found == (3, 1.5, {"key"})
     assert all(".key." in name for name in magnitudes(model))
+    usual = adapted(tiny_encoder, target_modules=("key",), lora_r=3)
+    assert usual.peft_config["default"].lora_alpha == 2 * 3  # a scale of 2 at any rank
     everything = magnitudes(adapted(tiny_encoder, target_modules=("all-linear",)))
     assert len(everything) == 12 + 1  # six a layer, and the pooler
 

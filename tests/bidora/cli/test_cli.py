@@ -136,6 +136,7 @@ def test_module_runs_and_tells_its_version(
     ("options", "messages"),
     [
         (["--no-such-option"], ["unrecognized arguments", "bidora train --help"]),
+        (["--estimater=sama"], ["--estimater=sama (did you mean --estimator?)"]),
         (["--max-steps", "many"], ["--max-steps", "invalid int value: 'many'"]),
     ],
 )
