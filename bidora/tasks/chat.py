@@ -20,6 +20,9 @@ ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
 
+SHARE_GPT = {"human": "user", "gpt": "assistant"}
+"""What ShareGPT's files call the roles, beside `from` and `value` for a turn's parts."""
+
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 """Begin what an assistant wrote, in templates that say so."""
 
@@ -40,7 +43,7 @@ def as_messages(value: Any, *, answered: bool) -> list[Message]:
         BadValueError: If the row holds something else.
 
     Example:
-        >>> as_messages([{"role": "user", "content": "Hi"}], answered=False)
+        >>> as_messages([{"from": "human", "value": "Hi"}], answered=False)
         [{'role': 'user', 'content': 'Hi'}]
     """
     if not isinstance(value, list | tuple) or not value:
@@ -62,6 +65,10 @@ def as_messages(value: Any, *, answered: bool) -> list[Message]:
 
 
 def _turn(turn: Any, number: int) -> Message:
+    if isinstance(turn, dict) and "role" not in turn and {"from", "value"} <= set(turn):
+        others = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        role = SHARE_GPT.get(turn["from"], turn["from"])
+        turn = {"role": role, "content": turn["value"], **others}
     if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
         raise BadValueError(f"turn {number} has no role and content")
     others = [k for k, v in turn.items() if k not in ("role", "content") and v]
@@ -70,14 +77,28 @@ def _turn(turn: Any, number: int) -> Message:
             f"turn {number} has {', '.join(map(repr, others))} too, and role and content "
             "alone are read; leave it out"
         )
-    role, content = turn["role"], turn["content"]
+    role, content = turn["role"], _plain_content(turn["content"])
     if role not in ROLES:
         raise BadValueError(
             f"turn {number} is by {shown(str(role), 20)!r}; roles are {', '.join(ROLES)}"
         )
     if not isinstance(content, str) or not content.strip():
-        raise BadValueError(f"turn {number} ({role}) says nothing")
+        raise BadValueError(f"turn {number} ({role}) has no text")
     return {"role": role, "content": content}
+
+
+def _plain_content(content: Any) -> Any:
+    """Return the text of a content in parts, where all of them are texts."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = [
+        part["text"]
+        for part in content
+        if isinstance(part, dict)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    ]
+    return "".join(texts) if len(texts) == len(content) else None
 
 
 def open_prompt(messages: Sequence[Message], processor: Any) -> list[int]:

@@ -34,6 +34,8 @@ FEW = 5
 
 _WRITTEN = (
     ("instruction", ("messages",)),
+    ("instruction", ("conversations",)),
+    ("instruction", ("instruction", "input", "output")),
     ("instruction", ("prompt", "completion")),
     ("generation", ("mr", "ref")),
 )

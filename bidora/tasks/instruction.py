@@ -18,9 +18,11 @@ from bidora.tasks.metrics import choose_metric
 
 __all__ = ["COMPLETION_COLUMNS", "PROMPT_COLUMNS", "Instruction"]
 
-CHAT_COLUMN = "messages"
+CHAT_COLUMNS = ("messages", "conversations")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
+ALPACA = ("instruction", "input")
+"""Columns of a prompt in two parts, of which the second may be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,12 @@ class Instruction(LanguageTask):
     A row holds a conversation: a list of turns, each with `role` and `content`, which the
     tokenizer's chat template writes. Every turn of the assistant is learnt, and nothing
     else. Or it holds a prompt and its completion, which stand one after the other as they
-    are, without a template.
+    are, without a template. Where a prompt has the two columns `instruction` and `input`,
+    the latter follows the former after an empty line.
 
     Args:
-        text_column: Column of the conversation or of the prompt; None for `messages`, or
-            one with a usual name.
+        text_column: Column of the conversation or of the prompt; None for one with a
+            usual name.
         label_column: Column of the completion; None for one with a usual name. A
             conversation has none.
         metric: `token_accuracy`; None for the same. Early stopping asks perplexity, of
@@ -81,7 +84,7 @@ class Instruction(LanguageTask):
         """
         self.refuse_other_texts()
         given = self.text_column or source.hints.get("text_column")
-        usual = (CHAT_COLUMN, *PROMPT_COLUMNS)
+        usual = (*CHAT_COLUMNS, *PROMPT_COLUMNS)
         return {"text_column": name_column(source.train, given, "--text-column", usual)}
 
     def schema(self, source: Source) -> Schema:
@@ -96,15 +99,16 @@ class Instruction(LanguageTask):
                 f"{source.train.origin}: column {column!r} holds conversations, which have "
                 "their answers in them; leave --label-column out."
             )
+        details = {"format": "chat" if is_chat else "prompt-completion"}
         if not is_chat:
             columns = self.columns(source)
-        return Schema(
-            self.name,
-            {**columns, **self.settings_of_generation()},
-            (),
-            self.main_metric,
-            {"format": "chat" if is_chat else "prompt-completion"},
-        )
+            in_parts = set(ALPACA) <= set(source.train.columns) - {
+                columns["label_column"]
+            }
+            if column == ALPACA[0] and in_parts and self.text_column is None:
+                details["context"] = ALPACA[1]
+        settings = {**columns, **self.settings_of_generation()}
+        return Schema(self.name, settings, (), self.main_metric, details)
 
     def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
         """Read conversations, or prompts and completions; every bad row is told."""
@@ -126,6 +130,18 @@ class Instruction(LanguageTask):
                 for chat in chats
             ]
         return read
+
+    def read_inputs(self, table: Table, schema: Schema) -> dict[str, Sequence[Any]]:
+        """Return the prompts, each with what it is about where a column holds that."""
+        read = super().read_inputs(table, schema)
+        context = schema.details.get("context")
+        if context is None:
+            return read
+        name_column(table, context, "the second part of a prompt", ())
+        pairs = zip(read["text"], table.values(context), strict=True)
+        return {
+            "text": [_with_context(prompt, about, context) for prompt, about in pairs]
+        }
 
     def read_text(self, value: Any, column: str, proteins: bool) -> str | BadValueError:
         """Return a prompt as it is: blanks at its end divide it from the completion.
@@ -152,7 +168,14 @@ class Instruction(LanguageTask):
     def describe(self, rows: Mapping[str, Rows], schema: Schema) -> list[str]:
         """Tell the columns, and how many answers there are to learn from."""
         if schema.details["format"] != "chat":
-            return super().describe(rows, schema)
+            told = super().describe(rows, schema)
+            if "context" in schema.details:
+                told.insert(
+                    1,
+                    f"a prompt is that text and, after an empty line, column "
+                    f"{schema.details['context']!r} where it holds something",
+                )
+            return told
         lines = [f"conversations from column {schema.settings['text_column']!r}"]
         for part, found in rows.items():
             turns = [turn for chat in found.columns["messages"] for turn in chat]
@@ -179,6 +202,16 @@ class Instruction(LanguageTask):
             answers = with_end(batch["labels"], processor)
         both = list(zip(prompts, answers, strict=True))
         return [[*p, *a] for p, a in both], [[*[IGNORED] * len(p), *a] for p, a in both]
+
+
+def _with_context(prompt: Any, about: Any, column: str) -> Any:
+    """Return a prompt and what it is about, or what is wrong with either."""
+    if isinstance(prompt, BadValueError) or about is None:
+        return prompt
+    if not isinstance(about, str):
+        kind = type(about).__name__
+        return BadValueError(f"column {column!r} holds a {kind}, and no text")
+    return f"{prompt}\n\n{about}" if about.strip() else prompt
 
 
 def _chats(chats: Sequence[Any], processor: Any, *, answered: bool) -> Encoded:

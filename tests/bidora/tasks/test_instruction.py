@@ -117,7 +117,13 @@ def test_answers_are_cut_and_counted_and_prompts_are_refused() -> None:
         ("Hello", "holds no conversation"),
         ([{"role": "user"}], "turn 1 has no role and content"),
         ([{"role": "tool", "content": "4"}], "turn 1 is by 'tool'; roles are system"),
-        ([{"role": "user", "content": " "}], "turn 1 .user. says nothing"),
+        ([{"role": "user", "content": " "}], "turn 1 .user. has no text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "turn 1 .user. has no text",
+        ),
+        ([{"from": "function", "value": "4"}], "turn 1 is by 'function'; roles are"),
+        ([{"from": "human"}], "turn 1 has no role and content"),
         ([{**CHAT[0], "tool_calls": [1]}], "turn 1 has 'tool_calls' too"),
     ],
 )
@@ -127,6 +133,59 @@ def test_each_bad_conversation_is_told_with_its_place(chat: Any, said: str) -> N
     with pytest.raises(AssertionError, match=said):
         assert not rows.bad, rows.bad[0]
     assert rows.bad[0].startswith("t.jsonl, line 2: column 'messages' ")
+
+
+def test_turns_in_other_forms_are_the_same_turns() -> None:
+    shared = [
+        {
+            "from": {"user": "human", "assistant": "gpt"}[t["role"]],
+            "value": t["content"],
+        }
+        for t in CHAT
+    ]
+    data = source((shared,), columns=("conversations",))
+    assert guess_task_type(data, {})[0] == "instruction"
+    schema = TASK.schema(data)
+    assert schema.settings["text_column"] == "conversations"
+    assert TASK.rows(data.train, schema).columns["messages"] == [CHAT]
+    in_parts = [
+        {
+            **t,
+            "content": [
+                {"type": "text", "text": t["content"][:2]},
+                {"text": t["content"][2:]},
+            ],
+        }
+        for t in CHAT
+    ]
+    assert TASK.rows(source((in_parts,)).train, OF_CHATS).columns["messages"] == [CHAT]
+
+
+def test_a_prompt_in_two_columns() -> None:
+    columns = ("instruction", "input", "output")
+    rows = (
+        ("Add", "2, 2", "4"),
+        ("Hi", "", "Hello"),
+        ("Hi", None, "Hello"),
+        ("", "2", "3"),
+    )
+    data = source(*rows, columns=columns)
+    assert guess_task_type(data, {})[0] == "instruction"
+    schema = TASK.schema(data)
+    read = TASK.rows(data.train, schema)
+    assert read.columns["text"] == ["Add\n\n2, 2", "Hi", "Hi"]
+    assert read.columns["labels"] == ["4", "Hello", "Hello"]
+    assert [line.split(": ")[0] for line in read.bad] == ["t.jsonl, line 4"]
+    assert "column 'input' where it holds something" in TASK.describe({}, schema)[1]
+    wrong = TASK.rows(source(("Add", ["2"], "4"), columns=columns).train, schema)
+    assert "column 'input' holds a list, and no text" in wrong.bad[0]
+    with pytest.raises(UserError, match="has no column 'input'"):
+        TASK.rows(source(("Add", "4"), columns=("instruction", "output")).train, schema)
+    # One that is chosen is all of the prompt.
+    alone = Instruction(text_column="instruction").schema(data)
+    assert TASK.rows(data.train, alone).columns["text"] == ["Add", "Hi", "Hi"]
+    answers = Instruction(label_column="input").schema(data)
+    assert "context" not in answers.details
 
 
 def test_bad_prompts_and_completions_are_told() -> None:
