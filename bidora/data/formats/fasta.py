@@ -8,6 +8,7 @@ where UniProt has its `OX=9606`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def fasta_table(origin: str, text: str) -> Table:
 
     Returns:
         Columns `sequence` and `name` (the first word of the name line), and one for each
-        `key=value` that every name line has. A row's place is its name line.
+        `key=value` that most name lines have, with None for the others. A row's place is
+        its name line.
 
     Raises:
         UserError: If the text begins with anything but a name line.
@@ -55,13 +57,14 @@ def fasta_table(origin: str, text: str) -> Table:
             name = _name(head) or "without a name"
             bad.append(f"{origin}, line {line}: the sequence {name} has no residues.")
     words = [dict(_WORD.findall(head)) for _, head, _ in found]
-    keys = [k for k in (words[0] if words else ()) if all(k in w for w in words)]
+    counts = Counter(key for own in words for key in own)
+    keys = [k for k, count in counts.items() if 2 * count > len(words)]
     keys = [k for k in keys if k not in ("sequence", "name")]
     return Table(
         origin,
         ("sequence", "name", *keys),
         tuple(
-            (sequence, _name(head), *(own[key] for key in keys))
+            (sequence, _name(head), *(own.get(key) for key in keys))
             for (_, head, sequence), own in zip(found, words, strict=True)
         ),
         tuple(f"line {line}" for line, _, _ in found),

@@ -9,8 +9,10 @@ import pytest
 
 from bidora.data.formats import fasta_table
 from bidora.data.load import load_source
+from bidora.data.source import Source
 from bidora.data.table import name_column
 from bidora.errors import UserError
+from bidora.tasks.classification import Classification
 
 TWO = ">sp|P1|ONE first protein\nMKTA\nYGK*\n\n>P2\n acd\tef\n"
 
@@ -27,11 +29,21 @@ def test_comments_of_old_files_and_both_ends_of_lines_are_read() -> None:
     assert table.rows == (("MKV", "A"), ("C", "B"))
 
 
-def test_words_that_every_name_line_has_are_columns() -> None:
+def test_words_that_most_name_lines_have_are_columns() -> None:
     text = ">A label=1 OX=9606\nMK\n>B OX=10090 label=0 PE=1\nAC\n"
     table = fasta_table("t.fasta", text)
     assert table.columns == ("sequence", "name", "label", "OX")
     assert table.rows[1] == ("AC", "B", "0", "10090")
+
+
+def test_a_name_line_without_its_label_is_a_bad_row() -> None:
+    text = ">A label=1\nMK\n>B label=0\nAC\n>C lable=0\nGG\n"
+    table = fasta_table("t.fasta", text)
+    assert table.columns == ("sequence", "name", "label")
+    task = Classification()
+    rows = task.rows(table, task.schema(Source("t.fasta", {"train": table})))
+    assert len(rows) == 2
+    assert rows.bad == ["t.fasta, line 5: column 'label' holds no label."]
 
 
 def test_a_file_without_labels_is_told_how_it_can_have_them() -> None:
