@@ -7,7 +7,7 @@ from typing import Any
 
 from bidora.tasks.base import Rows, Schema, Task
 
-__all__ = ["by_length", "encode"]
+__all__ = ["by_length", "encode", "unknown"]
 
 MOST_BYTES = 2**30
 """What is kept of features that are made when they are needed."""
@@ -53,6 +53,27 @@ def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) 
     finally:
         if shown:
             enable_progress_bars()
+
+
+def unknown(features: Any, tokenizer: Any) -> tuple[int, float]:
+    """Return how many examples have tokens that are unknown, and the share of those.
+
+    Args:
+        features: What `encode` returned.
+        tokenizer: What made them.
+
+    Returns:
+        A number of examples, and the part of all tokens: 0 and 0 where inputs are no
+        tokens, or where the tokenizer knows everything.
+    """
+    token = getattr(tokenizer, "unk_token_id", None)
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None else ()
+    # A GPT-2 has one token for what is unknown, which never occurs, and for a text's end.
+    if token is None or token in ends or "input_ids" not in features.column_names:
+        return 0, 0.0
+    counts = [(ids.count(token), len(ids)) for ids in features["input_ids"]]
+    of_all = sum(length for _, length in counts) or 1
+    return sum(n > 0 for n, _ in counts), sum(n for n, _ in counts) / of_all
 
 
 class _Remembering:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bidora.errors import UserError
-from bidora.runs.encoding import encode
+from bidora.runs.encoding import encode, unknown
 from bidora.runs.examples import Examples
 from bidora.runs.job_settings import JobSettings
 from bidora.runs.results import Listener
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from bidora.models import ModelSource
 
 __all__ = ["Prepared", "find_device", "prepare"]
+
+
+MANY_UNKNOWN = 0.01
+"""Part of the tokens from which on it is told that they are unknown."""
 
 
 @dataclass
@@ -135,6 +139,13 @@ def prepare(
         listener.message(
             f"       {cut} of {len(sets['train'])} training examples are longer than the "
             f"{length} tokens that are kept (--max-length)."
+        )
+    lost, share = unknown(sets["train"], tokenizer)
+    if share >= MANY_UNKNOWN or (lost and schema.settings.get("proteins")):
+        listener.message(
+            f"       {lost} of {len(sets['train'])} training examples have tokens that the "
+            f"model does not know ({tokenizer.unk_token}, {share:.1%} of all): it reads "
+            "nothing there. Another --model may know the language, or the residues."
         )
     return Prepared(
         settings,
