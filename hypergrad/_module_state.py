@@ -190,15 +190,15 @@ class BufferCopies:
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def take(self, module: nn.Module) -> Callable[[], None]:
+    def take(self, module: nn.Module) -> tuple[tuple[bool, ...], Callable[[], None]]:
         """Copy buffers and train/eval modes.
 
         Args:
             module: the module.
 
         Returns:
-            A function that puts them back. Buffers too large to be copied, or part of a
-            graph, stay as they are.
+            The modes, and a function that puts all back. Buffers too large to be copied,
+            or part of a graph, stay as they are.
         """
         modes, places = _walk(module)
         own = {id(b): b for _, bs, _ in places for b in bs.values() if b is not None}
@@ -224,7 +224,7 @@ class BufferCopies:
                 pairs = copies.values()
                 tree.copy([buffer for buffer, _ in pairs], [c for _, c in pairs])
 
-        return put_back
+        return _shared(tuple([on for _, on in modes])), put_back
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

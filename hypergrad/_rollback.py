@@ -37,11 +37,17 @@ class Rollback:
         self._rng = rng.capture(problem.tensors)
         self._put_back: list[Callable[[], None]] = []
 
-    def module(self) -> None:
-        """Copy the module's buffers and modes, before a forward pass changes them."""
-        if self._problem.module is not None:
-            take = self._workspace.buffers.take
-            self._put_back.append(take(self._problem.module))
+    def module(self) -> tuple[bool, ...] | None:
+        """Copy the module's buffers and modes, before a forward pass changes them.
+
+        Returns:
+            The train/eval modes; None for a functional problem.
+        """
+        if self._problem.module is None:
+            return None
+        training, put_back = self._workspace.buffers.take(self._problem.module)
+        self._put_back.append(put_back)
+        return training
 
     def level(
         self, optimizer: torch.optim.Optimizer, params: Params, *, keep: bool

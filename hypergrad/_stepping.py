@@ -128,7 +128,8 @@ class Stepper:
         )
         keep = looks_back and reuses and needs.graph and len(batches) == 1
         n = self.n_recorded(run)
-        rollback.module()
+        training = rollback.module()
+        batches = tuple(replace(m, training=training) for m in batches)
         # Before the forward pass: an embedding with max_norm moves its weight in it.
         before = rollback.level(self.inner, problem.inner_params, keep=n > 0)
         tally, gaps = Tally(), list[float]()

@@ -226,8 +226,7 @@ def local(
         for given in batches:
             micro = given
             if live:
-                state, training = rng.capture(problem.tensors), problem.training
-                micro = replace(given, rng_state=state, training=training)
+                micro = replace(given, rng_state=rng.capture(problem.tensors))
             evaluated.append(micro)
             w = problem.inner_params
             if keep:
