@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback
 from hypergrad._run import Run
 from hypergrad._snapshots import LEAST, spacing
-from hypergrad.batches import MicroBatch, as_micro_batches, fixed
+from hypergrad.batches import MicroBatch, as_micro_batches, fixed, versions_in
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import Hypergradient, Needs
 from hypergrad.learned import learned_groups, start_of
@@ -248,6 +248,7 @@ class Stepper:
             outer_grads=g.outer,
             graph=g.graph,
             outer_versions=versions,
+            batch_versions=versions_in(g.batches),
             grad_norm=g.inner_norm,
             follows=follows and last is not None,
             number=run.n_inner_steps - run.began,
@@ -379,6 +380,7 @@ class Stepper:
             raise HypergradError(msg)
         self._check_devices(run)
         steps = run.recorded_steps
+        self._check_batches(steps)
         # A graph serves one product, also where the step fails or is skipped after it.
         run = run.without_graphs()
         try:
@@ -412,6 +414,19 @@ class Stepper:
             info=info,
             audit=audit,
         )
+
+    def _check_batches(self, steps: Sequence[InnerStep]) -> None:
+        known = (s for s in steps if s.batch_versions)
+        written = sum(versions_in(s.micro_batches) != s.batch_versions for s in known)
+        if written and "batches" not in self.problem.reported:
+            self.problem.reported.add("batches")
+            with once_for(set()):
+                report(
+                    f"batches of {written} of the {len(steps)} recorded inner steps were "
+                    "written into since: steps are looked back at on the data that the "
+                    "batches hold now, and the hypergradient is that of other steps. Hand "
+                    "each step tensors of its own, such as batch.clone()."
+                )
 
     def _audit(
         self, run: Run, result: Hypergradient, inner_batch: Any, outer_batch: Any

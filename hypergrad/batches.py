@@ -21,6 +21,7 @@ __all__ = [
     "check_fraction",
     "fixed",
     "part_of",
+    "versions_in",
 ]
 
 
@@ -211,6 +212,27 @@ def part_of(batch: Any, fraction: float) -> Any:
         )
         raise BatchError(msg)
     return _cut(batch, count)
+
+
+def versions_in(batches: Sequence[MicroBatch]) -> tuple[int, ...]:
+    """Return the version counters of the tensors in batches, by which a write shows.
+
+    Args:
+        batches: the batches; tensors of inference mode, which have no counter, are left
+            out, and so are objects that are no containers.
+
+    Example:
+        >>> import torch
+        >>> one = MicroBatch({"x": torch.zeros(2)})
+        >>> before = versions_in([one])
+        >>> _ = one.batch["x"].add_(1)
+        >>> versions_in([one]) == before
+        False
+    """
+    leaves = (leaf for micro in batches for leaf in _leaves(micro.batch))
+    return tuple(
+        t._version for t in leaves if isinstance(t, Tensor) and not t.is_inference()
+    )
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

@@ -62,6 +62,8 @@ class InnerStep:
         outer_grads: the by-product ∂g/∂λ, where it was asked for.
         graph: the graph of `grads`, where it was kept; used once.
         outer_versions: version counters of λ when the graph was built.
+        batch_versions: those of the batches' tensors after the step; empty where the record
+            was loaded.
         grad_norm: norm of the gradient that was taken.
         follows: whether w and the state are what the step before it made of them. Not so
             where they were changed by hand in between.
@@ -92,6 +94,7 @@ class InnerStep:
     outer_grads: Params | None = None
     graph: InnerGraph | None = field(default=None, repr=False, compare=False)
     outer_versions: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    batch_versions: tuple[int, ...] = field(default=(), repr=False, compare=False)
     grad_norm: float | None = None
     follows: bool = False
     directed: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hypergrad import BatchError, SecondOrderError, make_estimator
+from hypergrad import (
+    BatchError,
+    NumericalWarning,
+    SecondOrderError,
+    make_estimator,
+)
 from hypergrad.optimizer import BilevelOptimizer
 from tests.faults import content
 from tests.tolerances import error, tol
@@ -169,3 +175,43 @@ def test_fractions_outside_of_a_batch(value: float) -> None:
             ValueError, match=r"product_fraction=.* must be in \(0, 1\]"
         ):
             make_estimator(name, product_fraction=value)
+
+
+# -- batches that are written into ---------------------------------------------------------
+
+
+def test_one_buffer_for_all_batches_is_told_once() -> None:
+    opt = optimizer(make_estimator("unrolled", num_steps=2), outer_every=2)
+    x, y = batch(0)
+    for t in (1, 2):
+        opt.inner_step((x, y))
+        x.copy_(batch(t)[0])
+    with pytest.warns(NumericalWarning, match=r"batches of 2 of the 2 recorded inner"):
+        opt.outer_step(batch(9))
+    for t in (3, 4):
+        x.copy_(batch(t)[0])
+        opt.inner_step((x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.outer_step(batch(9))  # one of the two was written into
+
+
+def test_a_loss_may_write_into_its_own_batch() -> None:
+    def padded(model: nn.Module, given: Any) -> Tensor:
+        given["labels"][given["labels"] == 2] = -100
+        return loss_fn(model, (given["x"], given["labels"]))
+
+    opt = BilevelOptimizer(
+        Net(),
+        padded,
+        outer=lambda name, _: name.endswith("gate"),
+        estimator=make_estimator("darts", product="finite-difference"),
+        inner_optimizer=partial(torch.optim.SGD, lr=1e-2),
+        outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(3):
+            x, labels = batch(t)
+            opt.inner_step({"x": x, "labels": labels})
+            opt.outer_step({"x": x, "labels": labels.clone()})
