@@ -36,6 +36,10 @@ class MicroBatch:
         attention: attention backend that the evaluation runs under.
         training: train/eval mode of each submodule, in the order of `module.modules()`;
             None for that in which the estimate began.
+
+    Example:
+        >>> MicroBatch("a").weight, MicroBatch("a").rng_state is None
+        (1.0, True)
     """
 
     batch: Any

@@ -71,6 +71,30 @@ class HypergradEstimator:
     total; same inputs, same output; parameters, `.grad`, buffers, random state and
     train/eval mode come back bit for bit, also when a loss raises; no state is kept on
     `self`. A law that is not true of a kind is declared in `without_laws`.
+
+    Example:
+        Everything through w counted twice: f = w²/2 at w = 3 with v = 3, where an
+        indirect term of v itself makes 3, and λ is not in f.
+
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from hypergrad.answer import Indirect
+        >>> @dataclass(frozen=True)
+        ... class Through(HypergradEstimator):
+        ...     def indirect(self, point):
+        ...         v = point.gradients("outer", "inner").inner
+        ...         return Indirect({"lam": v["w"]})
+        >>> w = torch.tensor(3.0, requires_grad=True)
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> problem = BilevelProblem(
+        ...     lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2,
+        ...     lambda i, o, b: i["w"] ** 2 / 2,
+        ...     {"w": w},
+        ...     {"lam": lam},
+        ... )
+        >>> found = Through().estimate(problem, inner_batch=None, outer_batch=None)
+        >>> found.outer_grads["lam"].item(), found.direct["lam"].item()
+        (3.0, 0.0)
     """
 
     name: ClassVar[str] = ""

@@ -155,6 +155,16 @@ class ModuleLoss:
         model: the module.
         loss_fn: `(model, batch) -> scalar`.
         tensors: the parameters that may be replaced, by name.
+
+    Example:
+        y = 2x where the module holds 5x.
+
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 5.0)
+        >>> loss = ModuleLoss(model, lambda m, x: m(x).sum(), {"weight": model.weight})
+        >>> loss({"weight": torch.tensor([[2.0]])}, {}, torch.tensor([[3.0]])).item()
+        6.0
     """
 
     def __init__(
@@ -243,6 +253,12 @@ def select_parameters(
     Raises:
         TypeError: `outer` is of no supported kind.
         ValueError: it, or one of its patterns, matches nothing.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> select_parameters(model, dict(model.named_parameters()), "b*")
+        {'bias'}
     """
     if isinstance(outer, type) and issubclass(outer, nn.Module):
         of_type = (m for m in model.modules() if isinstance(m, outer))

@@ -67,7 +67,12 @@ def once_for(given: set[str]) -> Iterator[None]:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Give no warning of this library in the block; those of others are not touched."""
+    """Give no warning of this library in the block; those of others are not touched.
+
+    Example:
+        >>> with silenced():
+        ...     report("nobody hears of this")
+    """
     token = _silent.set(True)
     try:
         yield

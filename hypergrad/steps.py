@@ -307,6 +307,21 @@ def steps_back(
 
     Raises:
         ValueError: there is no snapshot before the first of them.
+
+    Example:
+        Two steps on w²/2 at rate 1/2, 4 → 2 → 1, of which the start alone is on record.
+
+        >>> import torch
+        >>> from hypergrad.rules import SGD
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(0.0, requires_grad=True)
+        >>> half = lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2
+        >>> problem = BilevelProblem(half, half, {"w": w}, {"lam": lam})
+        >>> (first, second), _ = take_steps(problem, [None, None], SGD(0.5))
+        >>> known = [first, without_snapshot(problem, second)]
+        >>> back = steps_back(problem, known, 2, "all", Tally())
+        >>> [step.inner_params["w"].item() for step in back]
+        [2.0, 4.0]
     """
     steps = since_snapshot(steps, n_steps)
     if steps and problem.inner_params and not steps[0].is_snapshot:

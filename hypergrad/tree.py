@@ -48,7 +48,21 @@ Params = dict[str, Tensor]
 
 
 def map_params(fn: Callable[..., Tensor], *trees: Mapping[str, Tensor]) -> Params:
-    """Apply `fn` to the tensors of equal name."""
+    """Apply `fn` to the tensors of equal name.
+
+    Args:
+        fn: takes a tensor of each dictionary.
+        trees: dictionaries of the same names.
+
+    Returns:
+        What it returned, by name.
+
+    Example:
+        >>> map_params(
+        ...     torch.maximum, {"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}
+        ... )
+        {'w': tensor(2.)}
+    """
     return {name: fn(*(tree[name] for tree in trees)) for name in trees[0]}
 
 
@@ -72,7 +86,12 @@ def copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) -> Params:
-    """Return `a + alpha * b`."""
+    """Return `a + alpha * b`.
+
+    Example:
+        >>> add({"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}, alpha=3.0)
+        {'w': tensor(7.)}
+    """
 
     def added(x: list[Tensor], y: list[Tensor]) -> Sequence[Tensor]:
         return foreach.add(x, y, alpha=alpha)
@@ -82,13 +101,23 @@ def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float = 1.0) ->
 
 @torch.no_grad()
 def sub(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Params:
-    """Return `a - b`."""
+    """Return `a - b`.
+
+    Example:
+        >>> sub({"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)})
+        {'w': tensor(-1.)}
+    """
     return _named(a, foreach.sub, list(a.values()), [b[name] for name in a])
 
 
 @torch.no_grad()
 def scale(tree: Mapping[str, Tensor], factor: float | Tensor) -> Params:
-    """Return `factor * tree`, in the dtypes of `tree`; a tensor factor has one entry."""
+    """Return `factor * tree`, in the dtypes of `tree`; a tensor factor has one entry.
+
+    Example:
+        >>> scale({"w": torch.tensor([1.0, 2.0])}, 0.5)
+        {'w': tensor([0.5000, 1.0000])}
+    """
     scaled = _named(tree, foreach.mul, list(tree.values()), factor)
     if isinstance(factor, Tensor):  # which decides the dtype of tensors without axes
         return {n: t.to(tree[n].dtype) for n, t in scaled.items()}

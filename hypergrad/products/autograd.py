@@ -63,6 +63,13 @@ def differentiate(
         HypergradError: the graph runs through reentrant checkpointing, or was freed.
         SecondOrderError: part of it has no second derivative in torch.
         RuntimeError: any other error of torch, as it is.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> y = torch.tensor(1.0, requires_grad=True)
+        >>> differentiate([x * x], [x, y])
+        [tensor(6.), None]
     """
     if cotangents is None:
         starts, weights = [o for o in outputs if o is not None], None

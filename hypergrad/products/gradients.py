@@ -96,6 +96,20 @@ def gradients(
         NonFiniteError: the loss or a gradient is NaN or infinite.
         SecondOrderError: `keep`, and the loss has no second derivative in torch.
         ValueError: `keep` with several micro-batches.
+
+    Example:
+        g = (w - λ)²/2 at w = 4, λ = 1: the value is 4.5, and its gradients ±3.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> half = lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2
+        >>> problem = BilevelProblem(half, half, {"w": w}, {"lam": lam})
+        >>> from hypergrad.batches import as_micro_batches
+        >>> found = gradients(problem, "inner", as_micro_batches(None), Tally())
+        >>> found.loss, found.inner, found.outer
+        (4.5, {'w': tensor(3.)}, {'lam': tensor(-3.)})
     """
     if keep and len(batches) != 1:
         msg = (
@@ -161,6 +175,17 @@ def value(
 
     Returns:
         A tensor of one entry, averaged over ranks.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> half = lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2
+        >>> problem = BilevelProblem(half, half, {"w": w}, {"lam": lam})
+        >>> from hypergrad.batches import as_micro_batches
+        >>> value(problem, "inner", as_micro_batches(None), Tally()).item()
+        4.5
     """
     kind = functools.reduce(torch.promote_types, (t.dtype for t in problem.tensors))
     first = problem.tensors[0]

@@ -119,6 +119,10 @@ def as_product(given: ProductLike) -> Product:
     Raises:
         TypeError: neither a product nor a name.
         ValueError: an unknown name.
+
+    Example:
+        >>> as_product("exact").order
+        2
     """
     if isinstance(given, Product):
         return given
@@ -164,6 +168,23 @@ def bind_product(
 
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        g = (w - λ)²/2: H = 1, and the mixed derivative is -1.
+
+        >>> import torch
+        >>> from hypergrad import BilevelProblem
+        >>> w = torch.tensor(4.0, requires_grad=True)
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> half = lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2
+        >>> problem = BilevelProblem(half, half, {"w": w}, {"lam": lam})
+        >>> from hypergrad.batches import as_micro_batches
+        >>> product = bind_product("exact", problem, as_micro_batches(None), Tally())
+        >>> (
+        ...     product.hvp({"w": torch.tensor(2.0)}),
+        ...     product.mixed_vjp({"w": torch.tensor(2.0)}),
+        ... )
+        ({'w': tensor(2.)}, {'lam': tensor(-2.)})
     """
     # The present random state serves every evaluation that has none of its own.
     if any(m.rng_state is None for m in batches):

@@ -75,6 +75,19 @@ class Solver(ABC):
     Laws: b = 0 gives exact zeros without a product; b and the state are unchanged;
     scaling b scales x; a right-hand side, product or solution that is not finite raises
     `NonFiniteError`.
+
+    Example:
+        H = 2 by its diagonal, which one product with ones tells.
+
+        >>> import torch
+        >>> class Diagonal(Solver):
+        ...     def solve(self, matvec, b, *, state=None):
+        ...         ones = {name: torch.ones_like(t) for name, t in b.items()}
+        ...         h = matvec(ones)
+        ...         return SolveResult({n: t / h[n] for n, t in b.items()}, n_matvec=1)
+        >>> double = lambda v: {n: 2 * t for n, t in v.items()}
+        >>> Diagonal().solve(double, {"w": torch.tensor([4.0, 6.0])}).x
+        {'w': tensor([2., 3.])}
     """
 
     @abstractmethod

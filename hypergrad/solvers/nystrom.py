@@ -50,6 +50,18 @@ class LowRank:
             to the largest.
         uses: number of solves since the first sketch, this one left out.
         n_matvec: products that it took just now; 0 where it was kept.
+
+    Example:
+        Of rank 1, with eigenvalue 4 along the first axis.
+
+        >>> import torch
+        >>> model = LowRank(
+        ...     torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        ...     torch.tensor([4.0], dtype=torch.float64),
+        ... )
+        >>> vector = torch.tensor([1.0, 1.0], dtype=torch.float64)
+        >>> model.apply(vector, 1 / model.eigenvalues, 0.0)
+        tensor([0.2500, 0.0000], dtype=torch.float64)
     """
 
     basis: Tensor
