@@ -73,8 +73,8 @@ class HypergradEstimator:
     `self`. A law that is not true of a kind is declared in `without_laws`.
 
     Example:
-        Everything through w counted twice: f = w²/2 at w = 3 with v = 3, where an
-        indirect term of v itself makes 3, and λ is not in f.
+        For g = (w - λ)²/2, where w* = λ: the indirect term is ∂f/∂w. Of f = w²/2 at w = 3
+        it is 3, and λ is not in f.
 
         >>> import torch
         >>> from dataclasses import dataclass
@@ -85,7 +85,7 @@ class HypergradEstimator:
         ...         v = point.gradients("outer", "inner").inner
         ...         return Indirect({"lam": v["w"]})
         >>> w = torch.tensor(3.0, requires_grad=True)
-        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> lam = torch.tensor(3.0, requires_grad=True)
         >>> problem = BilevelProblem(
         ...     lambda i, o, b: (i["w"] - o["lam"]) ** 2 / 2,
         ...     lambda i, o, b: i["w"] ** 2 / 2,
