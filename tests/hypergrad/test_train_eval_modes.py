@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from hypergrad import (
     Accumulated,
@@ -138,6 +139,55 @@ def test_one_step_against_plain_autograd(name: str) -> None:
     value = (functional_call(model, {**leaves, **stepped}, x) - 1).square().mean()
     (true,) = torch.autograd.grad(value, leaves[OUTER])
     assert (found - true).abs().max() < 1e-12 * true.abs().max()
+
+
+class Checkpointed(nn.Sequential):
+    """The same network, whose hidden layer is run again in each backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = nn.Sequential(self[0], self[1])
+        return self[2](checkpoint(hidden, input, use_reentrant=False))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("darts", {"product": "exact"}),
+        ("unrolled", {"num_steps": 1}),
+        ("cg", {"damping": 10.0}),
+        ("cg", {"damping": 10.0, "curvature": "gauss-newton"}),
+    ],
+)
+def test_checkpointed_layers_are_run_again_in_the_mode_of_the_step(
+    name: str, given: dict[str, Any], reuse: bool
+) -> None:
+    found = []
+    for kind in (nn.Sequential, Checkpointed):
+        model, x = kind(*network()), data()
+        problem = BilevelProblem.from_module(
+            model,
+            inner_loss,
+            outer=OUTER,
+            outer_loss_fn=plain_outer_loss,
+            inner_outputs=lambda model, x: model(x),
+            inner_criterion=lambda outputs, x: outputs.square().mean(),
+        )
+        optimizer = BilevelOptimizer(
+            problem,
+            estimator=make_estimator(name, **given),
+            inner_optimizer=partial(torch.optim.SGD, lr=RATE),
+            outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+            reuse_graph=reuse,
+        )
+        torch.manual_seed(1)
+        optimizer.inner_step(x)
+        before = problem.outer_params[OUTER].detach().clone()
+        model.eval()
+        optimizer.outer_step(x)
+        found.append(before - problem.outer_params[OUTER].detach())
+    plain, again = found
+    assert (again - plain).abs().max() < 1e-12 * plain.abs().max()
 
 
 def test_records_have_the_modes_of_their_steps() -> None:
