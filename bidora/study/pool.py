@@ -88,9 +88,12 @@ class Slot:
         code = None
         if self._process is not None:
             self._process.join(5)
-            code = self._process.exitcode
         if self._pool is not None:
             self._pool.shutdown()
+        if self._process is not None:
+            # Not before: the pool's own thread waits for it too, and one of two that do
+            # is told nothing until the other has ended.
+            code = self._process.exitcode
         self._pool = self._process = None
         if code is None or code >= 0:
             return f"ProcessEnded: the process of the run ended by itself (exit {code})"
