@@ -104,17 +104,12 @@ class ModuleState:
         self._copies = copies
         self._fresh = True
 
-    def rewind(self, training: tuple[bool, ...], *, keep: bool) -> None:
-        """Make the copies what the buffers were, and set the modes.
+    def rewind(self, *, keep: bool) -> None:
+        """Make the copies what the buffers were.
 
         Args:
-            training: train/eval modes, as of `modes_of`.
             keep: whether these copies must not be changed by a later `rewind`.
-
-        Raises:
-            HypergradError: the modes are those of a module of another structure.
         """
-        self._set_modes(training)
         if not self._copied:
             return
         if not self._fresh:
@@ -128,7 +123,15 @@ class ModuleState:
         if keep:
             self._placed = []
 
-    def _set_modes(self, training: tuple[bool, ...]) -> None:
+    def set_modes(self, training: tuple[bool, ...]) -> None:
+        """Set train/eval modes.
+
+        Args:
+            training: as of `modes_of`.
+
+        Raises:
+            HypergradError: they are those of a module of another structure.
+        """
         if len(training) != len(self._modes):
             msg = (
                 f"the module has {len(self._modes)} submodules and had {len(training)} "

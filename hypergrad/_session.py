@@ -59,9 +59,15 @@ class Session:
         if self._moved or state is not self._before:
             rng.restore(state)
         self._moved = True
+        self.set_modes(training)
+        if self._module is not None:
+            self._module.rewind(keep=keep)
+
+    def set_modes(self, training: tuple[bool, ...] | None) -> None:
+        """Set the module's train/eval modes; None for those of the session."""
         training = self.training if training is None else training
         if self._module is not None and training is not None:
-            self._module.rewind(training, keep=keep)
+            self._module.set_modes(training)
 
     def close(self) -> None:
         """Put everything back.

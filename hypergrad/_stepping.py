@@ -220,8 +220,7 @@ class Stepper:
                 "function that draws one."
             )
             raise HypergradError(msg)
-        state = rng.capture(self.problem.tensors)
-        return fixed(outer_batch, state, self.problem.training)
+        return fixed(outer_batch, rng.capture(self.problem.tensors))
 
     def _record(
         self,

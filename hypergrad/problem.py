@@ -443,6 +443,15 @@ class BilevelProblem:
             return self._session.training
         return None if self.module is None else modes_of(self.module)
 
+    def set_modes(self, training: tuple[bool, ...] | None) -> None:
+        """Set train/eval modes, within `untouched` and until its next evaluation.
+
+        Args:
+            training: as of a `MicroBatch`; None for those of `training`.
+        """
+        if self._session is not None:
+            self._session.set_modes(training)
+
     def guarded(self) -> AbstractContextManager[object]:
         """Leave all as it is after the block, as `untouched`, but start no evaluation."""
         return self.untouched() if self._session is None else nullcontext()

@@ -85,15 +85,13 @@ class Slot:
 
     def why_it_ended(self) -> str:
         """Return how the process ended that was lost, and forget it."""
-        code = None
         if self._process is not None:
             self._process.join(5)
         if self._pool is not None:
             self._pool.shutdown()
-        if self._process is not None:
-            # Not before: the pool's own thread waits for it too, and one of two that do
-            # is told nothing until the other has ended.
-            code = self._process.exitcode
+        # Not before: the pool's own thread waits for the process too, and one of two that
+        # do is told nothing until the other has ended.
+        code = None if self._process is None else self._process.exitcode
         self._pool = self._process = None
         if code is None or code >= 0:
             return f"ProcessEnded: the process of the run ended by itself (exit {code})"

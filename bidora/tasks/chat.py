@@ -67,7 +67,7 @@ def as_messages(value: Any, *, answered: bool) -> list[Message]:
 def _turn(turn: Any, number: int) -> Message:
     if isinstance(turn, dict) and "role" not in turn and {"from", "value"} <= set(turn):
         others = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        role = SHARE_GPT.get(turn["from"], turn["from"])
+        role = SHARE_GPT.get(str(turn["from"]), turn["from"])
         turn = {"role": role, "content": turn["value"], **others}
     if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
         raise BadValueError(f"turn {number} has no role and content")

@@ -102,11 +102,10 @@ class Instruction(LanguageTask):
         details = {"format": "chat" if is_chat else "prompt-completion"}
         if not is_chat:
             columns = self.columns(source)
-            in_parts = set(ALPACA) <= set(source.train.columns) - {
-                columns["label_column"]
-            }
-            if column == ALPACA[0] and in_parts and self.text_column is None:
-                details["context"] = ALPACA[1]
+            first, second = ALPACA
+            others = set(source.train.columns) - {columns["label_column"]}
+            if self.text_column is None and column == first and second in others:
+                details["context"] = second
         settings = {**columns, **self.settings_of_generation()}
         return Schema(self.name, settings, (), self.main_metric, details)
 

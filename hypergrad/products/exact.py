@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hypergrad.attention import explain_second_order
+from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError
 from hypergrad.modules import refuse_recompute
@@ -183,9 +183,9 @@ class _DoubleBackward(BoundProduct):
         like = [direction[n] if several else t for n, t in wanted.items()]
         for micro in self._plain:
             self._ensure_graph(micro)
-            # Checkpointing runs the forward pass again within.
-            with replay(self.problem, micro):
-                parts = self._one(direction, wanted, several)
+            # Checkpointing runs the forward pass again, and in the same modes.
+            self.problem.set_modes(micro.training)
+            parts = self._one(direction, wanted, several)
             sums = accumulate(sums, parts, like, micro.weight)
             used |= {n for n, p in zip(wanted, parts, strict=True) if p is not None}
         return self._handed_on(dict(zip(wanted, sums, strict=True)), set(wanted) - used)
@@ -207,7 +207,8 @@ class _DoubleBackward(BoundProduct):
                 if graph.loss is not None:
                     self._losses.append(graph.loss)
             self._joint = graph if self._reusable else None
-            with replay(problem, micro):
+            problem.set_modes(micro.training)
+            with attention("math"):
                 parts = graph.product(
                     {**inner, **outer}, w, self.tally, retain=self._reusable
                 )
@@ -239,7 +240,7 @@ class _DoubleBackward(BoundProduct):
         targets = {n: graph.inner.get(n, t) for n, t in wanted.items()}
         retain = self._reusable
         try:
-            with problem.swapped(graph.inner):
+            with problem.swapped(graph.inner), attention("math"):
                 return graph.product(
                     direction, targets, self.tally, retain=retain, several=several
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad import tree
-from hypergrad.attention import explain_second_order
+from hypergrad.attention import attention, explain_second_order
 from hypergrad.batches import MicroBatch
 from hypergrad.errors import HypergradError
 from hypergrad.products.autograd import differentiate, recording
@@ -148,20 +148,22 @@ class GaussNewton(BoundProduct):
         self, micro: MicroBatch, direction: Params, losses: list[Tensor]
     ) -> list[Tensor | None]:
         w = self.problem.inner_params
-        # Checkpointing runs the forward pass again in each backward pass.
-        with replay(self.problem, micro, keep=self._kept is None):
-            if self._kept is None:
+        if self._kept is None:
+            with replay(self.problem, micro, keep=True):
                 z = self._predict(micro, losses)
-                cotangents = [torch.zeros_like(v, requires_grad=True) for v in z.values]
-                self.tally.n_backward += 1
-                leaves = list(w.values())
-                pulled = differentiate(z.values, leaves, cotangents, create_graph=True)
-            else:
-                z, cotangents, pulled = self._kept
-            if len(self.batches) == 1:
-                self._kept = z, cotangents, pulled
+            cotangents = [torch.zeros_like(v, requires_grad=True) for v in z.values]
             self.tally.n_backward += 1
-            directions = [direction[n] for n in w]
+            leaves = list(w.values())
+            pulled = differentiate(z.values, leaves, cotangents, create_graph=True)
+        else:
+            z, cotangents, pulled = self._kept
+        if len(self.batches) == 1:
+            self._kept = z, cotangents, pulled
+        self.tally.n_backward += 1
+        directions = [direction[n] for n in w]
+        # Checkpointing runs the forward pass again, and in the same modes.
+        self.problem.set_modes(micro.training)
+        with attention("math"):
             moved = differentiate(pulled, cotangents, directions, retain_graph=True)
             return self._pull(z, moved)
 

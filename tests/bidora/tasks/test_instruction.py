@@ -124,6 +124,7 @@ def test_answers_are_cut_and_counted_and_prompts_are_refused() -> None:
         ),
         ([{"from": "function", "value": "4"}], "turn 1 is by 'function'; roles are"),
         ([{"from": "human"}], "turn 1 has no role and content"),
+        ([{"from": ["human"], "value": "4"}], "turn 1 is by .*; roles are"),
         ([{**CHAT[0], "tool_calls": [1]}], "turn 1 has 'tool_calls' too"),
     ],
 )
