@@ -1,4 +1,4 @@
-"""The page that says which method to take, held to the results it was written from."""
+"""Pages with figures of the comparison, held to the results they were written from."""
 
 from __future__ import annotations
 
@@ -53,3 +53,43 @@ def test_the_page_tells_the_pairs_of_the_results(method: str) -> None:
     (steps,) = (t for t in summary()["overall"] if t["purpose"] == "steps")
     (average,) = (a for a in steps["averages"] if a["method"] == method)
     assert f"{average['over_probe']['n']} pairs" in first_section()
+
+
+def means(study: str) -> dict[tuple[str, str], dict[str, str]]:
+    """Return what each method has on test examples, by task and size."""
+    path = ROOT / "benchmarks" / "results" / study / "results.json"
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for table in json.loads(path.read_text("utf-8"))["summary"]["tables"]:
+        if table["purpose"] != "steps":
+            continue
+        size = str(table["size"])
+        for task, score in table["constant"].items():
+            found[task, size] = {"constant answer": f"{score['mean']:.1f}"}
+        for row in table["results"]:
+            one = found.setdefault((row["task"], size), {})
+            one[row["method"]] = f"{row['score']['mean']:.1f}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "study", "rows"),
+    [
+        ("classification", "quality", 4),
+        ("regression", "quality", 1),
+        ("tagging", "quality", 3),
+    ],
+)
+def test_the_figures_of_a_task_are_in_the_results(
+    page: str, study: str, rows: int
+) -> None:
+    text = (ROOT / "docs" / "tasks" / f"{page}.md").read_text("utf-8")
+    lines = text.split("\n## What to expect")[1].splitlines()
+    cells = [[c.strip(" `") for c in x.split("|")[1:-1]] for x in lines if x[:1] == "|"]
+    names, known = cells[0], means(study)
+    ours = [c for c in cells[2:] if not c[0].startswith("*")]
+    assert len(ours) == rows
+    for first, *values in ours:
+        data, size = first.split(", ")
+        scores = known[data.lower().replace("-", ""), size]
+        for name, value in zip(names[2:], values[1:], strict=True):
+            assert scores[name] == value, (first, name)

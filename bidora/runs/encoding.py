@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import uuid4
 
 from bidora.tasks.base import Rows, Schema, Task
 
@@ -49,6 +50,9 @@ def encode(rows: Rows, task: Task, schema: Schema, tokenizer: Any, length: int) 
             remove_columns=table.column_names,
             keep_in_memory=True,
             load_from_cache_file=False,
+            # Nothing is looked up by it; to make one, datasets would hash the tokenizer,
+            # word by word.
+            new_fingerprint=uuid4().hex,
         )
     finally:
         if shown:
