@@ -109,6 +109,7 @@ def predict(
     if not len(rows):
         raise UserError(f"{input_file} has no row that can be scored.")
     model, tokenizer, task = _load(folder, settings, task, schema, device)
+    task.try_model(model, tokenizer, {"input": rows})
     answers = _answers(model, tokenizer, task, schema, rows, settings, listener)
     records = _beside(table, rows, answers)
     _write(output, records)

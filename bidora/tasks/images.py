@@ -163,7 +163,7 @@ class ImageClassification(OneClass):
         inputs = processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")
         try:
             with torch.no_grad():
-                model(**inputs)
+                model(**inputs.to(next(model.parameters()).device))
         except (ValueError, RuntimeError) as error:
             size = " × ".join(map(str, inputs["pixel_values"].shape[-2:]))
             raise UserError(

@@ -218,6 +218,17 @@ def test_images_that_can_not_be_scored_are_told(
     assert (done.rows, len(done.skipped)) == (11, 1)
 
 
+def test_new_images_of_several_sizes_are_told_by_a_run_that_had_one(
+    run_of: Run, pets: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_of("full").folder, run)
+    ViTImageProcessor(size={"shortest_edge": 8}).save_pretrained(run)
+    with pytest.raises(UserError, match=r"8 × 10 .* and a batch takes one size"):
+        predict(run, pets / "test", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
 @pytest.mark.parametrize("method", ["bidora", "full"])
 def test_an_export_needs_neither_peft_nor_us(
     method: str, run_of: Run, tmp_path: Path
