@@ -77,6 +77,7 @@ def means(study: str) -> dict[tuple[str, str], dict[str, str]]:
         ("classification", "quality", 4),
         ("regression", "quality", 1),
         ("tagging", "quality", 3),
+        ("proteins", "families", 2),
     ],
 )
 def test_the_figures_of_a_task_are_in_the_results(
