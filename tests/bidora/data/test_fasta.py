@@ -13,6 +13,7 @@ from bidora.data.source import Source
 from bidora.data.table import name_column
 from bidora.errors import UserError
 from bidora.tasks.classification import Classification
+from tests.shared import shared_data
 
 TWO = ">sp|P1|ONE first protein\nMKTA\nYGK*\n\n>P2\n acd\tef\n"
 
@@ -124,16 +125,11 @@ def test_peptides_are_known_by_name(tmp_path: Path) -> None:
     assert source.hints["proteins"] is True
 
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
-
-
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the folder with real data is not there"
-)
 def test_real_files_have_their_published_counts() -> None:
-    peptides = load_source("bbp", data_dir=str(SHARED / "bbp"))
+    peptides = load_source("bbp", data_dir=str(shared_data("bbp")))
     assert [len(peptides.parts[p]) for p in ("train", "test")] == [200, 38]
-    proteins = load_source("thermophilicity", data_dir=str(SHARED / "thermophilicity"))
+    place = shared_data("thermophilicity")
+    proteins = load_source("thermophilicity", data_dir=str(place))
     labels = proteins.train.values("label")
     assert labels.count("thermophilic") == 1699
     assert labels.count("non-thermophilic") == 3440
