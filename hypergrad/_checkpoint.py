@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import tree
 from hypergrad._answer_checks import check_state
 from hypergrad._checks import some
 from hypergrad._run import Run
@@ -44,7 +45,7 @@ class Checkpointer:
         reducer = self._problem.reducer
         return {
             "estimator": type(self._asked).__name__,
-            "learned": sorted(self._problem.beside_losses),
+            "learned": tree.clone(self._learned),
             "chosen": pack_estimator(run.estimator) if chosen else None,
             "resolved": run.resolved,
             "n_inner_steps": run.n_inner_steps,
@@ -87,7 +88,7 @@ class Checkpointer:
             ValueError: it comes from another kind of optimizer, estimator or problem.
         """
         saved = _check_saved(state_dict, self._asked, levels)
-        _check_learned(saved, self._problem)
+        _check_learned(saved["learned"], self._learned)
         chosen = saved.get("chosen")
         check_state(saved["estimator_state"], "the checkpoint")
         # Steps share λ where it did not move between them.
@@ -113,6 +114,24 @@ class Checkpointer:
             saved.get("began", 0),
         )
         return run, foreign
+
+    def place_learned(self, state_dict: Mapping[str, Any]) -> None:
+        """Put the settings and starts that are learned where they were.
+
+        They are in no module, so that no other file has them.
+
+        Args:
+            state_dict: one that `unpack` took.
+        """
+        saved = state_dict["bilevel"]["learned"]
+        with torch.inference_mode(mode=False):
+            own = self._learned
+            tree.copy(list(own.values()), [saved[n].to(own[n].device) for n in own])
+
+    @property
+    def _learned(self) -> Params:
+        problem = self._problem
+        return {n: problem.outer_params[n] for n in sorted(problem.beside_losses)}
 
     @property
     def _device(self) -> torch.device:
@@ -212,22 +231,30 @@ def _both(saved: set[str], here: Params) -> tuple[str, str]:
     )
 
 
-def _check_learned(saved: Mapping[str, Any], problem: BilevelProblem) -> None:
+def _check_learned(saved: Params, mine: Params) -> None:
     """Refuse the state of a problem that learns other settings or starts.
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming them, with their shapes where only those differ.
     """
-    mine = sorted(problem.beside_losses)
-    theirs = saved.get("learned", mine)
-    if theirs != mine:
+    theirs, here = ({n: list(t.shape) for n, t in p.items()} for p in (saved, mine))
+    if theirs == here:
+        return
+    if theirs.keys() == here.keys():
+        theirs = {n: shape for n, shape in theirs.items() if shape != here[n]}
+        here = {n: here[n] for n in theirs}
         msg = (
-            f"this state_dict is of a problem that learns {theirs or 'nothing'} of the "
-            f"inner run, and this one learns {mine or 'nothing'}: the outer parameters "
-            "would not fit. Make the problem with the same inner_settings and "
-            "learn_start."
+            f"what this state_dict learned of the inner run has other shapes: {theirs}, "
+            f"and here {here}. Make the problem with as many values in inner_settings, "
+            "one for each parameter group or for each step of a schedule."
         )
         raise ValueError(msg)
+    msg = (
+        f"this state_dict is of a problem that learns {list(theirs) or 'nothing'} of the "
+        f"inner run, and this one learns {list(here) or 'nothing'}: the outer parameters "
+        "would not fit. Make the problem with the same inner_settings and learn_start."
+    )
+    raise ValueError(msg)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -31,7 +31,7 @@ def check_reaches(estimator: HypergradEstimator, problem: BilevelProblem) -> Non
             msg = (
                 f"{type(estimator).__name__} cannot answer for {', '.join(names[:4])}: "
                 f"these are {what}, which act in inner steps and not in the losses, and "
-                "it does not differentiate the steps in them. Take "
+                "it does not go through the steps to them. Take "
                 "Unrolled(num_steps=K), K the steps of an inner run, or Forward for a "
                 "handful of numbers."
             )

@@ -102,7 +102,11 @@ class Hooks:
             who = f"{type(self._estimator).__name__}.after_inner_step"
             check_state(found, who)
             self._tally.read()
-        return found
+        # The next step writes to the parameters, and may to copies of before this one.
+        held = [self._problem.inner_params, self._problem.outer_params]
+        held += [step.inner_params, *step.state.values(), step.grads]
+        memory = {_memory(t) for params in held for t in params.values()}
+        return _apart(found, memory)
 
     @contextmanager
     def _point(self) -> Iterator[Point]:
@@ -117,6 +121,22 @@ class Hooks:
                 "step that fails could not undo. Return new tensors."
             )
             raise HypergradError(msg)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _apart(state: Mapping[str, Any], memory: set[int]) -> dict[str, Any]:
+    """Return a state whose tensors lie in none of the memory."""
+    return {
+        key: _apart(value, memory)
+        if not isinstance(value, Tensor)
+        else value.detach().clone()
+        if _memory(value) in memory
+        else value
+        for key, value in state.items()
+    }
 
 
 def _versions(state: Mapping[str, Any]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def _shape(values: Any) -> tuple[int, ...]:
 
 
 def _numbers(name: str, start: Any) -> Any:
-    if isinstance(start, Tensor):
+    if isinstance(start, Tensor | np.ndarray):
         start = start.tolist()
     if isinstance(start, Sequence) and not isinstance(start, str):
         return [_numbers(name, each) for each in start]

@@ -59,11 +59,15 @@ class Run:
         return since_snapshot(self.window, lookback) if lookback else ()
 
     def is_due(self, n_inner_steps: int, warmup: int) -> bool:
-        """Return whether an outer step follows the inner step of that number."""
+        """Return whether an outer step follows the inner step of that number.
+
+        The cadence is that of the present inner run, the warmup that of all.
+        """
         lookback = self.estimator.needs.lookback
         first = max(warmup, lookback, 1)
         filled = min(len(self.window) + 1, n_inner_steps) >= lookback
-        due = n_inner_steps >= first and n_inner_steps % self.outer_every == 0
+        in_run = n_inner_steps - self.began
+        due = n_inner_steps >= first and in_run % self.outer_every == 0
         return due and filled and not self.outer_frozen
 
     def without_graphs(self) -> Run:

@@ -17,10 +17,12 @@ from hypergrad.estimators import make_estimator
 from hypergrad.learned import check_learned, note_rates
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
+from hypergrad.reporting import report
 from hypergrad.rules import check_supported, rule_of
 
 __all__ = [
     "check_inner",
+    "check_outer",
     "check_settings",
     "describe",
     "make_estimator_of",
@@ -138,6 +140,25 @@ def check_inner(
         note_rates(inner, problem)
     if auditor.every and auditor.reference in ("dense", "cg"):
         choose_reference(problem, None, auditor.reference)
+
+
+def check_outer(problem: BilevelProblem, outer: torch.optim.Optimizer) -> None:
+    """Warn of decay of learned settings, which goes towards 0 on their scales.
+
+    Args:
+        problem: the problem.
+        outer: the outer optimizer.
+    """
+    learned = {id(problem.outer_params[n]): n for n in problem.inner_settings}
+    for group in outer.param_groups:
+        names = [learned[id(p)] for p in group["params"] if id(p) in learned]
+        if names and group.get("weight_decay"):
+            report(
+                f"the outer optimizer's weight_decay={group['weight_decay']} pulls "
+                f"{', '.join(names)} towards 0, whatever the hypergradient: a learning "
+                "rate towards 1, a momentum towards 1/2. Put what is learned of the inner "
+                "optimizer in a group with weight_decay=0."
+            )
 
 
 def describe(

@@ -272,14 +272,15 @@ class Stepper:
         period, shift = (
             (run.outer_every, n) if run.outer_every >= n else (newest + 1, 0)
         )
+        begun = run.began - shift
         window, first = list(run.window), newest + 1 - len(run.window)
         # The step before this one left the older records as they are to be, so that a
         # step of a long run does not go through all of them.
-        by = every, n, run.outer_every, newest - own
+        by = every, n, run.outer_every, newest - own, run.began
         settled = self._settled == (*by, newest - 1)
         self._settled = (*by, newest)
         for i in range(max(first, own) if settled else first, own + 1):
-            step, chosen = window[i - first], (i + shift) % period % every == 0
+            step, chosen = window[i - first], (i - begun) % period % every == 0
             if step.is_snapshot and step.follows and not chosen:
                 window[i - first] = without_snapshot(self.problem, step)
         w = self.problem.inner_params

@@ -327,11 +327,22 @@ def check_learned(rule: Rule, problem: BilevelProblem) -> None:
         if s.groups is not None and s.groups != len(parts):
             msg = (
                 f"inner_settings[{s.setting!r}] has {s.groups} values, and the inner "
-                f"optimizer has {len(parts)} parameter groups. Pass one for each, or a "
-                "single number for all."
+                f"optimizer has {len(parts)} parameter groups that hold any. Pass one for "
+                "each, or a single number for all."
             )
             raise ValueError(msg)
-        if key == "weight_decay" and not any(part.weight_decay for _, part in parts):
+        if key != "weight_decay":
+            continue
+        off = [i for i, (_, part) in enumerate(parts) if not part.weight_decay]
+        if off and s.groups is not None:
+            msg = (
+                "inner_settings['weight_decay'] has a value for each parameter group, and "
+                f"that of group {off[0]} would never act: its own weight_decay is 0, and a "
+                "group without decay stays without. Give it any positive weight_decay, or "
+                "pass a single number for all groups that have one."
+            )
+            raise ValueError(msg)
+        if len(off) == len(parts):
             msg = (
                 "inner_settings learns 'weight_decay', and it is 0 in every parameter "
                 "group: a group without decay stays without. Give the inner optimizer "

@@ -20,6 +20,7 @@ from hypergrad._rollback import Rollback, Workspace
 from hypergrad._run import Run
 from hypergrad._setup import (
     check_inner,
+    check_outer,
     check_settings,
     describe,
     make_estimator_of,
@@ -136,6 +137,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         auditor = Auditor(audit_every, audit_reference, audit_window)
         check_inner(problem, chosen, inner, auditor)
         outer_level = make_level("outer", outer_optimizer, problem.outer_params)
+        check_outer(problem, outer_level)
         self.problem = problem
         self.inner, self.outer = inner, outer_level
         self.outer_warmup = outer_warmup
@@ -455,8 +457,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         Returns:
             torch's own layout, and under `"bilevel"` the counters, the recorded inner
-            steps with their batches and random states, and the estimator's state. On
-            several ranks each has its own batches: save one file for each rank.
+            steps with their batches and random states, the estimator's state, and learned
+            settings and starts; weights are the model's to save. On several ranks each
+            has its own batches: save one file for each rank.
         """
         out = super().state_dict()
         out["bilevel"] = self._checkpointer.pack(self._run)
@@ -484,7 +487,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
             found.append(run)
             return [float(foreign)]
 
-        with self._whole():
+        with self._whole() as rollback:
+            rollback.level(self.outer, self.problem.outer_params, keep=False)
             reducer = self.problem.reducer
             foreign = reducer.largest(1, load, self.problem.outer_params)[0]
             loaded = found[0]
@@ -495,5 +499,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
             n = self._stepper.n_recorded(replace(loaded, outer_every=self.outer_every))
             window = since_snapshot(loaded.window, n) if n else ()
             self._run = replace(loaded, outer_every=self.outer_every, window=window)
+            self._checkpointer.place_learned(state_dict)
             for parameter in self.problem.outer_params.values():
                 parameter.requires_grad_(not self.outer_frozen)

@@ -135,7 +135,9 @@ def take_steps(
         problem: the problem.
         batches: one batch (or `Accumulated`) for each step.
         rule: what a step does.
-        state: optimizer state to start from; None for a fresh optimizer.
+        state: optimizer state to start from; None for a fresh optimizer. Steps are
+            counted from 0 in either case, and begin at a learned start: it does not go on
+            with a run.
         tally: counts the evaluations.
         grads: whether ∂g/∂w is needed on record; see `keeps_grads`.
         byproduct: whether to record ∂g/∂λ too.

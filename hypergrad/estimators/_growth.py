@@ -19,6 +19,8 @@ __all__ = ["AdjointNorms", "TangentNorms"]
 _LOOK_EVERY = 64
 """Steps from one look at the device to the next. What waits to be looked at stays
 bounded, an overflow ends the walk early, and a short one has no look of its own."""
+_BEGINNING = 3
+"""Steps in which a tangent begins."""
 _REMEDY = (
     "so that the hypergradient holds for no change of λ that is seen. The inner steps "
     "amplify, usually because their learning rate is too high: lower it, clip inner "
@@ -90,26 +92,33 @@ class AdjointNorms(_Norms):
     def __init__(self, point: Point, num_steps: int) -> None:
         super().__init__(point, num_steps)
         self._newest_first: list[float] = []
+        self._at_start: list[float] = []
         self.watch(point.v)
 
     def watch(self, adjoint: Params) -> None:
-        """Have a norm read with what is read next."""
+        """Have the norm after a step read with what is read next."""
         self._watch([adjoint], [self._newest_first])
 
+    def watch_start(self, adjoint: Params) -> None:
+        """Likewise before the oldest step, where that is an answer itself."""
+        self._watch([adjoint], [self._at_start])
+
     def oldest_first(self) -> tuple[float, ...]:
-        """Return those that were read."""
+        """Return those after each step that were read."""
         return tuple(reversed(self._newest_first))
 
     def _explosion(self) -> str:
         # Newest first, so that the first of the largest is where it came to be so large.
-        first, largest = self._newest_first[0], max(self._newest_first, default=0.0)
+        norms = self._newest_first + self._at_start
+        first, largest = norms[0], max(norms)
         if not 0.0 < first < math.inf or not self._eps * largest > first:
             return ""
-        number = self._num_steps - self._newest_first.index(largest)
+        number = self._num_steps - norms.index(largest)
+        place = f"after step {number}" if number else "at their start"
         return (
             f"The adjoint ∂f/∂w grew {largest / first:.2g}-fold, from {first:.2g} at the "
-            f"end of the {self._num_steps} inner steps to {largest:.2g} after step "
-            f"{number}: by more than 1/ε = {1 / self._eps:.2g} of {self._dtype}. One "
+            f"end of the {self._num_steps} inner steps to {largest:.2g} {place}: "
+            f"by more than 1/ε = {1 / self._eps:.2g} of {self._dtype}. One "
             "rounding of w there changes the outer loss as much as a move of the last w "
             f"by its own size, {_REMEDY}"
         )
@@ -118,8 +127,10 @@ class AdjointNorms(_Norms):
 class TangentNorms(_Norms):
     """Norms of how w changes along directions of λ, after each inner step.
 
-    Where a tangent begins is where λ first acts. From there to its largest, each step adds
-    one of its own, so that n of them reach n times the first where nothing amplifies.
+    A tangent begins where λ first acts, at the largest of the few norms from there: the
+    first alone may be next to nothing, as Adam's first step hardly depends on what scales
+    its gradient. From there to its largest, each step adds one of its own, so that n of
+    them reach n times the first where nothing amplifies.
 
     Args:
         point: where the estimate is taken.
@@ -143,8 +154,9 @@ class TangentNorms(_Norms):
             begun = next((i for i, norm in enumerate(norms) if norm), None)
             if begun is None:
                 continue
-            first, largest = norms[begun], max(norms)
-            number = norms.index(largest)
+            few = norms[begun : begun + _BEGINNING]
+            first, largest = max(few), max(norms)
+            begun, number = begun + few.index(first), norms.index(largest)
             growth = largest / first
             excess = self._eps * growth / (number - begun + 1)
             if not excess > worst or not math.isfinite(growth):

@@ -84,7 +84,8 @@ def check_first(who: object, num_steps: int, number: int | None) -> None:
         msg = (
             f"the start of the inner run is learned, and the oldest of the {num_steps} "
             f"steps that {type(who).__name__} looks back at is {at} of the run, not its "
-            "first. Take outer steps after as many inner steps as num_steps, and call "
-            "`begin_run` after each."
+            "first. Take outer steps after as many inner steps as num_steps "
+            "(`outer_every`, and an `outer_warmup` of no more), and call `begin_run` after "
+            "each."
         )
         raise HypergradError(msg)

@@ -63,7 +63,8 @@ class Auto(HypergradEstimator):
     """
 
     name: ClassVar[str] = "auto"
-    reaches: ClassVar[frozenset[str]] = frozenset({"settings", "start"})
+    # One step back does not reach the start of a longer run.
+    reaches: ClassVar[frozenset[str]] = frozenset({"settings"})
 
     @property
     def needs(self) -> Needs:

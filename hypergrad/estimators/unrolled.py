@@ -161,7 +161,9 @@ class Unrolled(WithProduct):
             total = tree.add(total, mixed) if total else mixed
             if inner:
                 adjoint = tree.add(pulled.params, curved), pulled.state
-            if not oldest:
+            if starts:
+                norms.watch_start(adjoint[0])
+            elif not oldest:
                 norms.watch(adjoint[0])
             del pulled, curved  # before others are reached
             point.tell_progress(self.num_steps - left, self.num_steps)

@@ -64,8 +64,10 @@ class ZerothOrder(HypergradEstimator):
         num_directions: m, or `"all"` for every entry of λ.
         radius: μ, how far an entry of λ is moved; None for the cube root of the spacing
             of the numbers that take part, 6e-6 in float64 and 5e-3 in float32, times the
-            root mean square of the entry's tensor where that is above 1. A metric that
-            counts needs more.
+            root mean square of the entry's tensor where that is above 1. A random
+            direction moves all entries alike, so that its noise is that of the formula:
+            by the smallest of these lengths, or by the largest times that cube root where
+            it is more. A metric that counts needs more.
         rule: rule of the virtual steps where no steps are given.
         snapshots: how many copies of w and the optimizer's state the record of the steps
             may hold, as for `Unrolled`. One is used.
@@ -171,7 +173,8 @@ class ZerothOrder(HypergradEstimator):
         """
         outer = point.problem.outer_params
         directions = Directions.of(outer, self.num_directions, self.seed, point.state)
-        lengths = self._lengths(point, point.value("outer"))
+        value = point.value("outer")
+        lengths = self._lengths(point, value, alike=directions.random)
         taken = point.steps[-self.num_steps :] if point.steps else ()
         start = start_of(point, len(taken)) if taken else ({}, {})
         sums = (tree.zeros_like(_wide(outer)), tree.zeros_like(_wide(outer)))
@@ -203,8 +206,13 @@ class ZerothOrder(HypergradEstimator):
         info = {"fd_radius": largest, "reason": " ".join(filter(None, reasons))}
         return Terms(direct, indirect, directions.state, info)
 
-    def _lengths(self, point: Point, value: Tensor) -> dict[str, float]:
+    def _lengths(self, point: Point, value: Tensor, *, alike: bool) -> dict[str, float]:
         """Return how far to move the entries of each tensor of λ.
+
+        Args:
+            point: the place.
+            value: of the outer loss, whose dtype counts.
+            alike: whether all are moved by the same.
 
         Raises:
             HypergradError: some entry would stay where it is.
@@ -219,6 +227,10 @@ class ZerothOrder(HypergradEstimator):
                 n: base * max(1.0, size / math.sqrt(max(1, t.numel())))
                 for (n, t), size in zip(outer.items(), sizes, strict=True)
             }
+            if alike:
+                # Shorter, and the largest would move by few of their spacings.
+                least, most = min(lengths.values()), max(lengths.values())
+                lengths = dict.fromkeys(outer, max(least, base * most))
         ones = {n: torch.full_like(t, lengths[n]) for n, t in outer.items()}
         ahead, behind = _moved(outer, ones, 1.0), _moved(outer, ones, -1.0)
         still = [((ahead[n] == t) | (behind[n] == t)).sum() for n, t in outer.items()]

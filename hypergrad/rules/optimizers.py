@@ -115,10 +115,18 @@ def rule_of(
     names = {id(tensor): name for name, tensor in params.items()}
     make = SUPPORTED[type(optimizer)]
     groups = []
-    for group in optimizer.param_groups:
+    for i, group in enumerate(optimizer.param_groups):
         held = tuple(names[id(p)] for p in group["params"] if id(p) in names)
         if held:
-            groups.append((held, make(group)))
+            try:
+                groups.append((held, make(group)))
+            except ValueError as error:
+                msg = (
+                    f"parameter group {i} of the {type(optimizer).__name__} has a setting "
+                    f"that torch would not have taken: {error} A scheduler, or a line that "
+                    "sets param_groups, is the usual cause."
+                )
+                raise ValueError(msg) from error
     missing = set(params) - {name for held, _ in groups for name in held}
     if missing:
         msg = (

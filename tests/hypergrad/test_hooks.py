@@ -299,6 +299,27 @@ def test_a_state_that_is_no_tensors() -> None:
         opt.inner_step(batch(0), batch(1))
 
 
+@pytest.mark.parametrize("what", ["record", "parameters"])
+def test_a_state_that_is_the_steps_own_memory(what: str) -> None:
+    """It keeps w of the first step, however many follow."""
+
+    class First(Pulled):
+        def after_inner_step(self, point: Point, step: InnerStep) -> EstimatorState:
+            live = {n: t.detach() for n, t in point.problem.inner_params.items()}
+            own = live if what == "parameters" else step.inner_params
+            return dict(point.state) or {"nested": {"first": own}}
+
+    opt = made(First(), partial(torch.optim.SGD, lr=0.1))
+    first = None
+    for k in range(4):
+        if first is None and what == "record":
+            first = tree.clone(opt.problem.inner_params)
+        opt.inner_step(batch(k), batch(50))
+        first = first or tree.clone(opt.problem.inner_params)
+        held = opt._run.estimator_state["nested"]["first"]
+        assert snapshot_of(held) == snapshot_of(first)
+
+
 def test_state_resumes_bit_for_bit() -> None:
     def go_on(opt: BilevelOptimizer, first: int) -> None:
         torch.manual_seed(first)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from hypergrad import (
     BilevelOptimizer,
     BilevelProblem,
     HypergradError,
+    NumericalWarning,
     compare_estimators,
     estimator_names,
     make_estimator,
@@ -512,6 +515,11 @@ def test_a_run_resumes_with_its_numbers() -> None:
     settings = {"inner_settings": {"lr": 0.5, "schedule": [1.0, 0.5, 0.25]}}
     opt, other = (line(learn_start=True, **settings) for _ in range(2))
     opt.begin_run()
+    for _ in range(2):
+        opt.step(0.0, 1.4)  # w goes from 4 to 2 to 1.5
+    moved = snapshot_of(dict(opt.problem.outer_params))
+    assert moved != snapshot_of(dict(other.problem.outer_params))
+    opt.begin_run()
     opt.step(0.0, 0.0)
     file = io.BytesIO()
     torch.save((opt.state_dict(), opt.problem.module.state_dict()), file)  # pyright: ignore[reportOptionalMemberAccess]
@@ -519,6 +527,7 @@ def test_a_run_resumes_with_its_numbers() -> None:
     state, model = torch.load(file, weights_only=True)
     other.problem.module.load_state_dict(model)  # pyright: ignore[reportOptionalMemberAccess]
     other.load_state_dict(state)
+    assert snapshot_of(dict(other.problem.outer_params)) == moved
     for o in (opt, other):
         o.step(0.0, 1.0)
         o.begin_run()
@@ -610,6 +619,11 @@ BAD: list[tuple[Callable[[], Any], Any, str]] = [
     ),
     (settings_of({"lr": [[0.1]]}), ValueError, "is of another form"),
     (settings_of({"lr": [0.1, 0.2]}), ValueError, "has 2 values.*1 parameter groups"),
+    (
+        settings_of({"weight_decay": [0.1]}),
+        ValueError,
+        r"that of group 0 would never act: .*a single number for all groups",
+    ),
     (settings_of({"betas": 0.9}), ValueError, "is of another form: pass a pair"),
     (settings_of({"betas": (0.9, 0.99, 0.999)}), ValueError, "is of another form"),
     (
@@ -757,6 +771,7 @@ def test_the_state_of_a_problem_that_learns_something_else() -> None:
 
     plain, rate = made(), made(inner_settings={"lr": 0.1})
     decay = made(inner_settings={"weight_decay": 0.1})
+    short, long = (made(inner_settings={"schedule": [1.0] * n}) for n in (4, 6))
     for mine, theirs, says in (
         (
             plain,
@@ -765,6 +780,12 @@ def test_the_state_of_a_problem_that_learns_something_else() -> None:
         ),
         (rate, plain, r"learns nothing of the inner run, and this one learns \['log_l"),
         (rate, decay, r"learns \['log_weight_decay'\] of .* one learns \['log_lr'\]"),
+        (
+            rate,
+            made(inner_settings={"lr": [0.1]}),
+            r"\{'log_lr': \[1\]\}, .*_lr': \[\]\}",
+        ),
+        (short, long, r"other shapes: \{'log_schedule': \[6\]\}, and here .*\[4\]"),
         (plain, made(names=("mu",)), r"other outer parameters .*\(mu; here: lam\)"),
     ):
         before = snapshot_of(dict(mine.problem.outer_params))
@@ -796,9 +817,67 @@ def test_a_run_that_is_not_seen_whole() -> None:
     opt.inner_step(0.0)
     opt.inner_step(0.0)
     before = opt.problem.outer_params["start of w"].item()
-    with pytest.raises(HypergradError, match=r"is number 2 of the run.*`begin_run`"):
+    says = r"is number 2 of the run.*`outer_warmup` of no more.*`begin_run`"
+    with pytest.raises(HypergradError, match=says):
         opt.outer_step(0.0)
     assert opt.problem.outer_params["start of w"].item() == before
+
+
+def test_outer_steps_keep_the_time_of_the_run() -> None:
+    """Every second step of a run is one, also of a run after one of three steps."""
+    opt = line(inner_settings={"lr": 0.1})
+    taken: list[list[bool]] = []
+    for steps in (3, 5, 2):
+        opt.begin_run()
+        taken.append([opt.step(0.0, 0.0).outer_step for _ in range(steps)])
+    assert taken == [
+        [False, True, False],
+        [False, True, False, True, False],
+        [False, True],
+    ]
+
+
+def test_auto_does_not_reach_the_start_of_a_run() -> None:
+    with pytest.raises(
+        HypergradError, match=r"Auto cannot answer for start of w.*Unrol"
+    ):
+        line("auto", learn_start=True)
+
+
+def test_decay_of_what_is_learned_is_told() -> None:
+    def made(decay: float, **learned: Any) -> BilevelOptimizer:
+        return BilevelOptimizer(
+            Line(),
+            loss,
+            outer=None if learned else "w",
+            estimator=make_estimator("unrolled", num_steps=2),
+            inner_optimizer=partial(torch.optim.SGD, lr=0.5),
+            outer_optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=decay),
+            **learned,
+        )
+
+    with pytest.warns(
+        NumericalWarning, match=r"weight_decay=0\.01 pulls log_lr towards"
+    ):
+        made(0.01, inner_settings={"lr": 0.1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(0.0, inner_settings={"lr": 0.1})
+        made(0.01, learn_start=True)
+
+
+def test_a_rate_that_a_hand_made_negative() -> None:
+    opt = line(inner_settings={"momentum": 0.5})
+    opt.inner.param_groups[0]["lr"] = -0.05
+    with pytest.raises(
+        ValueError, match=r"group 0 of the SGD .* lr=-0\.05 .*scheduler"
+    ):
+        opt.step(0.0, 0.0)
+
+
+def test_a_schedule_of_numpy() -> None:
+    opt = line(inner_settings={"schedule": np.array([1.0, 0.5])})
+    assert opt.problem.outer_params["log_schedule"].exp().tolist() == [1.0, 0.5]
 
 
 def test_a_schedule_that_ends_or_is_not_recorded() -> None:

@@ -296,6 +296,22 @@ def test_growth_beyond_the_precision_is_said(dtype: torch.dtype, log2_eps: int) 
     assert result.info.adjoint_norms[-1] == 1.0
 
 
+def test_growth_in_the_first_step_is_said_where_its_start_is_learned() -> None:
+    """g = 10 A B at B = 0: Adam's first step of A has derivative η·10/ε_Adam in B."""
+    problem = BilevelProblem(
+        lambda i, o, b: 10 * i["A"] * i["B"],
+        lambda i, o, b: i["A"] ** 2 / 2,
+        {n: torch.tensor(v, requires_grad=True) for n, v in (("A", 1.0), ("B", 0.0))},
+        {},
+        learn_start=True,
+    )
+    estimator = make_estimator("unrolled", num_steps=1, rule=AdamW(0.1))
+    with pytest.warns(NumericalWarning, match=r"grew 1e\+08-fold.*at their start: by"):
+        result = estimator.estimate(problem, inner_batch=None, outer_batch=None)
+    assert len(result.info.adjoint_norms) == 1  # after the step
+    assert 0.9e8 < result.outer_grads["start of B"].abs() < 1.1e8
+
+
 def test_an_overflow_on_the_way_names_the_step() -> None:
     """Step 200 - j is left with 2^j and takes 3·2^j: in float32 too much at j = 127."""
     estimator = make_estimator("unrolled", num_steps=200, rule=SGD(1.0))

@@ -155,6 +155,33 @@ def test_unbiased_with_the_noise_of_the_formula() -> None:
     assert 0.2 * one / seeds <= float(off.mean(0).square().sum()) <= 3 * one / seeds
 
 
+def test_the_noise_does_not_know_of_scales() -> None:
+    """Entries of 1000 beside some of 0 are moved alike; F is linear, n = 4 and m = 2."""
+    one, two = torch.tensor([[3.0, -1.0], [2.0, 0.5]], dtype=F64)
+    problem = BilevelProblem(
+        lambda i, o, b: i["w"] ** 2,
+        lambda i, o, b: one @ o["large"] + two @ o["small"],
+        {"w": leaf(0.0)},
+        {"large": leaf([1000.0, 1000.0]), "small": leaf([0.0, 0.0])},
+    )
+    off = []
+    for seed in range(60):
+        found = run(problem, 0, num_directions=2, seed=seed, rule=None)
+        grads = found.outer_grads
+        off.append(torch.cat([grads["large"] - one, grads["small"] - two]))
+    squares = torch.stack(off).square().sum(1)
+    expected = 1.5 * float(torch.cat([one, two]).square().sum())
+    spread = float(squares.std()) / 60**0.5
+    assert abs(float(squares.mean()) - expected) <= 4 * spread
+    assert spread < expected / 5
+    base = 2.0 ** (-52 / 3)
+    assert found.info.fd_radius == pytest.approx(
+        max(base, base * base * 1000), rel=1e-6
+    )
+    exact = run(problem, 0, num_directions="all", rule=None)
+    assert exact.info.fd_radius == pytest.approx(1000 * base, rel=1e-6)
+
+
 # -- losses that are values alone -------------------------------------------------------
 
 POINTS = torch.linspace(0, 10, 101, dtype=F64)
