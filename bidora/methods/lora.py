@@ -95,9 +95,20 @@ class Lora(Method):
         Args:
             base: The loaded model.
             folder: Where the adapter is.
+
+        Raises:
+            UserError: If one of its files is missing.
         """
         from peft import PeftModel
 
+        # PEFT would take the folder for a name on the Hub, and ask there.
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} has no {name}, which the training wrote there: it was "
+                    "deleted, or left behind when the folder was copied. Copy it from "
+                    "where the run was made, or train again."
+                )
         return PeftModel.from_pretrained(base.model, str(folder))
 
     def loading_code(self, names: Mapping[str, str]) -> str:
@@ -127,6 +138,22 @@ class PeftDora(Lora):
     name: ClassVar[str] = "dora-peft"
     summary: ClassVar[str] = "DoRA as PEFT computes it, all parameters at one rate"
     config: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    exact: ClassVar[bool] = False
+
+    def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
+        """Return the PEFT model.
+
+        Args:
+            base: The loaded model.
+            settings: Of the run.
+
+        Raises:
+            UserError: If a weight has rows of zeros, of which PEFT's forward gives NaN.
+        """
+        model = super().adapt(base, settings)
+        if not self.exact:
+            _refuse_zero_rows(model)
+        return model
 
     def load(self, base: Base, folder: Path) -> nn.Module:
         """Return the base with the saved adapter, whose layers are exact.
@@ -150,6 +177,7 @@ class ExactDora(PeftDora):
         "exact DoRA: magnitudes and directions together, each at a rate of its own"
     )
     ignores: ClassVar[tuple[str, ...]] = (*SEARCH_ONLY, *OF_LORA_PLUS)
+    exact: ClassVar[bool] = True
 
     def adapt(self, base: Base, settings: JobSettings) -> nn.Module:
         """Return the PEFT model with exact DoRA layers.
@@ -163,3 +191,21 @@ class ExactDora(PeftDora):
         model = super().adapt(base, settings)
         use_exact_dora(model)
         return model
+
+
+def _refuse_zero_rows(model: nn.Module) -> None:
+    """Look at the magnitudes, which begin as the norms of the rows."""
+    found = {
+        name.partition(".lora_magnitude_vector")[0]: int((m == 0).sum())
+        for name, m in model.named_parameters()
+        if ".lora_magnitude_vector" in name
+    }
+    zero = {name: count for name, count in found.items() if count}
+    if zero:
+        name, count = next(iter(zero.items()))
+        raise UserError(
+            f"{len(zero)} weight(s) of the model have rows of zeros, such as {count} of "
+            f"{name}, and PEFT's DoRA divides by their norm, which gives NaN. Take "
+            "--method dora, whose gain is 1 there, or --target-modules that leave such "
+            "layers out."
+        )

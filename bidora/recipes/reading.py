@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -82,7 +83,9 @@ def load_recipe(name: str) -> Recipe:
     found = _tables().get(table, {"recipes": {}})
     if run not in found["recipes"]:
         known = recipe_names()
-        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        # Whoever says `cola` has a part in mind, and whole names differ from it by more.
+        part = [k for k in known if name and name.lower() in re.split(r"[/-]", k)]
+        near = part[:3] or get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
             f"there is no recipe {name!r}. {hint}`--recipe help` lists all "

@@ -29,7 +29,7 @@ class _UnavailableError(Exception):
 def text_scores(
     texts: Sequence[str], references: Sequence[Sequence[str]]
 ) -> TextScores:
-    """Score texts by BLEU, NIST, METEOR, ROUGE-L and CIDEr, as the E2E challenge does.
+    """Score texts by BLEU, NIST, METEOR, ROUGE-L and CIDEr, much as the E2E challenge does.
 
     BLEU, METEOR and ROUGE-L are shares from 0 to 1; CIDEr goes to 10, NIST has no bound.
     Blanks around a text, and its line ends, do not count.

@@ -191,6 +191,8 @@ def test_data_without_a_name_is_asked_for() -> None:
     [
         ("glue-robrta-base/cola", r"Did you mean glue-roberta-base/cola"),
         ("glue-roberta-base", r"Did you mean glue-roberta-base/"),
+        ("cola", r"Did you mean glue-[a-z0-9-]+/cola or glue-[a-z0-9-]+/cola"),
+        ("E2E", r"Did you mean e2e-gpt2-medium/"),
         ("", r"there is no recipe ''\. `--recipe help` lists all"),
     ],
 )

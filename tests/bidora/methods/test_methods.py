@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
-from bidora import load_run
+from bidora import load_run, train
 from bidora.dora import exact_dora_layers
 from bidora.errors import UserError
 from bidora.methods import METHODS, make_method
@@ -101,6 +102,22 @@ def test_only_the_exact_forward_is_exact(finished: Run) -> None:
         assert len(exact_dora_layers(finished(name).job.model)) == ADAPTED
     for name in ("dora-peft", "lora"):
         assert not exact_dora_layers(finished(name).job.model)
+
+
+def test_pefts_forward_is_refused_where_it_gives_nan(
+    tiny_encoder: Path, small_job: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "zero")
+    model = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.query.weight[3:5] = 0
+    model.save_pretrained(folder)
+    given = {**small_job, "model": str(folder), "max_steps": 2, "lora_r": 2}
+    given["output_dir"] = str(tmp_path / "run")
+    with pytest.raises(UserError, match=r"such as 2 of .*query, .*Take --method dora,"):
+        train(TrainSettings(**given, method="dora-peft"))
+    with pytest.warns(UserWarning, match="rows of zeros"):
+        train(TrainSettings(**given, method="dora"))
 
 
 def test_rank_stabilised_scale_is_alpha_over_the_root(finished: Run) -> None:
