@@ -60,9 +60,40 @@ def sweep_notes(grid: Grid) -> Iterable[str]:
                 f"{'s' if tried[method.name] > 1 else ''} of its swept settings, fewer "
                 f"than the {budget} trials that a method may have."
             )
+    yield from _narrow(grid)
     plain = [method.name for method in grid.methods if not method.sweep]
     if swept and plain:
         yield f"Nothing was swept for {joined(plain)}."
+
+
+def _tried(grid: Grid, method: str) -> dict[str, list[float]]:
+    """Return the numbers above 0 that a sweep tries of each setting, in order."""
+    found: dict[str, set[float]] = {}
+    for trial in grid.trials_of(method):
+        for name, value in trial:
+            if isinstance(value, int | float) and value > 0:
+                found.setdefault(name, set()).add(float(value))
+    return {name: sorted(v) for name, v in found.items() if len(v) > 1}
+
+
+def _narrow(grid: Grid) -> Iterable[str]:
+    """Say of which methods a setting was tried over a narrower range than of another."""
+    widths: dict[str, dict[str, float]] = {}
+    for method in grid.methods:
+        for name, values in _tried(grid, method.name).items():
+            widths.setdefault(name, {})[method.name] = values[-1] / values[0]
+    for name, own in widths.items():
+        widest = max(own, key=lambda method: own[method])
+        less: dict[str, list[str]] = {}
+        for method, width in own.items():
+            if width < own[widest] * (1 - 1e-9):
+                less.setdefault(f"{width:.3g}", []).append(method)
+        for width, methods in less.items():
+            yield (
+                f"{name} was tried over a factor of {width} of {joined(methods)}, and of "
+                f"{own[widest]:.3g} of {widest}: what lies beyond was not open to "
+                f"{'them' if len(methods) > 1 else 'it'}."
+            )
 
 
 def run_notes(plan: Plan) -> Iterable[str]:
@@ -77,6 +108,7 @@ def run_notes(plan: Plan) -> Iterable[str]:
     for group, trial in plan.outcomes.items():
         if trial is None:
             yield f"{_of(group)}: {all_failed(plan, group)}."
+    yield from _at_the_edge(plan)
     failed = [record for record in plan.own if record.failed]
     if failed:
         first = failed[0]
@@ -87,6 +119,23 @@ def run_notes(plan: Plan) -> Iterable[str]:
     yield from _time_notes(plan)
     if plan.remaining:
         yield f"{plan.remaining} of {plan.total} runs are still to do."
+
+
+def _at_the_edge(plan: Plan) -> Iterable[str]:
+    """Say which choices are the largest or smallest of what was tried."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for group, trial in plan.chosen.items():
+        tried = _tried(plan.grid, group[1])
+        for name, value in trial:
+            values = tried.get(name, [])
+            if len(values) > 2 and value in (values[0], values[-1]):
+                end = "largest" if value == values[-1] else "smallest"
+                found.setdefault((name, end), []).append(_of(group))
+    for (name, end), groups in found.items():
+        yield (
+            f"The {end} {name} that was tried was chosen for {joined(groups)}: one "
+            "beyond it may do better."
+        )
 
 
 def _time_notes(plan: Plan) -> Iterable[str]:

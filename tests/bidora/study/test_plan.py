@@ -360,6 +360,39 @@ def test_unequal_budgets_and_settings_left_out_are_told() -> None:
     )
 
 
+def test_ranges_that_are_narrower_are_told() -> None:
+    grid = grid_of(
+        methods={
+            "lora": {"sweep": {"learning_rate": [0.3, 0.1, 1.2]}},
+            "dora": {"sweep": {"learning_rate": [0.01, 0.02]}},
+            "full": {"sweep": {"learning_rate": [0.001, 0.004]}},
+        }
+    )
+    (note,) = [n for n in Plan(grid).study().notes if "a factor of" in n]
+    assert note == (
+        "learning_rate was tried over a factor of 2 of dora, and of 12 of lora: what lies "
+        "beyond was not open to it."
+    )
+
+
+def test_choices_at_the_end_of_what_was_tried_are_told() -> None:
+    rates = [0.1, 0.3, 1.2]
+    grid = grid_of(methods={"lora": {"sweep": {"learning_rate": rates}}, "dora": SWEPT})
+    best = {"a": 1.2, "b": 0.3}  # the largest, and one within
+    plan = Plan(grid)
+    sweep = tuple(
+        done(c, score=float(dict(c.trial)["learning_rate"] == best[c.task]))
+        for c in plan.due
+        if c.purpose == "sweep"
+    )
+    notes = replace(plan, records=sweep).study().notes
+    (note,) = [n for n in notes if "beyond it" in n]
+    assert note == (
+        "The largest learning_rate that was tried was chosen for lora on a: one beyond it "
+        "may do better."
+    )
+
+
 def test_records_of_another_grid_are_left_aside_and_counted() -> None:
     plan = finish(Plan(grid_of(methods={"lora": {}})))
     smaller = replace(plan, grid=grid_of(methods={"lora": {}}, seeds=[0]))
