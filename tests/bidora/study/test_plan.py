@@ -365,7 +365,7 @@ def test_ranges_that_are_narrower_are_told() -> None:
         methods={
             "lora": {"sweep": {"learning_rate": [0.3, 0.1, 1.2]}},
             "dora": {"sweep": {"learning_rate": [0.01, 0.02]}},
-            "full": {"sweep": {"learning_rate": [0.001, 0.004]}},
+            "full": {"sweep": {"learning_rate": [0.1, 1.2]}},
         }
     )
     (note,) = [n for n in Plan(grid).study().notes if "a factor of" in n]
