@@ -37,6 +37,7 @@ class BiDoRA(PeftDora):
     """The two phases of BiDoRA [QZX24]; the exact forward is the trainer's to put in."""
 
     name: ClassVar[str] = "bidora"
+    exact: ClassVar[bool] = True  # by its trainer
     summary: ClassVar[str] = (
         "BiDoRA: search magnitudes on held-back examples, then retrain directions on all"
     )

@@ -33,16 +33,17 @@ def draw_analysis(runs: Sequence[AnalyzedRun], path: Path) -> None:
     """Draw the runs beside each other, one column a phase.
 
     Above, each point is a layer after a step, pale for early steps, with the line through
-    each kind of layer. Below, loss and main metric as in the run's own `curves.png`.
+    each kind of layer. Below, loss and score as in the run's own `curves.png`, with one
+    legend for both.
 
     Args:
-        runs: What was analysed.
+        runs: What was analysed, one of them with points at least.
         path: The png file to write.
     """
     columns = [(run, phase) for run in runs for phase in run.phases]
     kinds = list(dict.fromkeys(fit.kind for run in runs for fit in run.fits))
     alike = len({(run.settings.task, run.metric) for run in runs}) == 1
-    count = max(1, len(columns))
+    count = len(columns)
     # A legend line a kind stands below each panel.
     high = 4.2 + 0.2 * len(kinds)
     figure = Figure(figsize=(1.0 + 4.6 * count, high + 7.0), layout="constrained")
@@ -56,28 +57,36 @@ def draw_analysis(runs: Sequence[AnalyzedRun], path: Path) -> None:
         change, loss, score = axes[:, column]
         change.set_title(f"{_name(run, runs)}\n{TITLES.get(phase, phase)}", fontsize=10)
         _draw_change(change, run, phase, kinds)
-        own = [r for r in run.history if r["phase"] == phase]
-        loss.legend(handles=draw_steps(loss, own), loc="center right", fontsize=7)
-        draw_evaluations(loss, own, phase, "loss")
-        draw_evaluations(score, own, phase, run.metric)
-        probe = next((r["result"] for r in run.history if r["phase"] == "probe"), None)
-        draw_test(score, own, probe, run.metric)
-        if score.get_lines():
-            _legend_below(score, fontsize=7)
+        # Joined before anything is drawn: axes that are joined later keep their limits.
+        score.sharex(loss)
         if alike and column:
             loss.sharey(axes[1][0])
             score.sharey(axes[2][0])
-        loss.set_ylim(bottom=0)
-        loss.set_ylabel("loss")
-        score.set_ylabel(run.metric.replace("_", " "))
-        score.sharex(loss)
-        score.set_xlabel("step")
-        score.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _draw_curves(loss, score, run, phase)
+    for loss in axes[1]:
+        loss.set_ylim(bottom=0)  # which also fixes the top: all curves are drawn by now
     for ax in axes.flat:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"savefig.dpi": 130}):
         figure.savefig(path, format="png")
+
+
+def _draw_curves(loss: Any, score: Any, run: AnalyzedRun, phase: str) -> None:
+    """Draw loss and score of a phase, and below them what their lines are."""
+    own = [r for r in run.history if r["phase"] == phase]
+    probe = next((r["result"] for r in run.history if r["phase"] == "probe"), None)
+    draw_steps(loss, own)
+    draw_evaluations(loss, own, phase, "loss")
+    draw_evaluations(score, own, phase, run.metric)
+    draw_test(score, own, probe, run.metric)
+    # A part looks alike in both panels, so that it is told once.
+    lines = {line.get_label(): line for ax in (loss, score) for line in ax.get_lines()}
+    _legend_below(score, handles=list(lines.values()), fontsize=7)
+    loss.set_ylabel("loss")
+    score.set_ylabel(run.metric.replace("_", " "))
+    score.set_xlabel("step")
+    score.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _name(run: AnalyzedRun, runs: Sequence[AnalyzedRun]) -> str:

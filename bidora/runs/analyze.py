@@ -21,10 +21,14 @@ from bidora.methods.base import OF_WEIGHTS
 from bidora.runs.predict import read_run
 from bidora.runs.results import environment
 from bidora.runs.settings import TrainSettings
+from bidora.tasks.registry import TASKS
 
 __all__ = ["AnalyzedRun", "Fit", "Point", "analyze", "kinds_of", "table"]
 
 FILES = ("analysis.png", "analysis.csv", "analysis.json")
+
+AGAIN = "copy it from where the run was made, or train again with --record-weights"
+"""The remedy for a file of a run that is missing or broken."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class AnalyzedRun:
     Attributes:
         folder: The run's folder.
         settings: What it was trained with.
-        metric: Its main metric.
+        metric: What its evaluations judge by, as in its own `curves.png`.
         points: All of them.
         fits: A line a phase and kind.
         notes: What was left out, and why.
@@ -136,8 +140,9 @@ def analyze(
         The runs, in the given order.
 
     Raises:
-        UserError: If a run has no recorded weights, runs differ in their base model, or
-            an analysis is there already.
+        UserError: If a run has no recorded weights or its files cannot be read, no run
+            moved a weight, runs differ in their base model, or an analysis is there
+            already.
     """
     folders = [Path(run).expanduser() for run in runs]
     target = Path(output).expanduser()
@@ -149,6 +154,13 @@ def analyze(
         layer for *_, history in read for r in history for layer in r.get("weights", ())
     )
     analyzed = tuple(_analyzed(*parts, kinds) for parts in read)
+    if not any(run.points for run in analyzed):
+        raise UserError(
+            "\n".join(
+                f"{run.folder} has nothing to draw: {' '.join(run.notes)}"
+                for run in analyzed
+            )
+        )
     _write(target, analyzed)
     return analyzed
 
@@ -257,13 +269,46 @@ def _read(
     folder: Path,
 ) -> tuple[TrainSettings, dict[str, Any], list[dict[str, Any]]]:
     """Return settings, metrics and history of a run."""
-    settings, _ = read_run(folder)
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    lines = (folder / "history.jsonl").read_text("utf-8").splitlines()
-    history = [json.loads(line) for line in lines]
+    settings, schema = read_run(folder)
+    file, log = folder / "metrics.json", folder / "history.jsonl"
+    metrics = _object(_text(file), ("metric", "environment"), str(file))
+    history = [
+        _object(line, ("phase",), f"line {number} of {log}")
+        for number, line in enumerate(_text(log).splitlines(), 1)
+    ]
     if not any("weights" in record for record in history):
         raise UserError(f"{folder} has no record of its weights. {_remedy(settings)}")
+    # Evaluations on the way may leave out the main metric, which is then no curve.
+    metrics["metric"] = TASKS.get(schema.task).judged_by or metrics["metric"]
     return settings, metrics, history
+
+
+def _text(file: Path) -> str:
+    """Return the text of a finished run's file; what is no text gives no JSON."""
+    try:
+        return file.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}), though the run is finished: it "
+            f"was moved, or left behind when the folder was copied; {AGAIN}."
+        ) from error
+
+
+def _object(text: str, keys: Sequence[str], place: str) -> dict[str, Any]:
+    """Return the object that a text holds, with these keys at least."""
+    found: Any = None
+    why = ""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        why = str(error)
+    lacking = [k for k in keys if not isinstance(found, dict) or k not in found]
+    if lacking:
+        raise UserError(
+            f"{place} is not what a run writes ({why or f'no {lacking[0]}'}): the file was "
+            f"cut off or changed; {AGAIN}."
+        )
+    return found
 
 
 def _remedy(settings: TrainSettings) -> str:
@@ -300,7 +345,13 @@ def _analyzed(
             f"is {lost.layer} at step {lost.step} ({lost.phase}); the run diverged."
         )
     still = [p for p in finite if not (p.delta_m or p.delta_d)]
-    if still:
+    if still and not points:
+        notes.append(
+            f"no weight moved: {len(still)} point(s) of {len({p.layer for p in still})} "
+            f"layer(s), up to step {max(p.step for p in still)}, are the base model's; "
+            "train for more steps, or at a higher --learning-rate."
+        )
+    elif still:
         notes.append(
             f"{len(still)} point(s) of weights that are still the base model's are left "
             f"out, such as {still[0].layer} at step {still[0].step} ({still[0].phase})."

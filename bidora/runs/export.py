@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bidora._files import write_whole
 from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.methods.loading import whole_lines
@@ -23,6 +27,13 @@ __all__ = ["DTYPES", "Exported", "export"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be written in."""
+
+MARKER = "export.json"
+"""The file that tells an export from runs and other models, and names its files.
+
+No run writes one, and neither does transformers, so that what a run was trained on or a
+model that was saved otherwise is never taken for an export.
+"""
 
 LARGEST_DIFFERENCE = 1e-3
 """Of the merged outputs from the run's own, over the largest of them.
@@ -71,7 +82,8 @@ def export(
         run: Folder of a finished run.
         output: Folder to write.
         dtype: One of `DTYPES`.
-        overwrite: Whether the folder may be there already; it is replaced.
+        overwrite: Whether the folder may be there already; an earlier export, or an empty
+            folder, is replaced. Anything else is refused.
         listener: Told what happens.
 
     Returns:
@@ -79,7 +91,8 @@ def export(
 
     Raises:
         UserError: If the run is not finished, its model can't be merged, the merged
-            model gives other outputs, or the folder is there already.
+            model gives other outputs, or the folder is there already, holds something
+            else than an export, or cannot be written.
     """
     import torch
 
@@ -89,72 +102,177 @@ def export(
     source, target = Path(run).expanduser(), Path(output).expanduser()
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
-    _refuse_target(source, target, overwrite=overwrite)
     settings, schema = read_run(source)
+    with _writing_to(target):
+        _refuse_target(target, source, settings.model, overwrite=overwrite)
     if not make_method(settings.method).saves_whole:
         _refuse_quantised(settings.model)
-    model, tokenizer = load_run(source)
-    inputs = _made_up(tokenizer, model.config)
-    before = _outputs(model, inputs)
-    merged = _merge(model, settings.method)
-    difference = _difference(before, _outputs(merged, inputs))
-    # Written so that NaN is refused too.
-    if not difference <= LARGEST_DIFFERENCE:
-        raise UserError(
-            f"the merged model's outputs differ from those of {source} by "
-            f"{difference:.1e} of the largest, and rounding costs less than "
-            f"{LARGEST_DIFFERENCE:.0e}. Nothing was written. Likely an adapted weight is "
-            "used in a second place, which the adapter does not reach (embeddings, with "
-            "--target-modules). The adapter itself is right: load it with PEFT, as the "
-            "run's README.md says, or train again without that module."
-        )
-    listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
-    task = make_task(schema.task, **schema.settings).for_model(merged.config)
-    names = {
-        "folder": str(target),
-        "auto_model": task.auto_model,
-        "auto_processor": task.auto_processor,
-        "pooling": getattr(merged.config, "pooling", "head"),
-    }
-    code = whole_lines(names)
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        with without_bars():
-            merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
-        tokenizer.save_pretrained(str(staging))
-        shutil.copyfile(source / "task.json", staging / "task.json")
-        outputs = f"{task.name}. Outputs: {outputs_of(task, schema)}."
-        here = {**names, "folder": "."}
-        card = _card(settings.model, settings.method, outputs, here)
-        (staging / "README.md").write_text(card, "utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _staged(target) as staging:
+        model, tokenizer = load_run(source)
+        inputs = _made_up(tokenizer, model.config)
+        before = _outputs(model, inputs)
+        merged = _merge(model, settings.method)
+        difference = _difference(before, _outputs(merged, inputs))
+        _refuse_other_outputs(difference, source)
+        listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
+        task = make_task(schema.task, **schema.settings).for_model(merged.config)
+        names = {
+            "folder": str(target),
+            "auto_model": task.auto_model,
+            "auto_processor": task.auto_processor,
+            "pooling": getattr(merged.config, "pooling", "head"),
+        }
+        code = whole_lines(names)
+        with _writing_to(target):
+            with without_bars():
+                merged.to(getattr(torch, dtype)).save_pretrained(str(staging))
+            tokenizer.save_pretrained(str(staging))
+            shutil.copyfile(source / "task.json", staging / "task.json")
+            outputs = f"{task.name}. Outputs: {outputs_of(task, schema)}."
+            here = {**names, "folder": "."}
+            card = _card(settings.model, settings.method, outputs, here)
+            (staging / "README.md").write_text(card, "utf-8")
+            _mark(staging, settings.model, settings.method, dtype, difference)
+            # Looked at again: the merge may have taken minutes.
+            _refuse_target(target, source, settings.model, overwrite=overwrite)
+            _put_in_place(staging, target.resolve())
     return Exported(str(target), dtype, difference, code)
 
 
-def _refuse_target(source: Path, target: Path, *, overwrite: bool) -> None:
-    if target.resolve() == source.resolve():
+def _refuse_target(target: Path, source: Path, base: str, *, overwrite: bool) -> None:
+    """Refuse what must not be replaced: all but earlier exports and empty folders.
+
+    Args:
+        target: What was asked for.
+        source: The run.
+        base: The model that it was trained on, a folder or a name.
+        overwrite: Whether an earlier export may go.
+
+    Raises:
+        UserError: If it is to stay.
+    """
+    place = target.resolve()
+    if place == source.resolve():
         raise UserError(
             f"--output {target} is the run itself, whose adapter would be lost; name "
             "another folder."
         )
     if not target.exists():
         return
+    # A base model may be an export itself.
+    if place == Path(base).expanduser().resolve():
+        raise UserError(
+            f"--output {target} is the base model of {source}, which would be lost; "
+            "name another folder."
+        )
+    if target.is_dir():
+        _refuse_other_folders(target)
     if not target.is_dir() or not overwrite:
         raise UserError(
             f"--output {target} is there already; name another folder"
             + (", or add --overwrite." if target.is_dir() else ".")
         )
-    if any(target.iterdir()) and not (target / "config.json").is_file():
+
+
+def _refuse_other_folders(target: Path) -> None:
+    """Refuse a folder whose files are not all of an earlier export."""
+    there = sorted(entry.name for entry in target.iterdir())
+    written = _files_of_export(target)
+    strangers = [name for name in there if name not in written]
+    if not strangers:
+        return
+    run = [name for name in ("settings.json", "metrics.json") if name in there]
+    if written:
+        what = f"{strangers[0]}, which the export there did not write"
+        remedy = "move it elsewhere, or name another folder"
+    elif run:
+        what, remedy = f"a run ({run[0]})", "name another folder"
+    elif "adapter_config.json" in there:
+        what, remedy = "an adapter (adapter_config.json)", "name another folder"
+    elif "config.json" in there:
+        what = f"a model that is no export (it has no {MARKER})"
+        remedy = "name another folder, or delete this one yourself if nothing needs it"
+    else:
+        what, remedy = f"{there[0]}, which is of no export", "name another folder"
+    raise UserError(
+        f"--output {target} holds {what}, and only an earlier export is ever replaced; "
+        f"{remedy}."
+    )
+
+
+def _files_of_export(folder: Path) -> set[str]:
+    """Return the names that an export there says it wrote, none if there is no export."""
+    try:
+        content = json.loads((folder / MARKER).read_text("utf-8"))
+        return {str(name) for name in content["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _mark(folder: Path, base: str, method: str, dtype: str, difference: float) -> None:
+    """Write what tells the folder from everything else, the last of its files."""
+    content = {
+        "model": base,
+        "method": method,
+        "dtype": dtype,
+        "difference": difference,
+        "files": sorted([*(entry.name for entry in folder.iterdir()), MARKER]),
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / MARKER, text)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside the target, and leave nothing of it behind.
+
+    It is made before the model is loaded and merged, which may take minutes: where nothing
+    can be written, that is known at once.
+    """
+    place = target.resolve()
+    staging = place.with_name(f".{place.name}.partial")
+    made = [parent for parent in staging.parents if not parent.exists()]
+    try:
+        with _writing_to(target):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # the export is in it, or it was never made
+                parent.rmdir()
+
+
+@contextmanager
+def _writing_to(target: Path) -> Iterator[None]:
+    """Name the option where something cannot be written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter where a disk is full
+        why = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"--output {target} holds something else than a model, and --overwrite would "
-            "delete it; name another folder."
-        )
+            f"--output {target} cannot be written ({why}); name a folder in a place of "
+            "your own, with room for the whole model."
+        ) from error
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """Move a finished folder into place; an earlier one is there until the new one is."""
+    if not target.exists():
+        os.replace(new, target)
+        return
+    earlier = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(earlier, ignore_errors=True)  # of an export that was killed
+    os.replace(target, earlier)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(earlier, target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _refuse_quantised(name: str) -> None:
@@ -281,6 +399,19 @@ def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
     gap = (after - before).abs().max()
     return (gap / before.abs().max()).item() if gap else 0.0  # a head may be all zeros
+
+
+def _refuse_other_outputs(difference: float, run: Path) -> None:
+    # Written so that NaN is refused too.
+    if not difference <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"the merged model's outputs differ from those of {run} by "
+            f"{difference:.1e} of the largest, and rounding costs less than "
+            f"{LARGEST_DIFFERENCE:.0e}. Nothing was written. Likely an adapted weight is "
+            "used in a second place, which the adapter does not reach (embeddings, with "
+            "--target-modules). The adapter itself is right: load it with PEFT, as the "
+            "run's README.md says, or train again without that module."
+        )
 
 
 def _card(base: str, method: str, outputs: str, names: dict[str, str]) -> str:

@@ -373,6 +373,59 @@ def test_runs_that_cannot_be_analysed_are_named(run: Run, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_lost_or_broken_are_named(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run("lora"), folder)
+    history, metrics = folder / "history.jsonl", folder / "metrics.json"
+    lines, numbers = history.read_text("utf-8"), metrics.read_text("utf-8")
+    count = len(lines.splitlines())
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message) as error:
+            analyze([folder], tmp_path / "out")
+        assert "copy it from where the run was made, or train again" in str(error.value)
+        history.write_text(lines, "utf-8")
+        metrics.write_text(numbers, "utf-8")
+
+    history.unlink()
+    refused(
+        r"history\.jsonl cannot be read \(No such file .* left behind when the folder"
+    )
+    for torn, why in (('{"step": 3, "we', "Unterminated string"), ("3", "no phase")):
+        history.write_text(lines + torn, "utf-8")
+        refused(
+            rf"line {count + 1} of .*history\.jsonl is not what a run writes \({why}"
+        )
+    for broken, why in (
+        ("", "Expecting value"),
+        ("{}", "no metric"),
+        ("[]", "no metric"),
+    ):
+        metrics.write_text(broken, "utf-8")
+        refused(rf"metrics\.json is not what a run writes \({why}.* cut off or changed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_moved_no_weight_are_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bidora.runs.analysis_plot.Figure.savefig", _touch)
+    still = {f"h.{i}.query": {"delta_m": 0.0, "delta_d": 0.0} for i in range(3)}
+    folder = with_weights(run("lora"), tmp_path / "still", still, still)
+    told = (
+        "no weight moved: 6 point(s) of 3 layer(s), up to step 2, are the base model's; "
+        "train for more steps, or at a higher --learning-rate."
+    )
+    with pytest.raises(UserError) as error:
+        analyze([folder], tmp_path / "out")
+    assert str(error.value) == f"{folder} has nothing to draw: {told}"
+    assert not (tmp_path / "out").exists()
+    # Beside another, it is left out, and said.
+    found = analyze([folder, run("lora")], tmp_path / "out")
+    assert found[0].notes == (told,)
+    assert str(folder) not in table(found)
+
+
 def test_an_earlier_analysis_is_kept_unless_told(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

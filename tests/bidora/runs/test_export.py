@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -252,17 +253,148 @@ def test_what_stands_there_is_kept(
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is there already; .* or add --overwrite"):
-        export(run, notes)
-    with pytest.raises(UserError, match="holds something else than a model"):
-        export(run, notes, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(
+            UserError, match=r"holds mine\.txt, which is of no export, a"
+        ):
+            export(run, notes, overwrite=overwrite)
     with pytest.raises(UserError, match=r"is there already; name another folder\.$"):
         export(run, notes / "mine.txt", overwrite=True)
     assert (notes / "mine.txt").read_text() == "mine"
     export(run, tmp_path / "whole")
+    with pytest.raises(UserError, match=r"is there already; .* or add --overwrite"):
+        export(run, tmp_path / "whole")
     export(run, tmp_path / "whole", overwrite=True)
     assert {p.name: p.stat().st_mtime_ns for p in run.iterdir()} == before
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_exports_are_replaced(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    whole = tmp_path / "whole"
+    export(run, whole)
+    names = {p.name for p in whole.iterdir()}
+    marker = json.loads((whole / "export.json").read_text("utf-8"))
+    assert set(marker.pop("files")) == names
+    assert marker.pop("difference") < 1e-5
+    assert marker == {"model": str(tiny_encoder), "method": "lora", "dtype": "float32"}
+
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    other, spoilt, added = tmp_path / "other", tmp_path / "spoilt", tmp_path / "added"
+    shutil.copytree(run, other)
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "config.json"):
+        shutil.copyfile(run / name, adapter / name)
+    shutil.copytree(tiny_encoder, model)
+    shutil.copytree(whole, spoilt)
+    (spoilt / "export.json").write_text("[]")
+    shutil.copytree(whole, added)
+    (added / "whole.gguf").write_text("mine")
+    for folder, message in (
+        (
+            other,
+            r"holds a run \(settings\.json\), and only an earlier export is ever re",
+        ),
+        (
+            adapter,
+            r"holds an adapter \(adapter_config\.json\), .*; name another folder",
+        ),
+        (
+            model,
+            r"holds a model that is no export \(it has no export\.json\), .* delete",
+        ),
+        (spoilt, r"holds a model that is no export"),
+        (
+            added,
+            r"holds whole\.gguf, which the export there did not write, .*; move it",
+        ),
+    ):
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        with pytest.raises(UserError, match=message):
+            export(run, folder, overwrite=True)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_the_runs_own_base_model_is_kept_though_it_is_an_export(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    first = run_of("lora", tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    export(first, tmp_path / "whole")
+    run = run_of("lora", tmp_path / "whole", labelled_csv, tmp_path / "b", max_steps=1)
+    # What a run saves of an export must not look like one.
+    assert not (run / "export.json").exists()
+    before = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"is the base model of .*run, which would be l"
+    ):
+        export(run, tmp_path / "whole", overwrite=True)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
+
+
+def test_an_earlier_export_is_lost_only_to_one_that_is_in_place(
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    whole = tmp_path / "whole"
+    export(run, whole)
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    move = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == ".whole.partial":
+            raise OSError(5, "Input/output error")
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bidora.runs.export.os.replace", fail)
+        with pytest.raises(
+            UserError, match=r"cannot be written \(Input/output error\)"
+        ):
+            export(run, whole, dtype="bfloat16", overwrite=True)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+    assert not list(tmp_path.glob(".*"))
+    # A link stays one; what it leads to is replaced.
+    (tmp_path / "link").symlink_to(whole)
+    export(run, tmp_path / "link", dtype="bfloat16", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((whole / "export.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_where_nothing_can_be_written_is_told_before_the_merge(
+    tiny_encoder: Path,
+    labelled_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    monkeypatch.setattr("bidora.runs.export.load_run", None)
+    places = {Path("/proc/foo"): "No such file", labelled_csv / "x": "Not a directory"}
+    for place, why in places.items():
+        if place.parent.exists():
+            with pytest.raises(
+                UserError, match=rf"cannot be written \({why}.* of your"
+            ):
+                export(run, place)
+    # A merge that fails leaves none of the folders that were made for it.
+    with pytest.raises(TypeError):
+        export(run, tmp_path / "a" / "b" / "whole")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_lost_adapter_is_named(
+    name: str, tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("bidora", tiny_encoder, labelled_csv, tmp_path, max_steps=2)
+    (run / name).unlink()
+    with pytest.raises(UserError, match=rf"run has no {name}, .* Copy it from where"):
+        export(run, tmp_path / "whole")
+    assert not list(tmp_path.glob("*whole*"))
 
 
 def test_a_failure_leaves_the_earlier_export(
@@ -279,7 +411,9 @@ def test_a_failure_leaves_the_earlier_export(
         raise OSError("no space left on device")
 
     monkeypatch.setattr("bidora.runs.export._card", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        UserError, match=r"cannot be written \(no space .* with room for"
+    ):
         export(run, tmp_path / "whole", overwrite=True)
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == weights
     assert not list(tmp_path.glob(".*partial"))
