@@ -77,6 +77,7 @@ def means(study: str) -> dict[tuple[str, str], dict[str, str]]:
         ("classification", "quality", 4),
         ("regression", "quality", 1),
         ("tagging", "quality", 3),
+        ("multilabel", "quality", 1),
         ("proteins", "families", 2),
     ],
 )
