@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,11 +122,12 @@ def docstrings_source(
     )
 
 
-def collect_docstrings(root: Path | None = None) -> list[Docstring]:
+def collect_docstrings(root: Path | None = None) -> tuple[Docstring, ...]:
     """Collect the library's docstrings, masked and without duplicates.
 
     A text that occurs twice in one package is kept once; a text that occurs in several
-    packages has no right label and is left out.
+    packages has no right label and is left out. A process parses a folder once: files
+    that change later are not seen.
 
     Args:
         root: Folder of the library's source files; this Python's own by default.
@@ -133,7 +135,11 @@ def collect_docstrings(root: Path | None = None) -> list[Docstring]:
     Returns:
         Docstrings in the order of the files' paths, then of the lines.
     """
-    root = _library_folder() if root is None else root
+    return _collected(_library_folder() if root is None else root)
+
+
+@lru_cache(maxsize=2)  # parsing takes seconds, and a comparison asks for every run
+def _collected(root: Path) -> tuple[Docstring, ...]:
     seen: dict[Docstring, None] = {}
     for path in _source_files(root):
         package = _public_name(path.relative_to(root).parts[0].removesuffix(".py"))
@@ -142,7 +148,7 @@ def collect_docstrings(root: Path | None = None) -> list[Docstring]:
             if any(character.isalpha() for character in text.replace(MASK, "")):
                 seen[Docstring(package, text)] = None
     homes = Counter(docstring.text for docstring in seen)
-    return [docstring for docstring in seen if homes[docstring.text] == 1]
+    return tuple(docstring for docstring in seen if homes[docstring.text] == 1)
 
 
 def _library_folder() -> Path:

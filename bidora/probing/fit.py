@@ -92,7 +92,7 @@ def fit_linear(features: Features) -> LinearFit:
         The layer. Classes without an example have zero weights and a low bias.
 
     Raises:
-        UserError: If features or numbers are not finite.
+        UserError: If features or numbers are not finite, or a class has no output.
 
     Example:
         Two numbers that a line goes through:
@@ -145,6 +145,7 @@ def _fit_classes(x: np.ndarray, features: Features) -> _Fitted:
 
     y, groups = features.targets, features.groups
     present, counts = np.unique(y, return_counts=True)
+    _check_range(present, features.outputs)
     weight = np.zeros((features.outputs, x.shape[1]))
     bias = np.full(features.outputs, 0.0)
     if len(present) < 2:
@@ -185,6 +186,31 @@ def _fit_classes(x: np.ndarray, features: Features) -> _Fitted:
         bias[present] = intercept
     weight[present] = coef
     return weight, bias, penalty
+
+
+def _check_range(present: np.ndarray, outputs: int) -> None:
+    """Refuse classes that the layer has no output for.
+
+    Args:
+        present: The classes that occur, in rising order.
+        outputs: Of the layer.
+
+    Raises:
+        UserError: If there are such classes.
+    """
+    least, most = int(present[0]), int(present[-1])
+    if least >= 0 and most < outputs:
+        return
+    wrong = least if least < 0 else most
+    allowed = f"0 to {outputs - 1}" if outputs > 1 else "0 alone"
+    remedy = "Number the classes from 0"
+    if least >= 0:
+        remedy = f"Load the model with num_labels={most + 1} or more"
+    raise UserError(
+        f"the label {wrong} is a class that the model has no output for: its last layer "
+        f"has {outputs}, for {allowed}. {remedy}; or, if the labels are numbers to "
+        "predict, pass them as floats: integers are classes."
+    )
 
 
 def _strongest_penalty(found: Any) -> int:

@@ -60,8 +60,8 @@ def probe(
         What was fitted, and on what.
 
     Raises:
-        UserError: If the model's outputs are not those of a linear layer, or the
-            examples have no labels.
+        UserError: If the model's outputs are not those of a linear layer, the examples
+            have no labels, or a label is a class that it has no output for.
     """
     if isinstance(trainer, nn.Module):
         if dataset is None or collator is None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
+from bidora.runs.curves import curve_sets, read_curves
 from bidora.runs.encoding import by_length
 from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
@@ -41,6 +42,7 @@ def train(
     dry_run: bool = False,
     score_test: bool = True,
     score_probe: bool = True,
+    for_record: bool = False,
 ) -> RunResult:
     """Fine-tune a model on a task and save what was trained.
 
@@ -60,6 +62,9 @@ def train(
         score_test: Whether test examples are scored; a run that is to choose settings
             must not see them.
         score_probe: Whether the probe is scored, where it is no more than the start.
+        for_record: Whether nothing is measured but what the record of a comparison has:
+            the last phase's scores on test and validation examples, the probe's on test
+            examples, and the curve of validation. Those numbers are the same as without.
 
     Returns:
         Scores and seconds of each phase; `facts` alone after a dry run.
@@ -101,6 +106,7 @@ def train(
             **vars(prepare(settings, method, source, examples, device, listener)),
             method=method,
             score_probe=score_probe,
+            for_record=for_record,
         )
         if dry_run:
             return job.tell(listener)
@@ -143,6 +149,8 @@ class _Job(Prepared):
 
     method: Method = field(kw_only=True)
     score_probe: bool = field(default=True, kw_only=True)
+    for_record: bool = field(default=False, kw_only=True)
+    left_out: list[Any] = field(default_factory=list, kw_only=True)
     history: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
     probe: PhaseResult | None = field(default=None, kw_only=True)
     baseline: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
@@ -221,8 +229,9 @@ class _Job(Prepared):
             if "retrain" in self.method.phases and own["retrain"] != "none":
                 steps += arguments_of_phase(args, "retrain").max_steps
         points = settings.max_steps / max(1, args.eval_steps) + 1
-        evaluated = len(self.sets.get("test", ())) * (len(self.method.phases) + 1)
-        evaluated += sum(map(len, self._curve_sets().values())) * points
+        scored = 1 if self.for_record else len(self.method.phases)
+        evaluated = len(self.sets.get("test", ())) * (scored + 1)
+        evaluated += sum(map(len, trainer.eval_dataset.values())) * points
         # A forward is about half of a step, and less with examples sorted by length.
         steps += 0.3 * evaluated / size
         steps *= settings.gradient_accumulation_steps
@@ -248,7 +257,9 @@ class _Job(Prepared):
                 folder.remove_checkpoints()  # none is complete
             else:
                 listener.message(f"Resume step {last[2]} of the {last[1]} phase")
-        if not resume:
+        # It costs four steps, and the workers of a comparison have nobody who listens.
+        hears = getattr(listener.message, "__func__", None) is not Listener.message
+        if not resume and hears:
             expected = self.expected_seconds(trainer)
             listener.message(f"Time   about {duration(expected)}")
         recorder = Recorder(
@@ -258,6 +269,8 @@ class _Job(Prepared):
             record,
             list(self.history),
             lambda phase, name: self._text_scores(phase, name, listener),
+            last_only=self.for_record,
+            left_out=self.left_out,
         )
         trainer.add_callback(recorder)
         if self.settings.record_weights:
@@ -289,8 +302,10 @@ class _Job(Prepared):
         """Fit the probe, score it, and let the training start from its head."""
         from bidora.runs.probe_phase import run_probe
 
+        names = ("test",) if self.for_record else tuple(recorder.sets)
+        scored = names if self.score_probe else None
         found = run_probe(
-            trainer, recorder, self, listener, resume=resume, scored=self.score_probe
+            trainer, recorder, self, listener, resume=resume, scored=scored
         )
         self.probe, self.baseline = found.result, found.baseline
 
@@ -303,7 +318,9 @@ class _Job(Prepared):
     def _final_sets(self) -> dict[str, Any]:
         """Return what the end of a phase is scored on, whole."""
         sets = {n: d for n, d in self.sets.items() if n != "train"}
-        if self.examples.outer:
+        if self.for_record:
+            sets = {n: d for n, d in sets.items() if n in ("test", "validation")}
+        elif self.examples.outer:
             sets["held_back"] = self.sets["train"].select(self.examples.outer)
         return {name: by_length(data) for name, data in sets.items()}
 
@@ -323,27 +340,7 @@ class _Job(Prepared):
         return task.text_scores(texts, rows, schema)
 
     def _curve_sets(self) -> dict[str, Any]:
-        """Return what the curves are measured on; the test part is not among it.
-
-        What decides when to stop is whole, the others are samples.
-        """
-        sets = {"train": self.sets["train"].select(self.examples.inner)}
-        if self.examples.outer:
-            sets["held_back"] = self.sets["train"].select(self.examples.outer)
-        if "validation" in self.sets:
-            sets["validation"] = self.sets["validation"]
-        return {
-            name: by_length(
-                data.shuffle(seed=self.settings.seed).select(
-                    range(
-                        len(data)
-                        if name == self.judge
-                        else min(CURVE_EXAMPLES, len(data))
-                    )
-                )
-            )
-            for name, data in sets.items()
-        }
+        return curve_sets(self, self.judge, CURVE_EXAMPLES)
 
     def trainer(self, place: str) -> Any:
         """Return the Trainer of the method, over the prepared model and examples."""
@@ -395,10 +392,15 @@ class _Job(Prepared):
                 "greater_is_better": task.greater_is_better and not task.judged_by,
             }
         arguments |= settings.trainer
+        curves = self._curve_sets()
+        if self.for_record:
+            watched = str(settings.trainer.get("metric_for_best_model"))
+            unread = curves.keys() - read_curves(curves, self.judge, watched)
+            self.left_out = [curves.pop(name) for name in unread]
         given: dict[str, Any] = {
             "model": self.model,
             "train_dataset": self._train_set(),
-            "eval_dataset": self._curve_sets(),
+            "eval_dataset": curves,
             "data_collator": self.collate,
             "preprocess_logits_for_metrics": task.kept,
             "compute_metrics": lambda p: task.metrics(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def run_probe(
     listener: Listener,
     *,
     resume: bool,
-    scored: bool,
+    scored: Collection[str] | None,
 ) -> ProbePhase:
     """Fit the probe on all training examples, score it, and set up the training's start.
 
@@ -54,7 +55,8 @@ def run_probe(
         listener: Told the score.
         resume: Whether the training goes on from a checkpoint, so that the head is what
             it holds.
-        scored: Whether test and validation examples are scored now.
+        scored: Names of the sets that are scored now, as far as they are there; None
+            for no scores. Where the probe is the method, all sets are scored.
 
     Returns:
         What it came to; that of the run's beginning, where the run goes on.
@@ -72,7 +74,8 @@ def run_probe(
             trainer.add_callback(StartFromProbe(trainer))
         return _as_recorded(earlier)
     is_method = job.settings.method == PHASE
-    if not (is_method or scored or job.settings.start == "probe"):
+    names = recorder.sets if is_method else scored
+    if names is None and job.settings.start != "probe":
         return ProbePhase()
     is_random = job.settings.start == "random" and not is_method
     first = {n: p.detach().clone() for n, p in _trained(job)} if is_random else {}
@@ -87,10 +90,11 @@ def run_probe(
         return ProbePhase()
     seconds = time.perf_counter() - started
     phase = ProbePhase()
-    if is_method or scored:
+    if names is not None:
+        sets = {name: data for name, data in recorder.sets.items() if name in names}
         # A loader draws a number, and the training shall not depend on who looked.
         with torch.random.fork_rng():
-            result, baseline = _score(trainer, recorder.sets, job, found, seconds)
+            result, baseline = _score(trainer, sets, job, found, seconds)
         phase = ProbePhase(result, baseline)
         recorder.record(
             {

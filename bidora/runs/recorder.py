@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from bidora.errors import UserError
 from bidora.runs.results import Listener, PhaseResult
 from bidora.tasks.base import TextScores
 
-__all__ = ["Record", "Recorder", "scores_of", "too_high"]
+__all__ = ["Record", "Recorder", "draw_as_if_scored", "scores_of", "too_high"]
 
 NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
 
@@ -36,6 +37,9 @@ class Recorder(TrainerCallback):
         history: Records of the run that this one goes on from.
         written: Scores of texts that the model writes for a set after a phase, by the
             names of both.
+        last_only: Whether a search is left unscored that a retraining follows.
+        left_out: Sets that the curves leave out, and a plain run measures: whenever
+            `validation` is evaluated, what that would have drawn is drawn.
 
     Attributes:
         phase: The phase that runs or ran last: `search`, `retrain`, or `train`.
@@ -50,6 +54,9 @@ class Recorder(TrainerCallback):
         record: Callable[[Record], None],
         history: Sequence[Record] = (),
         written: Callable[[str, str], TextScores | None] = lambda phase, name: None,
+        *,
+        last_only: bool = False,
+        left_out: Sequence[Any] = (),
     ) -> None:
         self.trainer = trainer
         self.sets = sets
@@ -57,6 +64,8 @@ class Recorder(TrainerCallback):
         self.record = record
         self.history = history
         self.written = written
+        self.last_only = last_only
+        self.left_out = left_out
         self.phase = "train"
         self.results = {
             r["phase"]: _result(r["result"]) for r in history if "result" in r
@@ -103,6 +112,14 @@ class Recorder(TrainerCallback):
         self._seconds += self._step_seconds
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Leave the random numbers where a run would that measures all curves."""
+        if any(name.startswith("eval_validation_") for name in metrics or ()):
+            for data in self.left_out:
+                draw_as_if_scored(self.trainer, data)
 
     def on_steps_back(self, state: Any, done: int, of: int) -> None:
         """Show how far an outer step is that looks back over many.
@@ -160,7 +177,12 @@ class Recorder(TrainerCallback):
         started = time.perf_counter()
         scores = {}
         missing: dict[str, str] = {}
-        for name, data in self.sets.items():
+        passed_over = (
+            self.last_only
+            and self.phase == "search"
+            and args.bidora_settings()["retrain"] != "none"
+        )
+        for name, data in () if passed_over else self.sets.items():
             if name == "held_back" and self.phase == "retrain":
                 continue  # it is trained on
             found = self.trainer.predict(data, metric_key_prefix=name).metrics
@@ -237,6 +259,21 @@ def _evaluations(logs: dict[str, float]) -> dict[str, dict[str, float]]:
             if rest.startswith(f"{name}_"):
                 found.setdefault(name, {})[rest.removeprefix(f"{name}_")] = value
     return {name: scores_of(values, "") for name, values in found.items()}
+
+
+def draw_as_if_scored(trainer: Any, data: Any) -> None:
+    """Draw the random numbers that scoring a set draws, and score nothing.
+
+    A loader draws a seed when a pass begins, and a sampler perhaps an order. A training
+    draws its dropout from the same numbers, so it would be another one without these.
+
+    Args:
+        trainer: The Trainer that would score.
+        data: The set.
+    """
+    loader = trainer.get_eval_dataloader(data)
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    next(iter(loader.batch_sampler), None)
 
 
 def scores_of(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -50,7 +50,7 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
 
     Args:
         plan: What is to be done.
-        listener: Told what the data is, and of tasks that cannot be swept.
+        listener: Told what the data is.
 
     Returns:
         What was found.
@@ -93,7 +93,6 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
                 "training examples that `sizes` leaves out (`all` leaves none); or leave "
                 "out the sweep."
             )
-            listener.message(stopped[task])
     return Data(stopped, _recognised(plan, told, listener))
 
 

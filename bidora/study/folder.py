@@ -98,11 +98,12 @@ class StudyFolder:
         shutil.rmtree(self.runs, ignore_errors=True)
         self.log.unlink(missing_ok=True)
 
-    def open(self, grid: Grid) -> None:
+    def open(self, grid: Grid, torn: Sequence[Path] = ()) -> None:
         """Write the grid down, and make the places of records and runs.
 
         Args:
             grid: What is compared.
+            torn: Files that `read` found half written; they are deleted.
         """
         import yaml
 
@@ -111,7 +112,7 @@ class StudyFolder:
         self.close()
         for folder in (self.runs, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
-        for path in self.runs.rglob(".*.partial"):
+        for path in (*torn, *self.runs.rglob(".*.partial")):
             path.unlink()
 
     def close(self) -> None:
@@ -135,12 +136,14 @@ class StudyFolder:
             name += f"-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         return self.runs / cell.task / cell.method / f"{name}.json"
 
-    def read(self, listener: Listener, *, deletes: bool = True) -> list[Record]:
-        """Return the records; the runs of torn files are due again.
+    def read(self, listener: Listener) -> tuple[list[Record], list[Path]]:
+        """Read the records; nothing is deleted, since the grid may yet be refused.
 
         Args:
             listener: Told of torn files.
-            deletes: Whether torn files are deleted.
+
+        Returns:
+            The records, and the torn files, whose runs are due again.
 
         Raises:
             UserError: If a whole file is no record that this version knows.
@@ -154,15 +157,12 @@ class StudyFolder:
                     "somebody changed it. Go on with that version, name another folder, "
                     "or delete the file to run it again."
                 )
-        if deletes:
-            for path, _ in unread:
-                path.unlink()
         if unread:
             listener.message(
                 f"Torn   {len(unread)} record(s) half written, such as {unread[0][0]}: "
-                f"{'deleted, ' if deletes else ''}to be run again"
+                "to be run again"
             )
-        return records
+        return records, [path for path, _ in unread]
 
     def check(self, grid: Grid, records: Sequence[Record], listener: Listener) -> None:
         """Refuse a grid of another comparison, or of other settings for what was run.

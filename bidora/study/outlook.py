@@ -72,7 +72,7 @@ def look_ahead(settings: StudySettings, listener: Listener | None = None) -> Out
     listener = listener or Listener()
     grid = settings.read()
     folder = StudyFolder(settings.folder)
-    records = [] if settings.overwrite else folder.read(listener, deletes=False)
+    records = [] if settings.overwrite else folder.read(listener)[0]
     if settings.retry_failed:
         records = [record for record in records if not record.failed]
     folder.check(grid, records, listener)
@@ -94,7 +94,8 @@ def _timed(plan: Plan, listener: Listener) -> float:
             continue
         started = time.perf_counter()
         try:
-            result = train(plan.grid.settings_of(cell), dry_run=True)
+            settings = plan.grid.settings_of(cell)
+            result = train(settings, dry_run=True, for_record=True)
         except UserError as error:
             raise UserError(f"{cell.method} on {cell.task}: {error}") from error
         # The rest of the clock is what every run begins with: data and model are loaded.

@@ -29,6 +29,9 @@ THREADS = (
 
 QUIET = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
 
+PATIENCE = 10.0
+"""Seconds that a process has to end, by itself or when it is told to."""
+
 
 class Slot:
     """A process for runs, made when the first comes, and anew after one that ended it.
@@ -43,6 +46,7 @@ class Slot:
         self.log = log
         self._pool: ProcessPoolExecutor | None = None
         self._process: BaseProcess | None = None
+        self._last: Future[Record] | None = None
 
     def submit(self, order: Order) -> Future[Record]:
         """Begin a run.
@@ -57,9 +61,11 @@ class Slot:
             UserError: If no process could be made.
         """
         pool = self._pool or self._start()
-        return pool.submit(work, order)
+        self._last = pool.submit(work, order)
+        return self._last
 
     def _start(self) -> ProcessPoolExecutor:
+        self._last = None
         before = set(active_children())
         # Spawned, not forked: a fork of a process with threads may hang, and CUDA does.
         pool = ProcessPoolExecutor(
@@ -102,10 +108,23 @@ class Slot:
         memory = ", as systems do when memory runs out" if name == "SIGKILL" else ""
         return f"ProcessEnded: the process of the run was ended by {name}{memory}"
 
+    def release(self) -> None:
+        """Let an idle process end, and do not wait for it.
+
+        One that ends by itself gives its semaphores back. Of one that is terminated,
+        Python's resource tracker says at the end of a comparison that it leaked them.
+        """
+        if self._pool is not None and self._last is not None and self._last.done():
+            self._pool.shutdown(wait=False)
+
     def end(self) -> None:
-        """End the process, with the run that it is at."""
-        if self._process is not None and self._process.is_alive():
-            self._process.terminate()
+        """End the process, with the run that it is at; a released one has some time."""
+        if self._process is not None:
+            if self._last is not None and self._last.done():
+                self._process.join(PATIENCE)
+            if self._process.is_alive():
+                self._process.terminate()
+                self._process.join(PATIENCE)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool = self._process = None

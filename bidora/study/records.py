@@ -179,6 +179,8 @@ def read_records(folder: Path) -> tuple[list[Record], list[tuple[Path, Exception
     found: list[Record] = []
     unread: list[tuple[Path, Exception]] = []
     for path in sorted(folder.rglob("*.json")):
+        if path.is_dir():
+            continue  # a task or method may be called that
         try:
             found.append(Record.from_dict(json.loads(path.read_text("utf-8"))))
         except (ValueError, KeyError, TypeError) as error:

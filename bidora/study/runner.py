@@ -55,7 +55,7 @@ def compare(
         grid = replace(grid, processes=settings.processes)
     folder = StudyFolder(settings.folder)
     with folder.lock():
-        records = [] if settings.overwrite else folder.read(listener)
+        records, torn = ([], []) if settings.overwrite else folder.read(listener)
         failed = sum(record.failed for record in records)
         if settings.retry_failed:
             records = [record for record in records if not record.failed]
@@ -72,9 +72,13 @@ def compare(
             plan = replace(plan, tasks=[name for name in names if name not in stopped])
             if not plan.tasks:
                 raise UserError(" ".join(stopped.values()))
+            listener.message(
+                f"Apart  {', '.join(stopped)}: swept, and without validation examples, so "
+                "that nothing is run there; a note at the end has the remedies"
+            )
         if settings.overwrite:
             folder.clear()  # now that the new grid and its data are known to be good
-        folder.open(grid)
+        folder.open(grid, torn)
         limit = settings.time_limit
         deadline = None if limit is None else began + 60 * limit
         runner = _Runner(plan, folder, listener, train, deadline, data.digests)
@@ -142,6 +146,8 @@ class _Runner:
                     self.add(self.record_of(future, slot, cell))
                     idle.append(slot)
         finally:
+            for slot in slots:
+                slot.release()
             for slot in slots:
                 slot.end()
 

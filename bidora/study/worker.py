@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -155,7 +156,9 @@ def first_line(error: BaseException) -> str:
 def _trained(order: Order) -> Record:
     train: Train
     if order.train is None:
-        from bidora.runs.job import train
+        from bidora.runs.job import train as own
+
+        train = functools.partial(own, for_record=True)
     else:
         train = order.train
     is_sweep = order.cell.purpose == "sweep"

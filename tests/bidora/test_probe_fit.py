@@ -246,6 +246,24 @@ def test_what_is_not_finite_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "outputs", "said"),
+    [
+        ([0, 1, 3], 3, r"label 3 .* has 3, for 0 to 2\. .* num_labels=4 or more"),
+        ([0, 1], 1, r"label 1 .* has 1, for 0 alone\. .* num_labels=2 or more"),
+        ([3, 3], 2, r"label 3 .* has 2, for 0 to 1\."),
+        ([-1, 1], 2, r"label -1 .* has 2, for 0 to 1\. Number the classes from 0"),
+    ],
+)
+def test_a_class_without_an_output_is_refused(
+    labels: list[int], outputs: int, said: str
+) -> None:
+    y = np.array(labels * 4)
+    given = Features(drawn(len(y)), y, np.arange(len(y)), "classes", outputs)
+    with pytest.raises(UserError, match=rf"{said}.* pass them as floats"):
+        fit_linear(given)
+
+
+@pytest.mark.parametrize(
     ("y", "kind", "outputs", "truth"),
     [
         ([2, 0, 2, 1], "classes", 4, [0, 0, 1, 0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections import Counter
 from hashlib import sha256
@@ -22,7 +23,7 @@ from bidora.errors import UserError
 
 @pytest.fixture(scope="module")
 def docstrings() -> list[Docstring]:
-    return collect_docstrings()
+    return list(collect_docstrings())
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def again():
 
 
 def test_docstring_rules(tmp_path: Path) -> None:
-    assert collect_docstrings(library(tmp_path)) == [
+    assert collect_docstrings(library(tmp_path)) == (
         # Of "Do what beta does too" each package masks another part: both are kept.
         Docstring("beta", f"Do what {MASK} does too."),
         Docstring("beta", f"Return the {MASK} of it."),
@@ -169,13 +170,25 @@ def test_docstring_rules(tmp_path: Path) -> None:
         Docstring("alpha", "Hold a thing."),
         Docstring("alpha", f"Return {MASK}betical order."),
         Docstring("alpha", "Do what beta does too."),
-    ]
+    )
+
+
+def test_a_library_is_parsed_once_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[bytes] = []
+    parse = ast.parse
+    monkeypatch.setattr(ast, "parse", lambda text: parsed.append(text) or parse(text))
+    first = collect_docstrings(library(tmp_path))
+    assert len(parsed) == 3  # those of tests are not opened
+    assert collect_docstrings(tmp_path) is first
+    assert len(parsed) == 3
 
 
 def test_text_of_two_packages_is_left_out(tmp_path: Path) -> None:
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text('def f():\n    """Return a copy."""\n')
-    assert collect_docstrings(tmp_path) == []
+    assert collect_docstrings(tmp_path) == ()
 
 
 def test_library_without_sources_is_explained(tmp_path: Path) -> None:

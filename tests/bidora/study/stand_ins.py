@@ -6,6 +6,7 @@ The workers of a comparison import these by name, in processes of their own.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -15,6 +16,9 @@ from typing import Any
 from bidora.errors import UserError
 from bidora.runs.results import PhaseResult, RunResult
 from bidora.runs.settings import TrainSettings
+
+LOCKS: list[Any] = []
+"""Locks between processes that a library keeps, as tqdm does."""
 
 SECONDS = {"lora": 4.0, "dora": 8.0, "rslora": 4.2}
 """Of training, by method, for ten steps."""
@@ -64,6 +68,14 @@ def quick(
         baseline={"test": {"accuracy": 0.25}},
         trained_parameters=7,
     )
+
+
+def locking(
+    settings: TrainSettings, *, score_test: bool = True, score_probe: bool = True
+) -> RunResult:
+    """Make a lock that is kept until the process ends."""
+    LOCKS.append(multiprocessing.RLock())
+    return quick(settings, score_test=score_test, score_probe=score_probe)
 
 
 def failing(

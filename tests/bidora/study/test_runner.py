@@ -351,12 +351,21 @@ def test_a_record_with_a_field_of_another_type_is_told_with_the_field(
     folder = StudyFolder(tmp_path)
     cell = Cell("a", "lora", 0, 3, "steps")
     write_record(folder.record_path(cell), Record(cell, {}))
-    assert folder.read(Listener()) == [Record(cell, {})]
+    assert folder.read(Listener()) == ([Record(cell, {})], [])
     path = folder.record_path(cell)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     (tmp_path / "grid.yaml").write_text("")
     with pytest.raises(UserError, match=rf"whole and holds no record.*{said}"):
         folder.read(Listener())
+
+
+def test_a_task_may_be_called_like_a_file(
+    run: Callable[..., Study], small_grid: Grid, parts: Path
+) -> None:
+    grid = small_grid(tasks={"words.json": {"task": str(parts)}}, methods={"lora": {}})
+    first = run(grid)
+    assert [record.error for record in first.records] == ["", ""]
+    assert run(grid).records == first.records
 
 
 def test_a_dry_run_tells_of_torn_records_and_leaves_them(
@@ -419,6 +428,8 @@ def test_a_grid_that_changes_what_was_run_is_refused(
     said: str,
 ) -> None:
     run(small_grid())
+    torn = tmp_path / "out" / "runs" / "words" / "dora" / "steps-all-seed1.json"
+    torn.write_text("{")  # somebody may yet mend it
     before = files(tmp_path / "out")
     kept = (tmp_path / "out" / "grid.yaml").read_bytes()
     with pytest.raises(UserError, match=said):
@@ -591,9 +602,17 @@ def test_a_task_without_validation_examples_is_not_swept(
         "Nothing is run on bare: the sweep of lora chooses"
     )
     assert "give `max_validation_samples`, such as 50, which takes" in study.notes[0]
-    assert study.notes[0] in heard.lines
+    # Who shows messages and notes shows the sentence once.
+    (line,) = [line for line in heard.lines if "bare" in line]
+    assert line.startswith("Apart  bare: swept, and without validation examples")
+    ahead = Heard()
+    found = look_ahead(StudySettings(grid, output_dir=str(tmp_path / "ahead")), ahead)
+    assert study.notes[0] in found.notes
+    assert not any("bare:" in line for line in ahead.lines)
+    alone = Heard()
     with pytest.raises(UserError, match="Nothing is run on bare"):
-        run(grid, only_tasks=("bare",))
+        run(grid, only_tasks=("bare",), listener=alone)
+    assert not any("bare:" in line for line in alone.lines)
     # Each remedy is one, and `sizes` alone is none.
     few = small_grid(
         methods={"lora": SWEPT}, tasks={"bare": {"task": str(labelled_csv)}}, sizes=[20]
@@ -711,13 +730,13 @@ from tests.bidora.study import stand_ins
 
 if __name__ == "__main__":
     settings = bidora.StudySettings({grid!r}, output_dir={out!r})
-    bidora.compare(settings, train=stand_ins.slow)
+    bidora.compare(settings, train=stand_ins.{train})
 """
 
 
 def begin(script: Path, grid: dict[str, Any], out: Path) -> subprocess.Popen[str]:
     """Start a comparison in a process of its own, and wait until it hangs at seed 1."""
-    script.write_text(SCRIPT.format(grid=grid, out=str(out)))
+    script.write_text(SCRIPT.format(grid=grid, out=str(out), train="slow"))
     root = str(Path(__file__).parents[3])
     process = subprocess.Popen(
         [sys.executable, str(script)],
@@ -758,6 +777,26 @@ def wait_for_none(session: int) -> None:
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="looks for processes in /proc"
 )
+
+
+def test_a_finished_comparison_says_nothing_of_semaphores(
+    small_grid: Grid, tmp_path: Path
+) -> None:
+    """Idle processes that are terminated leave theirs, and Python warns of them."""
+    grid = small_grid(methods={"lora": {}}, processes=2)
+    script = tmp_path / "script.py"
+    text = SCRIPT.format(grid=grid, out=str(tmp_path / "out"), train="locking")
+    script.write_text(text)
+    root = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(files(tmp_path / "out")) == 2
 
 
 @needs_proc
