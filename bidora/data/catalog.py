@@ -52,6 +52,8 @@ class Entry:
         name: Its name, as `--task` takes it.
         task_type: Family of the task.
         homepage: Where its files come from.
+        made: What has to be done with them before they are read, if anything, as a
+            sentence.
         hints: Columns and metric, by the names of a task's settings.
         class_names: Classes in the data set's own order.
         folders: Names that its folder usually has.
@@ -64,6 +66,7 @@ class Entry:
     name: str
     task_type: str
     homepage: str
+    made: str = ""
     hints: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
@@ -76,6 +79,12 @@ class Entry:
     def settings(self) -> dict[str, Any]:
         """What a `Source` of it hints at."""
         return {"task_type": self.task_type, **self.hints}
+
+    @property
+    def fetching(self) -> str:
+        """Where its files come from and what becomes of them, in sentences."""
+        come = f"The files come from {self.homepage}."
+        return f"{come} {self.made}" if self.made else come
 
 
 def find_entry(name: str) -> Entry | None:
@@ -287,6 +296,10 @@ _ENTRIES = (
         name="bbp",
         task_type="classification",
         homepage="https://github.com/dzjxzyd/UniDL4BioPep",
+        made=(
+            "They are sheets there, BBP_train.xlsx and BBP_test.xlsx: save them as "
+            "train.csv and test.csv, with columns sequence and label."
+        ),
         hints={
             "text_column": "sequence",
             "label_column": "label",

@@ -36,6 +36,7 @@ def read_folder(
     quoting: str = "auto",
     encoding: str = "auto",
     label_column: str | None = None,
+    entry: Entry | None = None,
 ) -> tuple[dict[str, Table], list[str]]:
     """Read the train, dev and test files of a folder.
 
@@ -46,6 +47,7 @@ def read_folder(
         quoting: As for `read_file`.
         encoding: As for `read_file`.
         label_column: The one of `column_names` that a test file may lack.
+        entry: The data set whose files they are, if it is a known one.
 
     Returns:
         Tables by part (`train`, `dev`, `test`), and what had to be guessed.
@@ -62,6 +64,8 @@ def read_folder(
             optional = label_column if part != "train" else None
             tables[part], note = _read_part(path, names, optional, quoting, encoding)
             notes += [note] if note else []
+    if "train" not in tables and entry is not None:
+        raise UserError(_lacking(folder, ["train.csv"], entry))
     if "train" not in tables:
         raise UserError(
             f"the folder {folder} holds no train.csv, train.tsv or train.jsonl, nor "
@@ -139,8 +143,8 @@ def read_official(
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {folder} (--data-dir, looked from {Path.cwd()}); "
-            f"the files of {entry.name} come from {entry.homepage}."
+            f"there is no folder {folder} (--data-dir, looked from {Path.cwd()}), which "
+            f"is to hold {entry.name}. {entry.fetching}"
         )
     folder, layout = _find_layout(entry, folder)
     paths: dict[str, Path] = {}
@@ -255,7 +259,7 @@ def _read_part(
 def _lacking(folder: Path, missing: Sequence[str], entry: Entry) -> str:
     return (
         f"the folder {folder} lacks {' and '.join(missing)} of {entry.name} "
-        f"({_listing(folder)}). The files come from {entry.homepage}."
+        f"({_listing(folder)}). {entry.fetching}"
     )
 
 

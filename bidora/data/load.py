@@ -146,10 +146,10 @@ def load_source(
         _refuse(name, given, _FILE_OPTIONS)
         tables, note = read_class_folders(place)
         notes, hints = [note], {"task_type": "images", "label_column": "label"}
-    elif place.is_dir():
+    elif place.is_dir() or entry is not None:
         usual = (c for c in LABEL_COLUMNS if c in (column_names or ()))
         label = label_column or next(usual, None)
-        tables, notes = read_folder(place, **reading, label_column=label)
+        tables, notes = read_folder(place, **reading, label_column=label, entry=entry)
     else:
         table, note = read_file(place, **reading)
         tables, notes = {"train": table}, [note] if note else []
@@ -291,8 +291,8 @@ def _from_hub(name: str, entry: Entry | None) -> tuple[dict[str, Table], list[st
         tables, notes = read_hub(name, repository, configuration or None)
     elif entry.hub is None:
         raise UserError(
-            f"{entry.name} is read from its files; fetch them from {entry.homepage} and "
-            "say --data-dir FOLDER."
+            f"{entry.name} is read from its files; fetch them and say --data-dir FOLDER. "
+            f"{entry.fetching}"
         )
     else:
         tables, notes = read_hub(name, *entry.hub, renamed=entry.hub_renamed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +47,55 @@ class Examples:
     skipped: list[str] = field(default_factory=list)
     inner: list[int] = field(default_factory=list)
     outer: list[int] = field(default_factory=list)
+
+    def joined(self) -> Rows:
+        """Return the examples of all parts, one part after the other."""
+        parts = list(self.rows.values())
+        return Rows(
+            {
+                name: [value for part in parts for value in part.columns[name]]
+                for name in parts[0].columns
+            },
+            [place for part in parts for place in part.places],
+        )
+
+    def leave_out(self, bad: Mapping[int, str]) -> None:
+        """Leave out examples that the model can't be given; the split of the rest stays.
+
+        Args:
+            bad: What is wrong with them, by their indices in `joined`.
+
+        Raises:
+            UserError: If nothing is left of a part, or of a side of the split.
+        """
+        start = 0
+        found: dict[str, Rows] = {}
+        sides = {"training": self.inner, "held-back": self.outer}
+        for part, rows in self.rows.items():
+            kept = [i for i in range(len(rows)) if start + i not in bad]
+            found[part] = rows.select(kept)
+            start += len(rows)
+            if part == "train":
+                new = {old: i for i, old in enumerate(kept)}
+                self.inner = [new[i] for i in self.inner if i in new]
+                self.outer = [new[i] for i in self.outer if i in new]
+        left = {
+            _words(part): (len(rows), found[part]) for part, rows in self.rows.items()
+        }
+        left |= {
+            side: (len(before), now)
+            for (side, before), now in zip(
+                sides.items(), (self.inner, self.outer), strict=True
+            )
+        }
+        for name, (count, now) in left.items():
+            if count and not len(now):
+                raise UserError(
+                    f"none of the {count} {name} examples can be used with this model, "
+                    f"such as: {next(iter(bad.values()))}"
+                )
+        self.rows = found
+        self.skipped = [*self.skipped, *bad.values()]
 
     def record(self) -> dict[str, Any]:
         """Return which examples went where, as JSON can hold it."""

@@ -110,10 +110,36 @@ def predict(
         raise UserError(f"{input_file} has no row that can be scored.")
     model, tokenizer, task = _load(folder, settings, task, schema, device)
     task.try_model(model, tokenizer, {"input": rows})
+    if on_bad_row == "skip":
+        rows, unfit = _fitting(model, tokenizer, task, schema, rows, settings)
+        bad += unfit
+        if not len(rows):
+            raise UserError(
+                f"{input_file} has no row that can be scored, such as: {bad[0]}"
+            )
     answers = _answers(model, tokenizer, task, schema, rows, settings, listener)
     records = _beside(table, rows, answers)
     _write(output, records)
     return Scored(str(output), len(records), tuple(bad))
+
+
+def _fitting(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    schema: Schema,
+    rows: Rows,
+    settings: TrainSettings,
+) -> tuple[Rows, list[str]]:
+    """Return the rows that the model can be given, and what is wrong with the others."""
+    from bidora.models import longest_input
+
+    length = settings.tokens_kept(None)  # as it was in the training
+    unfit = task.check_lengths(
+        rows, tokenizer, schema, length, longest_input(model), skip=True
+    )
+    kept = [i for i in range(len(rows)) if i not in unfit]
+    return rows.select(kept), list(unfit.values())
 
 
 def _beside(

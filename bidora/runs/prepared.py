@@ -10,6 +10,7 @@ from bidora.runs.encoding import encode, unknown
 from bidora.runs.examples import Examples
 from bidora.runs.job_settings import JobSettings
 from bidora.runs.results import Listener
+from bidora.tasks.proteins import mostly_residues
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,16 @@ def prepare(
     usual = examples.source.hints.get("max_length") or task.usual_length
     longest = longest_input(base.model)
     length = settings.tokens_kept(longest, usual)
-    for rows in examples.rows.values():
-        task.check_lengths(rows, tokenizer, schema, length, longest)
+    skip = settings.on_bad_row == "skip"
+    unfit = task.check_lengths(
+        examples.joined(), tokenizer, schema, length, longest, skip=skip
+    )
+    if unfit:
+        examples.leave_out(unfit)
+        listener.message(
+            f"       {len(unfit)} bad row(s) left out, such as: "
+            f"{next(iter(unfit.values()))}"
+        )
     sets = {
         part: encode(rows, task, schema, tokenizer, length)
         for part, rows in examples.rows.items()
@@ -142,10 +151,15 @@ def prepare(
         )
     lost, share = unknown(sets["train"], tokenizer)
     if share >= MANY_UNKNOWN or (lost and schema.settings.get("proteins")):
+        remedy = "Another --model may know the language, or the residues."
+        if schema.settings.get("proteins") is False and mostly_residues(
+            examples.rows["train"].columns["text"]
+        ):
+            remedy = "They look like proteins, and are read as words: say --proteins."
         listener.message(
             f"       {lost} of {len(sets['train'])} training examples have tokens that the "
             f"model does not know ({tokenizer.unk_token}, {share:.1%} of all): it reads "
-            "nothing there. Another --model may know the language, or the residues."
+            f"nothing there. {remedy}"
         )
     return Prepared(
         settings,

@@ -376,8 +376,10 @@ class Task(ABC):
         schema: Schema,
         length: int,
         longest: int | None,
-    ) -> None:
-        """Refuse examples that are too long and can't be cut; most tasks cut them.
+        *,
+        skip: bool = False,
+    ) -> dict[int, str]:
+        """Find examples that the model can't be given, nor cut; most tasks cut them.
 
         Args:
             rows: The examples.
@@ -385,11 +387,16 @@ class Task(ABC):
             schema: Of the data.
             length: Tokens kept of an example.
             longest: Tokens that the model takes; None where it sets no bound.
+            skip: Whether they may be left out.
+
+        Returns:
+            What is wrong with each, by its index, beginning with its place.
 
         Raises:
-            UserError: If there is one.
+            UserError: If there is one that may not be left out.
         """
-        del rows, processor, schema, length, longest
+        del rows, processor, schema, length, longest, skip
+        return {}
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples are cut; 0 for tasks that cut none.

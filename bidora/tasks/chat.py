@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from bidora.errors import UserError
 from bidora.tasks.labels import BadValueError, shown
 
-__all__ = ["ROLES", "as_messages", "encode_chat", "open_prompt"]
+__all__ = [
+    "ROLES",
+    "WANTED",
+    "RefusedChatError",
+    "as_messages",
+    "encode_chat",
+    "open_prompt",
+]
 
-REFUSED = (
-    "the chat template of the model's tokenizer refuses a conversation ({}). Many want "
-    "turns of user and assistant one after the other, or no system turn."
-)
+WANTED = "Many want turns of user and assistant one after the other, or no system turn."
+"""What templates usually raise errors for."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -25,6 +31,21 @@ SHARE_GPT = {"human": "user", "gpt": "assistant"}
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 """Begin what an assistant wrote, in templates that say so."""
+
+
+class RefusedChatError(UserError):
+    """Report a conversation that a chat template refuses; it may write the others.
+
+    Args:
+        reason: What the template says.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "the chat template of the model's tokenizer refuses a conversation "
+            f"({reason}). {WANTED}"
+        )
+        self.reason = reason
 
 
 def as_messages(value: Any, *, answered: bool) -> list[Message]:
@@ -109,7 +130,8 @@ def open_prompt(messages: Sequence[Message], processor: Any) -> list[int]:
         processor: The tokenizer.
 
     Raises:
-        UserError: If there is no template, or it refuses the turns.
+        UserError: If there is no template.
+        RefusedChatError: If it refuses the turns.
     """
     text = _rendered(messages, processor, add_generation_prompt=True)
     return processor(text, add_special_tokens=False)["input_ids"]
@@ -122,7 +144,8 @@ def encode_chat(
 
     A template that marks what the assistant writes says it itself. With others, an answer
     begins where the conversation before it ends with the assistant called on, and ends
-    where the conversation with it does; blanks at its end are not the assistant's.
+    where the conversation with it does; blanks at its end are not the assistant's. One
+    that opens the conversation begins where another one would.
 
     Args:
         messages: Its turns.
@@ -132,8 +155,9 @@ def encode_chat(
         Tokens, and one truth value each.
 
     Raises:
-        UserError: If there is no template, it refuses the turns, or it writes turns in
-            another way once others follow.
+        UserError: If there is no template, or it writes turns in another way once others
+            follow.
+        RefusedChatError: If it refuses the turns.
     """
     if _MARKS.search(_template(processor)):
         try:
@@ -144,15 +168,19 @@ def encode_chat(
                 return_assistant_tokens_mask=True,
             )
         except Exception as error:  # what a template raises is its own
-            raise UserError(REFUSED.format(error)) from error
+            raise RefusedChatError(_reason(error)) from error
         return found["input_ids"], [bool(m) for m in found["assistant_masks"]]
     whole = _rendered(messages, processor)
     spans: list[tuple[int, int]] = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(messages[:place], processor, add_generation_prompt=True)
         with_it = _rendered(messages[: place + 1], processor)
+        before = (
+            _rendered(messages[:place], processor, add_generation_prompt=True)
+            if place
+            else _opening(message, with_it, processor)
+        )
         if not (whole.startswith(with_it) and with_it.startswith(before)):
             raise UserError(
                 "the chat template of the model's tokenizer writes a turn in another way "
@@ -173,7 +201,29 @@ def _rendered(messages: Sequence[Message], processor: Any, **how: Any) -> str:
     try:
         return processor.apply_chat_template(list(messages), tokenize=False, **how)
     except Exception as error:  # what a template raises is its own
-        raise UserError(REFUSED.format(error)) from error
+        raise RefusedChatError(_reason(error)) from error
+
+
+def _opening(first: Message, written: str, processor: Any) -> str:
+    """Return what a template writes before a turn of the assistant that opens.
+
+    transformers writes no conversation without turns, so another opening is written: up
+    to where the two differ, neither is the assistant's.
+
+    Args:
+        first: The turn.
+        written: As the template writes it.
+        processor: The tokenizer.
+    """
+    other = "b" if first["content"].strip().startswith("a") else "a"
+    same = _rendered([{**first, "content": other}], processor)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(written, same, strict=False))
+    return "".join(letter for letter, _ in alike)
+
+
+def _reason(error: Exception) -> str:
+    """Return what a template says, in one line and without an end of its own."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _template(processor: Any) -> str:

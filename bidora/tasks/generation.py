@@ -73,6 +73,7 @@ class Generation(LanguageTask):
     main_metric: ClassVar[str] = "bleu"
     scores_texts: ClassVar[bool] = True
     usual_beams: ClassVar[int] = 4
+    takes_two_parts: ClassVar[bool] = True
     usual_label_columns: ClassVar[Sequence[str]] = REFERENCE_COLUMNS
 
     def for_model(self, config: Any) -> LanguageTask:
@@ -189,7 +190,7 @@ class EncoderDecoderGeneration(Generation):
 
     def prompt_lengths(
         self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
-    ) -> list[int]:
+    ) -> Sequence[int | BadValueError]:
         """Return how many tokens each input has, without the token that ends it.
 
         Args:

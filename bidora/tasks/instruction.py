@@ -10,7 +10,13 @@ from bidora.data.source import Source
 from bidora.data.table import Table, name_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
-from bidora.tasks.chat import as_messages, encode_chat, open_prompt
+from bidora.tasks.chat import (
+    WANTED,
+    RefusedChatError,
+    as_messages,
+    encode_chat,
+    open_prompt,
+)
 from bidora.tasks.generation import with_end, without_end
 from bidora.tasks.labels import BadValueError
 from bidora.tasks.language import IGNORED, Encoded, LanguageTask
@@ -55,6 +61,7 @@ class Instruction(LanguageTask):
     usual_length: ClassVar[int | None] = 1024
     usual_new_tokens: ClassVar[int] = 256
     usual_label_columns: ClassVar[Sequence[str]] = COMPLETION_COLUMNS
+    often_refused: ClassVar[str] = WANTED
 
     def for_model(self, config: Any) -> LanguageTask:
         """Return this task; an encoder-decoder can't have it.
@@ -201,6 +208,32 @@ class Instruction(LanguageTask):
             answers = with_end(batch["labels"], processor)
         both = list(zip(prompts, answers, strict=True))
         return [[*p, *a] for p, a in both], [[*[IGNORED] * len(p), *a] for p, a in both]
+
+    def prompt_lengths(
+        self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
+    ) -> Sequence[int | BadValueError]:
+        """Return the tokens before each first answer, or why a template refuses it.
+
+        Args:
+            batch: Columns of `rows`.
+            processor: The model's tokenizer.
+            schema: Of the data.
+        """
+        if "messages" not in batch:
+            return super().prompt_lengths(batch, processor, schema)
+        found: list[int | BadValueError] = []
+        for i in range(len(batch["messages"])):  # one by one, so that the others count
+            one = {name: values[i : i + 1] for name, values in batch.items()}
+            try:
+                found += super().prompt_lengths(one, processor, schema)
+            except RefusedChatError as error:
+                found.append(
+                    BadValueError(
+                        "the chat template of the model's tokenizer refuses it "
+                        f"({error.reason})"
+                    )
+                )
+        return found
 
 
 def _with_context(prompt: Any, about: Any, column: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
+from bidora.tasks.labels import BadValueError
 from bidora.tasks.text import TextTask
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ BATCH = 1000
 
 SHOWN = 3
 """Prompts that are too long whose places are told."""
+
+LINES = 10
+"""Prompts that are refused of which a message shows a line each; it counts the others."""
 
 Encoded = tuple[list[list[int]], list[list[int]]]
 """Tokens of each example, and the labels of each."""
@@ -66,6 +70,10 @@ class LanguageTask(TextTask):
     usual_new_tokens: ClassVar[int] = 64
     two_parts: ClassVar[bool] = False
     """Whether the model reads the prompt in an encoder, and writes in a decoder."""
+    takes_two_parts: ClassVar[bool] = False
+    """Whether a model of two parts can have the task."""
+    often_refused: ClassVar[str] = ""
+    """Why prompts are refused for the most part, as a sentence of the message."""
 
     max_new_tokens: int | None = None
     num_beams: int | None = None
@@ -149,8 +157,8 @@ class LanguageTask(TextTask):
 
     def prompt_lengths(
         self, batch: Mapping[str, list[Any]], processor: Any, schema: Schema
-    ) -> list[int]:
-        """Return how many tokens each prompt has.
+    ) -> Sequence[int | BadValueError]:
+        """Return how many tokens each prompt has, or why it can't be written.
 
         Args:
             batch: Columns of `rows`.
@@ -170,17 +178,55 @@ class LanguageTask(TextTask):
         schema: Schema,
         length: int,
         longest: int | None,
-    ) -> None:
-        """Refuse prompts that leave no room for an answer: all are counted."""
-        counts: list[int] = []
+        *,
+        skip: bool = False,
+    ) -> dict[int, str]:
+        """Find prompts that leave no room for an answer, or that can't be written.
+
+        All are counted. Equal prompts go together, and so do all references of an input.
+
+        Args:
+            rows: The examples.
+            processor: The model's tokenizer.
+            schema: Of the data.
+            length: Tokens kept of an example.
+            longest: Tokens that the model takes; None where it sets no bound.
+            skip: Whether they may be left out.
+
+        Returns:
+            What is wrong with each, by its index, beginning with its place.
+
+        Raises:
+            UserError: If there is one that may not be left out.
+        """
+        counts: list[int | BadValueError] = []
         for start in range(0, len(rows), BATCH):
             part = slice(start, start + BATCH)
             batch = {name: values[part] for name, values in rows.columns.items()}
             counts += self.prompt_lengths(batch, processor, schema)
-        long = {i: n for i, n in enumerate(counts) if n >= length}
+        refused: dict[int, str] = {}
+        long: dict[int, int] = {}
+        for i, count in enumerate(counts):
+            if isinstance(count, BadValueError):
+                refused[i] = f"{rows.places[i]}: {count}."
+            elif count >= length:
+                long[i] = count
+        if skip:
+            cut = {
+                i: f"{rows.places[i]}: its prompt has {n} tokens, and --max-length "
+                f"{length} keeps no token of an answer."
+                for i, n in long.items()
+            }
+            return dict(sorted({**refused, **cut}.items()))
+        told: list[str] = []
+        if refused:
+            told.append(_refused([*refused.values()], len(rows), self.often_refused))
         if long:
             places = [rows.places[i] for i in long]
-            raise UserError(_over_long([*long.values()], places, length, longest))
+            told.append(_over_long([*long.values()], places, length, longest))
+        if told:
+            raise UserError("\n".join(told))
+        return {}
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples have more than `length` tokens, so that answers are cut.
@@ -266,6 +312,17 @@ class LanguageTask(TextTask):
         """Return the texts."""
         del rows, schema, labels
         return [{"generated": text} for text in predictions]
+
+
+def _refused(lines: Sequence[str], count: int, often: str) -> str:
+    """Return what is wrong with prompts that can't be written, and a remedy."""
+    shown = "".join(f"  {line}\n" for line in lines[:LINES])
+    more = f"  and {len(lines) - LINES} more\n" if len(lines) > LINES else ""
+    why = f"{often} " if often else ""
+    return (
+        f"{len(lines)} of {count} row(s) can't be used with this model:\n{shown}{more}"
+        f"{why}Put them right, or leave them out with --on-bad-row skip."
+    )
 
 
 def _over_long(

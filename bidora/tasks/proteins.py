@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from bidora.errors import UserError
 from bidora.tasks.labels import BadValueError, shown
 
-__all__ = ["RESIDUES", "by_residue", "looks_like_residues", "read_residues"]
+__all__ = [
+    "RESIDUES",
+    "by_residue",
+    "looks_like_residues",
+    "mostly_residues",
+    "read_residues",
+]
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 """The twenty amino acids of the genetic code, in their one-letter names."""
 
 RARE = "BJOUXZ"
 """Letters of IUPAC for what is rare or not known: pyrrolysine, either of two, any."""
+
+OF_WORDS = "BJOUZ"
+"""Letters that texts are full of and proteins are not; X stands for any residue."""
+
+MOST_OF_WORDS = 0.07
+"""Share of such letters from which on they spell words: proteins have less than one in a
+hundred, English and German ten."""
 
 _SEQUENCE = re.compile(rf"[{RESIDUES}{RARE}\s]+\*?")
 _FOREIGN = re.compile(f"[^{RESIDUES}{RARE}]")
@@ -32,6 +46,35 @@ def looks_like_residues(text: str) -> bool:
         (True, False)
     """
     return _SEQUENCE.fullmatch(text.strip()) is not None
+
+
+def mostly_residues(texts: Iterable[str]) -> bool:
+    """Return whether more than half of some texts look like proteins.
+
+    Small letters count as capitals, in texts without blanks: blanks divide words. The
+    alphabet of residues has every letter, so what tells words in capitals, or single
+    words, is how often they have the letters that proteins hardly know.
+
+    Args:
+        texts: The texts; empty ones do not count.
+
+    Example:
+        >>> (
+        ...     mostly_residues(["MKTAYGK", "acdef", "MK-V"]),
+        ...     mostly_residues(["left turn"]),
+        ... )
+        (True, False)
+    """
+    given = [found for text in texts if (found := text.strip())]
+    alike = [
+        text.upper()
+        for text in given
+        if looks_like_residues(text)
+        or (len(text.split()) == 1 and looks_like_residues(text.upper()))
+    ]
+    letters = "".join(alike)
+    of_words = sum(letters.count(letter) for letter in OF_WORDS)
+    return 2 * len(alike) > len(given) and of_words < MOST_OF_WORDS * len(letters)
 
 
 def read_residues(text: str) -> str:

@@ -11,7 +11,7 @@ from bidora.data.table import Table, name_column
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labelled import LABEL_COLUMNS, SKIP, LabelledTask
 from bidora.tasks.labels import BadValueError, plain, shown
-from bidora.tasks.proteins import by_residue, looks_like_residues, read_residues
+from bidora.tasks.proteins import by_residue, mostly_residues, read_residues
 
 __all__ = [
     "LABEL_COLUMNS",
@@ -94,6 +94,9 @@ class TextTask(LabelledTask):
     def holds_proteins(self, source: Source, columns: Mapping[str, str]) -> bool:
         """Return whether the texts are proteins: chosen, known, or seen.
 
+        They are seen by most values of a column called `sequence`, so that an odd one
+        among them is a bad row, and does not make words of all others.
+
         Args:
             source: The examples.
             columns: What `columns` returned.
@@ -108,8 +111,9 @@ class TextTask(LabelledTask):
         column = columns["text_column"]
         if column != "sequence":
             return False
-        values = [v for v in source.train.values(column) if isinstance(v, str) and v]
-        return bool(values) and all(map(looks_like_residues, values))
+        return mostly_residues(
+            v for v in source.train.values(column) if isinstance(v, str)
+        )
 
     def read_inputs(self, table: Table, schema: Schema) -> dict[str, Sequence[Any]]:
         """Return the texts, without the blanks around them."""

@@ -114,7 +114,8 @@ def fasta_source(
     notes: list[str] = []
     for name, path in files.items():
         text, note = read_text(path, encoding)
-        table = fasta_table(path.name, text)
+        # Named as places of the whole table are: its folder, the file, the line.
+        table = fasta_table(f"{path.parent}, {path.name}", text)
         rows += [(row[0], row[1], name) for row in table.rows]
         lines += [f"{path.name}, {line}" for line in table.lines]
         bad += table.bad

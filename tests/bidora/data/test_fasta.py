@@ -92,6 +92,22 @@ def test_a_folder_has_a_class_a_file(tmp_path: Path) -> None:
     assert set(source.parts) == {"train"}
 
 
+def test_every_bad_row_of_such_a_folder_names_its_place_alike(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "cold.fasta").write_text(">A\nMK\n>B\n>C\nMK1\n>D\nMKV\n")
+    source = load_source(str(tmp_path))
+    task = Classification()
+    rows = task.rows(source.train, task.schema(source))
+    assert [line.split(":")[0] for line in (*source.train.bad, *rows.bad)] == [
+        f"{tmp_path}, cold.fasta, line 3",
+        f"{tmp_path}, cold.fasta, line 4",
+    ]
+    (tmp_path / "cold.fasta").write_text("MKV\n")
+    with pytest.raises(UserError) as told:
+        load_source(str(tmp_path))
+    assert str(told.value).startswith(f"{tmp_path}, cold.fasta, line 1: a FASTA file")
+
+
 def test_train_and_test_files_are_parts_and_no_classes(tmp_path: Path) -> None:
     for part in ("train", "test"):
         (tmp_path / f"{part}.fasta").write_text(f">A label=1\nMK\n>B label=0\n{part}\n")
@@ -123,6 +139,22 @@ def test_peptides_are_known_by_name(tmp_path: Path) -> None:
     source = load_source("bbp", data_dir=str(tmp_path))
     assert set(source.parts) == {"train", "test"}
     assert source.hints["proteins"] is True
+
+
+def test_sheets_of_peptides_are_told_to_be_saved_as_csv(tmp_path: Path) -> None:
+    said = (
+        r"UniDL4BioPep\. They are sheets there, BBP_train.xlsx and BBP_test.xlsx: save "
+    )
+    said += r"them as train\.csv and test\.csv"
+    with pytest.raises(UserError, match=rf"fetch them .*{said}"):
+        load_source("bbp")
+    with pytest.raises(UserError, match=rf"there is no such folder.*{said}"):
+        load_source("bbp", data_dir=str(tmp_path / "none"))
+    for name in ("BBP_train.xlsx", "BBP_test.xlsx"):
+        (tmp_path / name).write_bytes(b"PK")
+    holds = r"lacks train\.csv of bbp \(it holds BBP_test\.xlsx, BBP_train\.xlsx\)"
+    with pytest.raises(UserError, match=rf"{holds}.*{said}"):
+        load_source("bbp", data_dir=str(tmp_path))
 
 
 def test_real_files_have_their_published_counts() -> None:

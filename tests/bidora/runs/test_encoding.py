@@ -52,3 +52,19 @@ def test_texts_in_another_language_are_told(
     # Five words, the new one, and a token at each end: at least one of eight.
     share = float(said[0].split("[UNK], ")[1].split("%")[0])
     assert 100 / 8 - 0.1 < share < 50
+
+
+def test_proteins_that_are_read_as_words_are_told_their_option(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "proteins.csv"
+    letters = "ACDEFGHIKLMNPQRSTVWY"
+    rows = [f"{letters[i:]}{letters[:i]},{'ab'[i % 2]}" for i in range(20)]
+    data.write_text("\n".join(["text,label", *rows, "MK-V,a"]), "utf-8")
+    heard = Heard()
+    settings = TrainSettings(model=str(tiny_encoder), task=str(data), method="probe")
+    train(settings, heard, dry_run=True)
+    (said,) = [line for line in heard.lines if "does not know ([UNK], " in line]
+    assert said.endswith(
+        "They look like proteins, and are read as words: say --proteins."
+    )

@@ -158,6 +158,23 @@ def test_all_prompts_that_are_too_long_are_counted_and_the_remedy_is_possible(
 
 
 @pytest.mark.parametrize("two_parts", [False, True])
+def test_prompts_that_are_too_long_may_be_left_out_with_all_references(
+    two_parts: bool,
+) -> None:
+    from transformers import T5Config
+
+    task = TASK.for_model(T5Config()) if two_parts else TASK
+    tokenizer = tokenizer_of_words(ends=two_parts)
+    long, short = "name [ Aromi ]", "Cotto"
+    rows, schema = read((long, "a pub"), (short, "a"), (long, "is a pub in the city"))
+    left_out = task.check_lengths(rows, tokenizer, schema, 4, None, skip=True)
+    tokens = 4 if two_parts else 5  # with the line's end
+    why = f"its prompt has {tokens} tokens, and --max-length 4 keeps no token of an answer"
+    assert left_out == {0: f"t.csv, line 2: {why}.", 2: f"t.csv, line 4: {why}."}
+    assert task.check_lengths(rows, tokenizer, schema, 9, None, skip=True) == {}
+
+
+@pytest.mark.parametrize("two_parts", [False, True])
 def test_perplexity_counts_every_token_alike(two_parts: bool) -> None:
     from transformers import T5Config
 

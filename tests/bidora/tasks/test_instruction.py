@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bidora.data.load import load_source
 from bidora.data.source import Source
 from bidora.data.table import Table
 from bidora.errors import UserError
+from bidora.models import find_model, load_base
 from bidora.tasks import Schema
 from bidora.tasks.chat import encode_chat, open_prompt
 from bidora.tasks.guess import guess_task_type
 from bidora.tasks.instruction import Instruction
+from bidora.tasks.registry import make_task
 from tests.bidora.language_models import (
     CHAT_TEMPLATE,
     MARKED_TEMPLATE,
@@ -205,6 +210,31 @@ def test_bad_prompts_and_completions_are_told() -> None:
         Instruction(text_pair_column="x").schema(data)
 
 
+def test_the_guide_writes_a_folder_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "tasks" / "instruction.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("e2e-dataset").mkdir()
+    for part in ("trainset", "devset", "testset_w_refs"):
+        lines = f'mr,ref\n"name[{part}], area[city]",A place.\n'
+        lines += f'"name[{part}], area[city]",Another.\nname[Café],A café.\n'
+        Path(f"e2e-dataset/{part}.csv").write_text(lines, "utf-8")
+    exec(code, {})
+    data = load_source("pubs")
+    assert guess_task_type(data, {})[0] == "instruction"
+    assert {part: len(table) for part, table in data.parts.items()} == {
+        "train": 2,
+        "validation": 2,
+        "test": 2,
+    }
+    assert data.train.rows[0] == (
+        "Describe this place in one sentence: name[trainset], area[city]",
+        "A place.",
+    )
+
+
 def test_templates_that_do_not_fit_are_told() -> None:
     with pytest.raises(UserError, match=r"has no chat template.*prompt and completion"):
         encode_chat(CHAT, tokenizer_of_words())
@@ -217,6 +247,95 @@ def test_templates_that_do_not_fit_are_told() -> None:
     for template in (refuses, refuses + "{% generation %}{% endgeneration %}"):
         with pytest.raises(UserError, match=r"refuses a conversation \(roles must"):
             encode_chat(CHAT, tokenizer_of_words(template=template))
+
+
+ASKED, ANSWERED = CHAT[:2]
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate user/assistant.') }}{% endif %}{% endfor %}"
+) + CHAT_TEMPLATE
+STRICT_MARKED = STRICT.replace(CHAT_TEMPLATE, MARKED_TEMPLATE)
+WITH_A_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|system|> you are a pub </s>\n{% endif %}"
+) + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE, WITH_A_SYSTEM])
+@pytest.mark.parametrize("said", ["yes no", "a place", "are you", "\nyes"])
+def test_an_answer_that_opens_a_conversation_is_learnt(
+    template: str, said: str
+) -> None:
+    tokenizer = tokenizer_of_words(template=template)
+    opening = {"role": "assistant", "content": said}
+    ids, is_answer = encode_chat([opening, ASKED, CHAT[3]], tokenizer)
+    learnt = [i for i, answer in zip(ids, is_answer, strict=True) if answer]
+    told = said.replace("\n", "\n ").split(" ")
+    assert words(learnt, tokenizer) == [*told, "</s>", "Bye", "</s>"]
+
+
+@pytest.mark.parametrize("template", [STRICT, STRICT_MARKED])
+def test_a_refused_conversation_is_told_with_its_place(template: str) -> None:
+    tokenizer = tokenizer_of_words(template=template)
+    twice, opened = [ASKED, ASKED, ANSWERED], [ANSWERED, ASKED, ANSWERED]
+    good = [(CHAT[:2],)] * 1200  # more than are counted at once
+    data = source(*good[:9], (twice,), *good[9:], (opened,)).train
+    rows = TASK.rows(data, OF_CHATS)
+    said = (
+        r"^2 of 1202 row\(s\) can't be used with this model:\n"
+        r"  t\.jsonl, line 10: the chat template of the model's tokenizer refuses it "
+        r"\(Roles must alternate user/assistant\)\.\n"
+        r"  t\.jsonl, line 1202: .*\nMany want turns of user and assistant one after the "
+        r"other, or no system turn\. Put them right"
+    )
+    with pytest.raises(UserError, match=said):
+        TASK.check_lengths(rows, tokenizer, OF_CHATS, 99, None)
+    left_out = TASK.check_lengths(rows, tokenizer, OF_CHATS, 99, None, skip=True)
+    assert [(i, line.split(":")[0]) for i, line in left_out.items()] == [
+        (9, "t.jsonl, line 10"),
+        (1201, "t.jsonl, line 1202"),
+    ]
+    new = TASK.rows(data, OF_CHATS, labelled=False)
+    left_out = TASK.check_lengths(new, tokenizer, OF_CHATS, 99, None, skip=True)
+    assert list(left_out) == [9, 1201]
+
+
+def test_of_many_refused_conversations_ten_are_shown_and_long_ones_told_too() -> None:
+    tokenizer = tokenizer_of_words(template=STRICT)
+    rows = TASK.rows(
+        source(*[([ASKED, ASKED, ANSWERED],)] * 12, (CHAT,)).train, OF_CHATS
+    )
+    said = r"(?s)^12 of 13 row.*line 10: .*\n  and 2 more\nMany .*\n1 prompt.* 5 tokens"
+    with pytest.raises(UserError, match=said):
+        TASK.check_lengths(rows, tokenizer, OF_CHATS, 5, None)
+    left_out = TASK.check_lengths(rows, tokenizer, OF_CHATS, 5, None, skip=True)
+    assert list(left_out) == list(range(13))
+    assert left_out[12] == (
+        "t.jsonl, line 13: its prompt has 5 tokens, and --max-length 5 keeps no token of "
+        "an answer."
+    )
+
+
+@pytest.mark.parametrize("task", ["instruction", "generation"])
+def test_an_encoder_is_refused_with_models_that_suit_the_task(
+    task: str, tmp_path: Path
+) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    tokenizer = tokenizer_of_words()
+    tokenizer.save_pretrained(tmp_path)
+    found = find_model(str(tmp_path))
+    with pytest.raises(UserError, match="no weights of a language model") as told:
+        load_base(found, tokenizer, make_task(task), Schema(task))
+    assert ("such as a T5" in str(told.value)) is (task == "generation")
 
 
 def test_models_that_can_not_answer_are_refused() -> None:

@@ -13,7 +13,7 @@ from bidora.errors import UserError
 from bidora.models import find_model, load_tokenizer
 from bidora.tasks.classification import Classification
 from bidora.tasks.labels import BadValueError
-from bidora.tasks.proteins import RESIDUES, by_residue, read_residues
+from bidora.tasks.proteins import RESIDUES, by_residue, mostly_residues, read_residues
 from bidora.tasks.regression import Regression
 
 ROWS = (("MKTAYGK", "1"), ("acd ef*", "0"), ("WWWX", "1"), ("GGAVL", "0"))
@@ -74,7 +74,7 @@ def test_a_bad_protein_is_a_bad_row_and_the_others_stay() -> None:
 @pytest.mark.parametrize(
     ("given", "hint", "column", "expected"),
     [
-        (None, None, "sequence", False),  # small letters: may be words
+        (None, None, "sequence", True),  # three of four are residues in capitals
         (True, None, "sequence", True),
         (None, True, "text", True),
         (False, True, "sequence", False),
@@ -92,8 +92,38 @@ def test_who_says_that_texts_are_proteins(
 def test_a_column_called_sequence_is_seen_to_hold_proteins() -> None:
     data = source([("MKT", "0.5"), ("ACX", "1.5"), ("W*", "7")])
     assert Regression().schema(data).settings["proteins"] is True
-    words = source([("MKT", "0"), ("ONE TWO", "1"), ("THE END", "0"), ("Ab", "1")])
-    assert Classification().schema(words).settings["proteins"] is False
+    small = source([("mkt", "0.5"), ("acx", "1.5"), ("W", "7")])
+    assert Regression().schema(small).settings["proteins"] is True
+
+
+@pytest.mark.parametrize("odd", ["MKT-AY", "MK1", "see P12345", ""])
+def test_an_odd_value_among_proteins_is_a_bad_row(odd: str) -> None:
+    data = source([("MKTAYGK", "1"), ("ACDEF", "0"), ("mktay", "1"), (odd, "0")])
+    task = Classification()
+    schema = task.schema(data)
+    assert schema.settings["proteins"] is True
+    rows = task.rows(data.train, schema)
+    assert rows.columns["text"] == ["MKTAYGK", "ACDEF", "MKTAY"]
+    assert [line.split(": ")[0] for line in rows.bad] == ["p.csv, line 5"]
+
+
+WORDS = [
+    ["MKT", "ONE TWO", "THE END", "Ab"],
+    ["The cat sat on the mat", "A dog", "It rained all day", "Nothing was there"],
+    ["left right", "left left wait", "right wait", "wait right left"],
+    ["hello", "goodbye", "yes", "about"],
+    ["STOP THE COUNT", "GOOD MORNING", "HOW ARE YOU", "NOTHING TO DO"],
+    ["Das Haus", "und", "Zug", "Baum"],
+    ["MKTAY", "two words", "1, 2, 3", "MK-V"],
+    ["", "  "],
+]
+
+
+@pytest.mark.parametrize("texts", WORDS)
+def test_words_in_a_column_called_sequence_are_no_proteins(texts: list[str]) -> None:
+    assert mostly_residues(texts) is False
+    data = source([(text, str(i % 2)) for i, text in enumerate(texts)])
+    assert Classification().schema(data).settings["proteins"] is False
 
 
 def test_the_task_made_again_from_its_schema_reads_alike() -> None:
