@@ -110,7 +110,8 @@ def test_pefts_forward_is_refused_where_it_gives_nan(
     folder = shutil.copytree(tiny_encoder, tmp_path / "zero")
     model = BertModel.from_pretrained(folder)
     with torch.no_grad():
-        model.encoder.layer[0].attention.self.query.weight[3:5] = 0
+        query = model.get_submodule("encoder.layer.0.attention.self.query")
+        query.get_parameter("weight")[3:5] = 0
     model.save_pretrained(folder)
     given = {**small_job, "model": str(folder), "max_steps": 2, "lora_r": 2}
     given["output_dir"] = str(tmp_path / "run")
