@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from bidora.study import _words as words
-from bidora.study.results import Difference, Estimate, Overall, Summary, Table
+from bidora.study.results import Difference, Estimate, Overall, Result, Summary, Table
 
 __all__ = ["escape", "latex_tables"]
 
@@ -22,6 +22,8 @@ SPECIALS = {
     "[": "{[}",
     "*": "{*}",
 }
+
+_COLLAPSED, _FAILED = r"\dag{}", r"\ddag{}"
 
 
 def escape(text: str) -> str:
@@ -75,9 +77,7 @@ def _scores(summary: Summary, table: Table) -> str:
     rows: list[list[str]] = []
     for method in table.methods:
         results = [table.result(task, method) for task in table.tasks]
-        rows.append(
-            [escape(method), *(_estimate(r.score if r else None) for r in results)]
-        )
+        rows.append([escape(method), *map(_result, results)])
     if len(table.tasks) > 1:
         for row in anchors:
             row.append("")
@@ -86,6 +86,10 @@ def _scores(summary: Summary, table: Table) -> str:
     caption = (
         f"Test scores at {_at(table)}: mean over seeds and {_level(summary)} interval."
     )
+    if any(r.collapsed for r in table.results):
+        caption += f" {_COLLAPSED}: runs that score what a constant answer scores."
+    if any(r.failed for r in table.results):
+        caption += f" {_FAILED}: runs that failed, which are in no mean."
     label = f"scores-{table.purpose}-{table.size or 'all'}"
     return _tabular(_heads(summary, table), [anchors, rows], caption, label)
 
@@ -171,6 +175,18 @@ Method & {" & ".join(heads)} \\
 
 def _estimate(value: Estimate | None) -> str:
     return "--" if value is None else _math(words.estimate(value))
+
+
+def _result(found: Result | None) -> str:
+    """Return a score, with how many runs collapsed or failed."""
+    if found is None:
+        return _estimate(None)
+    marks = [
+        rf"\textsuperscript{{{mark}{count}}}"
+        for mark, count in ((_COLLAPSED, found.collapsed), (_FAILED, found.failed))
+        if count
+    ]
+    return "".join([_estimate(found.score), *marks])
 
 
 def _difference(value: Difference | None) -> str:

@@ -118,6 +118,10 @@ def test_a_whole_page(whole: Whole) -> None:
     assert all("scope" in attributes for attributes in heads)
     assert "† 1 collapsed" in page.text
     assert "‡ 1 failed" in page.text
+    tex = (whole[0] / "tables.tex").read_text("utf-8")
+    assert r"\textsuperscript{\dag{}1}" in tex
+    assert r"\dag{}: runs that score what a constant answer scores." in tex
+    assert r"\textsuperscript{\ddag{}1}" in tex
     assert "ValueError: loss is nan".replace("nan", "n") in page.text.replace(
         "nan", "n"
     )
