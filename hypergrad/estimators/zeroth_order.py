@@ -230,7 +230,8 @@ class ZerothOrder(HypergradEstimator):
             if alike:
                 # Shorter, and the largest would move by few of their spacings.
                 least, most = min(lengths.values()), max(lengths.values())
-                lengths = dict.fromkeys(outer, max(least, base * most))
+                shared: float = max(least, base * most)
+                lengths = dict.fromkeys(outer, shared)
         ones = {n: torch.full_like(t, lengths[n]) for n, t in outer.items()}
         ahead, behind = _moved(outer, ones, 1.0), _moved(outer, ones, -1.0)
         still = [((ahead[n] == t) | (behind[n] == t)).sum() for n, t in outer.items()]
