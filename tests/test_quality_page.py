@@ -79,6 +79,7 @@ def means(study: str) -> dict[tuple[str, str], dict[str, str]]:
         ("tagging", "quality", 3),
         ("multilabel", "quality", 1),
         ("proteins", "families", 2),
+        ("generation", "families", 1),
     ],
 )
 def test_the_figures_of_a_task_are_in_the_results(
