@@ -129,14 +129,13 @@ def _memory(tensor: Tensor) -> int:
 
 def _apart(state: Mapping[str, Any], memory: set[int]) -> dict[str, Any]:
     """Return a state whose tensors lie in none of the memory."""
-    return {
-        key: _apart(value, memory)
-        if not isinstance(value, Tensor)
-        else value.detach().clone()
-        if _memory(value) in memory
-        else value
-        for key, value in state.items()
-    }
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return _apart(value, memory)
+        return value.detach().clone() if _memory(value) in memory else value
+
+    return {key: kept(value) for key, value in state.items()}
 
 
 def _versions(state: Mapping[str, Any]) -> list[int]:

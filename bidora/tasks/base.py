@@ -150,6 +150,7 @@ class Task(ABC):
         evaluation_batch: Examples of a batch in evaluations.
         scores_texts: Whether a run ends with texts that the model writes for its test and
             validation examples, and `text_scores` of them.
+        takes_two_parts: Whether an encoder-decoder can have it, where texts are written.
     """
 
     name: ClassVar[str]
@@ -164,6 +165,7 @@ class Task(ABC):
     usual_length: ClassVar[int | None] = None
     evaluation_batch: ClassVar[int] = 32
     scores_texts: ClassVar[bool] = False
+    takes_two_parts: ClassVar[bool] = False
 
     def for_model(self, config: Any) -> Task:
         """Return the task as a model of that configuration does it; this one for most.

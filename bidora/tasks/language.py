@@ -70,8 +70,6 @@ class LanguageTask(TextTask):
     usual_new_tokens: ClassVar[int] = 64
     two_parts: ClassVar[bool] = False
     """Whether the model reads the prompt in an encoder, and writes in a decoder."""
-    takes_two_parts: ClassVar[bool] = False
-    """Whether a model of two parts can have the task."""
     often_refused: ClassVar[str] = ""
     """Why prompts are refused for the most part, as a sentence of the message."""
 
