@@ -290,12 +290,13 @@ def load_base(
         del model.config.quantization_config
     if task.peft_type in LANGUAGE_TYPES:
         if info["missing_keys"]:
+            either = ", or an encoder-decoder, such as a T5"
             raise UserError(
                 f"{source.name!r} has no weights of a language model "
                 f"({', '.join(sorted(info['missing_keys'])[:3])} would be new), so it "
                 f"cannot write. {task.name} needs a decoder, such as --model {SMALL_LLM} "
                 "or a GPT-2 or Llama"
-                f"{', or an encoder-decoder, such as a T5' if task.takes_two_parts else ''}."
+                f"{either if task.takes_two_parts else ''}."
             )
         return Base(source, model, [], task.peft_type)
     if not pooled:
