@@ -52,19 +52,25 @@ class GridMethod:
     Args:
         name: What it is called there, and its folder.
         settings: Of its runs, over those of grid and task; `method` is among them.
-        sweep: Values to choose from, by setting.
+        sweep: Values to choose from, by setting: all combinations within an entry, of
+            one entry after the other.
         tasks: Names of the tasks that it is run on; None for all.
     """
 
     name: str
     settings: Mapping[str, Any]
-    sweep: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    sweep: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
     tasks: tuple[str, ...] | None = None
+
+    @property
+    def entries(self) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
+        """The entries of the sweep; one without settings where nothing is swept."""
+        return self.sweep or ({},)
 
     @property
     def combinations(self) -> int:
         """How many there are of the swept values; 1 where nothing is swept."""
-        return prod(len(values) for values in self.sweep.values())
+        return sum(prod(len(v) for v in entry.values()) for entry in self.entries)
 
     def trials(self, most: int | None) -> tuple[Trial, ...]:
         """Return the combinations that are tried.
@@ -76,15 +82,15 @@ class GridMethod:
             most: How many at most; None for all.
 
         Example:
-            >>> GridMethod("lora", {}, {"lora_r": (2, 4)}).trials(None)
+            >>> GridMethod("lora", {}, ({"lora_r": (2, 4)},)).trials(None)
             ((('lora_r', 2),), (('lora_r', 4),))
             >>> GridMethod("lora", {}).trials(None)
             ((),)
         """
-        names = sorted(self.sweep)
         every = [
-            tuple(zip(names, values, strict=True))
-            for values in product(*(self.sweep[name] for name in names))
+            tuple(zip(sorted(entry), values, strict=True))
+            for entry in self.entries
+            for values in product(*(entry[name] for name in sorted(entry)))
         ]
         if most is None or most >= len(every):
             return tuple(every)
@@ -250,12 +256,13 @@ class Grid:
                     **method.settings,
                     **({"tasks": [*method.tasks]} if method.tasks is not None else {}),
                     **(
-                        {"sweep": {n: _plain(v) for n, v in method.sweep.items()}}
+                        {"sweep": _plain(method.sweep[0] if alone else method.sweep)}
                         if method.sweep
                         else {}
                     ),
                 }
                 for method in self.methods
+                for alone in [len(method.sweep) == 1]
             },
             "sweep": {
                 "seeds": [*self.sweep_seeds],
@@ -269,4 +276,6 @@ class Grid:
 
 def _plain(value: Any) -> Any:
     """Return lists for tuples, which YAML has no plain form of."""
+    if isinstance(value, Mapping):
+        return {name: _plain(v) for name, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -184,7 +185,7 @@ class _Reader:
                 if task not in tasks:
                     self.unknown(f"{key}.tasks", task, tasks, "task of this grid")
         swept = self.sweep(sweep, f"{key}.sweep")
-        double = sorted(set(swept) & set(settings))
+        double = sorted({n for entry in swept for n in entry} & set(settings))
         if double:
             self.refuse(
                 f"{key}.{double[0]}", "it is swept, and given too; leave one out."
@@ -198,7 +199,29 @@ class _Reader:
             )
         return method
 
-    def sweep(self, entry: Any, key: str) -> dict[str, tuple[Any, ...]]:
+    def sweep(self, entry: Any, key: str) -> tuple[dict[str, tuple[Any, ...]], ...]:
+        """Return the values to choose from, of each entry; a mapping alone is one."""
+        if not isinstance(entry, list | tuple):
+            swept = self.swept(entry, key)
+            return (swept,) if swept else ()
+        entries = [self.swept(e, f"{key}[{i}]") for i, e in enumerate(entry)]
+        for i, other in enumerate(entries):
+            if set(other) != set(entries[0]) or not other:
+                self.refuse(
+                    f"{key}[{i}]",
+                    f"it sweeps {', '.join(sorted(other)) or 'nothing'}, where the first "
+                    f"entry sweeps {', '.join(sorted(entries[0])) or 'nothing'}; give "
+                    "each entry values of the same settings.",
+                )
+        method = GridMethod("", {}, tuple(entries))
+        if method.combinations <= MOST_COMBINATIONS:
+            trial, times = Counter(method.trials(None)).most_common(1)[0]
+            if times > 1:
+                same = ", ".join(f"{name} {value}" for name, value in trial)
+                self.refuse(key, f"two entries have {same}; leave it out of one.")
+        return tuple(entries)
+
+    def swept(self, entry: Any, key: str) -> dict[str, tuple[Any, ...]]:
         """Return the values to choose from, by setting."""
         found: dict[str, tuple[Any, ...]] = {}
         for name, values in self.mapping(entry, key).items():

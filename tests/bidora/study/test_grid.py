@@ -83,7 +83,8 @@ def test_a_file_becomes_the_grid_it_describes(tmp_path: Path) -> None:
     assert grid.has("glue", "full")
     assert not grid.has("glue", "bidora")
     # 3e-4 is text to YAML.
-    assert grid.method("lora").sweep["learning_rate"] == (0.0003, 0.001)
+    swept = {"learning_rate": (0.0003, 0.001), "lora_r": (2, 4)}
+    assert grid.method("lora").sweep == (swept,)
     assert grid.sweeps("lora")
     assert not grid.sweeps("careful")
 
@@ -116,7 +117,7 @@ def test_what_is_written_down_is_read_as_the_same_grid(tmp_path: Path) -> None:
 
 def test_trials_are_the_product_or_a_part_of_it_that_only_grows() -> None:
     method = GridMethod(
-        "lora", {}, {"lora_r": (2, 4), "learning_rate": (0.1, 0.2, 0.3)}
+        "lora", {}, ({"lora_r": (2, 4), "learning_rate": (0.1, 0.2, 0.3)},)
     )
     every = method.trials(None)
     assert len(every) == len(set(every)) == method.combinations == 6
@@ -126,6 +127,27 @@ def test_trials_are_the_product_or_a_part_of_it_that_only_grows() -> None:
     assert all(set(a) < set(b) for a, b in pairwise(some[:6]))
     assert [t for t in every if t in some[3]] == list(some[3])
     assert some[2] == method.trials(3)
+
+
+def test_a_sweep_of_several_entries_tries_the_combinations_of_each(
+    tmp_path: Path,
+) -> None:
+    text = """
+tasks: {docstrings: {}}
+methods:
+  bidora:
+    sweep:
+      - {learning_rate: [3.0e-4, 6.0e-4], outer_learning_rate: [6.0e-4]}
+      - {outer_learning_rate: [6e-3], learning_rate: [1.2e-3]}
+"""
+    (tmp_path / "grid.yaml").write_text(text)
+    grid = read_grid(tmp_path / "grid.yaml")
+    rates = [tuple(value for _, value in t) for t in grid.trials_of("bidora")]
+    assert rates == [(3e-4, 6e-4), (6e-4, 6e-4), (1.2e-3, 6e-3)]
+    assert grid.method("bidora").combinations == 3
+    assert grid.sweeps("bidora")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(grid.to_dict()))
+    assert read_grid(tmp_path / "again.yaml") == grid
 
 
 @pytest.mark.parametrize(
@@ -158,6 +180,16 @@ def test_trials_are_the_product_or_a_part_of_it_that_only_grows() -> None:
         ({"methods": {"lora": {"sweep": {"learning_rate": 1}}}}, "give a list"),
         ({"methods": {"lora": {"sweep": {"learning_rate": []}}}}, "give a list"),
         ({"methods": {"lora": {"sweep": {"lora_r": [2, 2]}}}}, "listed twice"),
+        (
+            {"methods": {"lora": {"sweep": [{"lora_r": [2]}, {"max_steps": [3]}]}}},
+            r"sweep\[1\]: it sweeps max_steps, where the first entry sweeps lora_r",
+        ),
+        ({"methods": {"lora": {"sweep": [{}]}}}, r"sweep\[0\]: it sweeps nothing"),
+        (
+            {"methods": {"lora": {"sweep": [{"lora_r": [2, 4]}, {"lora_r": [4]}]}}},
+            "two entries have lora_r 4; leave it out of one",
+        ),
+        ({"methods": {"lora": {"sweep": [3]}}}, r"sweep\[0\]: it is 3; write names"),
         ({"methods": {"lora": {"sweep": {"lora_r": [2, 0]}}}}, "with lora_r=0: --lora-r"),
         (
             {"methods": {"lora": {"lora_r": 2, "sweep": {"lora_r": [2, 4]}}}},
