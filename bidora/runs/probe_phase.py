@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from bidora.errors import UserError
-from bidora.probing import Probe, StartFromProbe, constant_answer, probe
+from bidora.probing import Probe, StartFromProbe, constant_answer, extract, probe
 from bidora.runs.recorder import Recorder, scores_of
 from bidora.runs.results import Listener, PhaseResult
+from bidora.trainer.upstream import collator_of
 
 if TYPE_CHECKING:
     from bidora.runs.prepared import Prepared
@@ -79,8 +80,14 @@ def run_probe(
         return ProbePhase()
     is_random = job.settings.start == "random" and not is_method
     first = {n: p.detach().clone() for n, p in _trained(job)} if is_random else {}
+    # A search fits the head again when it begins, on what its directions learn on.
+    is_overwritten = names is None and hasattr(trainer, "outer_level")
     started = time.perf_counter()
     try:
+        if is_overwritten:
+            extract(trainer.model, _some(trainer), collator_of(trainer))
+            trainer.add_callback(StartFromProbe(trainer))
+            return ProbePhase()
         found = probe(trainer)
     except UserError as error:
         if is_method:
@@ -109,6 +116,12 @@ def run_probe(
         for name, parameter in _trained(job):
             parameter.data.copy_(first[name])
     return phase
+
+
+def _some(trainer: Any) -> Any:
+    """Return enough examples to see whether the model has a head to fit."""
+    data = trainer.train_dataset
+    return data.select(range(min(len(data), 2)))
 
 
 def _score(

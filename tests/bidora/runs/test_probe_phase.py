@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from bidora.cli import _summary
 from bidora.errors import UserError
 from bidora.models import find_model, load_base, load_tokenizer
+from bidora.probing import start
 from bidora.runs.job import train
 from bidora.runs.recorder import Recorder
 from bidora.runs.settings import TrainSettings
@@ -174,14 +175,31 @@ def test_a_random_start_stays_random_in_a_search(
     assert all(torch.equal(head, truth) for head in heads.values())
 
 
-def test_who_looks_changes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
-    """Scores of the probe draw no number that the training would have drawn."""
-    files = []
-    for looks in (True, False):
-        options.update(output_dir=str(tmp_path / str(looks)), method="lora")
+@pytest.mark.parametrize(("method", "fits"), [("lora", (1, 1)), ("bidora", (2, 1))])
+def test_who_looks_changes_nothing(
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    fits: tuple[int, int],
+) -> None:
+    """Scores of the probe draw no number that the training would have drawn.
+
+    A search fits a head of its own; the probe on all is fitted for who looks.
+    """
+    files, fitted = [], []
+    fit = start.fit_linear
+    monkeypatch.setattr(start, "fit_linear", lambda f: fitted.append(f) or fit(f))
+    if method == "bidora":
+        options.update(budget="full", outer_every=2, outer_warmup_steps=0)
+        options.update(retrain="warm")
+    for looks, times in zip((True, False), fits, strict=True):
+        fitted.clear()
+        options.update(output_dir=str(tmp_path / str(looks)), method=method)
         settings = TrainSettings(**options, lora_dropout=0.3)
         result = train(settings, score_probe=looks)
         assert (result.probe is not None) == looks
+        assert len(fitted) == times
         files.append((tmp_path / str(looks) / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
 
