@@ -16,7 +16,8 @@ process,
 - *a step*: plain training steps of the same adapter, for their peak of memory;
 - *the plain run*: T inner steps with torch's AdamW, a schedule and clipping;
 - *the whole run*: the same T steps under a `BiDoRAOptimizer` that records them, then one
-  outer step by `unrolled` through all of them, with exact products.
+  outer step by `unrolled` through all of them, with exact products; without the
+  orthogonality term, which neither the plain run nor `bidora train` has.
 
 Seconds are those of the processor in this process, by which other programs on the machine
 matter little; those of the clock are written down too.
@@ -89,7 +90,8 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     _, plain = timed(lambda: take_plain_steps(job, inner, steps))
 
     job.restart(inner, {})
-    optimizer, schedule = job.optimizer(estimator, steps)
+    # Plain steps have no orthogonality term either.
+    optimizer, schedule = job.optimizer(estimator, steps, orthogonality=0.0)
     stream = job.batches(inner)
     reset_peak()
 
