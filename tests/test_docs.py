@@ -386,13 +386,17 @@ def test_the_page_on_comparing_lists_its_options_and_keys(tmp_path: Path) -> Non
     } == listed
     keys = re.findall(r"^\| `(\w+)` \|", text.split("## What is run")[0], re.M)
     assert set(keys) == set(reading.KEYS)
-    whole, part = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    whole, part, entries = re.findall(r"```yaml\n(.*?)```", text, re.S)
     (tmp_path / "grid.yaml").write_text(whole)
     assert set(yaml.safe_load(whole)) == set(reading.KEYS)
     first = read_grid(tmp_path / "grid.yaml")
     assert [method.name for method in first.methods] == ["probe", "lora", "dora"]
     (tmp_path / "part.yaml").write_text(f"tasks: {{a: {{}}}}\nreference: lora\n{part}")
     assert len(read_grid(tmp_path / "part.yaml").methods) == 2
+    (tmp_path / "some.yaml").write_text(
+        f"tasks: {{a: {{}}}}\nreference: bidora\n{entries}"
+    )
+    assert len(read_grid(tmp_path / "some.yaml").trials_of("bidora")) == 3
 
 
 def test_the_table_of_methods_is_the_registry() -> None:

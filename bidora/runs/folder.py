@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ RUN_FILES = (
     "split.json",
     "metrics.json",
     "history.jsonl",
+    "generated.jsonl",
     "comparison.json",
     "comparison.csv",
     "comparison.png",
@@ -170,6 +172,11 @@ class RunFolder:
         """Write a JSON file."""
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_whole(self.path / name, text)
+
+    def write_lines(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Write a jsonl file."""
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_whole(self.path / name, "".join(lines))
 
     def staging(self) -> Path:
         """Return an empty folder for files that `publish` moves into place."""

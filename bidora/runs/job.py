@@ -18,7 +18,7 @@ from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
 from bidora.runs.curves import curve_sets, read_curves
 from bidora.runs.encoding import by_length
-from bidora.runs.examples import read_examples
+from bidora.runs.examples import Examples, read_examples
 from bidora.runs.folder import RunFolder
 from bidora.runs.prepared import Prepared, find_device, prepare
 from bidora.runs.results import Listener, PhaseResult, RunResult
@@ -48,9 +48,9 @@ def train(
 
     The folder `settings.folder` then holds the adapter (or the model) as its library
     saves it, the tokenizer, the model's configuration, a model card, `settings.json`,
-    `task.json`, `split.json`, `history.jsonl`, `curves.png` and, written last,
-    `metrics.json`; while the run goes on, also `checkpoints`. The global random numbers
-    are as before afterwards.
+    `task.json`, `split.json`, `history.jsonl`, `curves.png`, `generated.jsonl` where the
+    model writes texts, and, written last, `metrics.json`; while the run goes on, also
+    `checkpoints`. The global random numbers are as before afterwards.
 
     Args:
         settings: What to train, on what and how.
@@ -85,6 +85,7 @@ def train(
         searches=method.holds_back,
         stops_early=settings.early_stopping_patience is not None,
     )
+    _check_metric(settings, examples, listener)
     if not score_test:
         kept = {n: r for n, r in examples.rows.items() if not n.startswith("test")}
         examples.rows = kept
@@ -143,6 +144,24 @@ def train(
     return result
 
 
+def _check_metric(
+    settings: TrainSettings, examples: Examples, listener: Listener
+) -> None:
+    """Say before the training that its main metric can't be computed here.
+
+    Whoever named the metric wants it; who named none can have the others.
+
+    Raises:
+        UserError: If the settings name it.
+    """
+    try:
+        examples.task.check_metric(examples.schema)
+    except UserError as error:
+        if settings.metric is not None:
+            raise
+        listener.message(f"Note   {error} Without it, it is n/a.")
+
+
 @dataclass
 class _Job(Prepared):
     """One run, from the tokenised examples to what is saved."""
@@ -155,6 +174,7 @@ class _Job(Prepared):
     probe: PhaseResult | None = field(default=None, kw_only=True)
     baseline: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
     weights: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    written: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
 
     @property
     def trained_parameters(self) -> int:
@@ -268,7 +288,7 @@ class _Job(Prepared):
             listener,
             record,
             list(self.history),
-            lambda phase, name: self._text_scores(phase, name, listener),
+            lambda phase, name: self._text_scores(phase, name, folder, listener),
             last_only=self.for_record,
             left_out=self.left_out,
         )
@@ -325,9 +345,9 @@ class _Job(Prepared):
         return {name: by_length(data) for name, data in sets.items()}
 
     def _text_scores(
-        self, phase: str, name: str, listener: Listener
+        self, phase: str, name: str, folder: RunFolder, listener: Listener
     ) -> TextScores | None:
-        """Let the model write at the end of the run, and score what it wrote."""
+        """Let the model write at the end of the run, keep it, and score it."""
         from bidora.runs.writing import written
 
         task, schema = self.examples.task, self.examples.schema
@@ -337,6 +357,10 @@ class _Job(Prepared):
         texts = written(
             self.model, self.tokenizer, task, schema, rows, self.length, listener
         )
+        kept = task.text_records(texts, rows, schema)
+        self.written += [{"part": name, **record} for record in kept]
+        if self.written:  # before a scorer can fail
+            folder.write_lines("generated.jsonl", self.written)
         return task.text_scores(texts, rows, schema)
 
     def _curve_sets(self) -> dict[str, Any]:

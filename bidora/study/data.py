@@ -18,12 +18,10 @@ from bidora.data.load import load_source
 from bidora.data.source import Source
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
-from bidora.runs.examples import Examples
 from bidora.runs.results import Listener
 from bidora.study.grid import Grid
 from bidora.study.plan import Plan
 from bidora.study.records import Cell, Record
-from bidora.tasks.text_scores import text_scores
 
 __all__ = ["Data", "check_tasks", "digest"]
 
@@ -75,9 +73,9 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
         told.add(task)
         try:
             found = read_examples(grid.settings_of(cell), hears, searches=searches)
+            found.task.check_metric(found.schema)
         except UserError as error:
             raise UserError(f"tasks.{task}: {error}") from error
-        _check_scorer(task, found)
         there = len(found.rows["train"])
         if there < size:
             raise UserError(
@@ -94,20 +92,6 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
                 "out the sweep."
             )
     return Data(stopped, _recognised(plan, told, listener))
-
-
-def _check_scorer(task: str, found: Examples) -> None:
-    """Refuse a metric of texts whose library can't run, before all runs lack it."""
-    if not found.task.scores_texts:
-        return
-    metric = found.schema.metric or found.task.main_metric
-    text = "A text of a few words, to try the scorers on."
-    why = text_scores([text], [[text]]).missing.get(metric)
-    if why:
-        raise UserError(
-            f"tasks.{task}: its metric {metric} can't be computed here ({why}), so that "
-            "no run would have a score."
-        )
 
 
 def digest(source: Source) -> str:

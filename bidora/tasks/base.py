@@ -188,6 +188,17 @@ class Task(ABC):
         """
         del settings
 
+    def check_metric(self, schema: Schema) -> None:
+        """Refuse a main metric that can't be computed here, before a job has trained.
+
+        Args:
+            schema: Of the data.
+
+        Raises:
+            UserError: If it needs what is not installed.
+        """
+        del schema
+
     @abstractmethod
     def schema(self, source: Source) -> Schema:
         """Find out what the data is, from its training part.
@@ -456,6 +467,22 @@ class Task(ABC):
         """
         del texts, rows, schema
         return TextScores({})
+
+    def text_records(
+        self, texts: Sequence[str], rows: Rows, schema: Schema
+    ) -> list[dict[str, Any]]:
+        """Return what a run keeps of the texts that `text_scores` scores.
+
+        Args:
+            texts: What was generated, one for each example.
+            rows: What they were generated for.
+            schema: Of the data.
+
+        Returns:
+            One dict a line of `generated.jsonl`, as JSON holds it; none to keep nothing.
+        """
+        del texts, rows, schema
+        return []
 
     @abstractmethod
     def metrics(

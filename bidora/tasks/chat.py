@@ -25,6 +25,8 @@ WANTED = "Many want turns of user and assistant one after the other, or no syste
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
+Span = tuple[int, int]
+"""Where a part of a text begins and ends."""
 
 SHARE_GPT = {"human": "user", "gpt": "assistant"}
 """What ShareGPT's files call the roles, beside `from` and `value` for a turn's parts."""
@@ -157,21 +159,50 @@ def encode_chat(
     Raises:
         UserError: If there is no template, or it writes turns in another way once others
             follow.
-        RefusedChatError: If it refuses the turns.
+        RefusedChatError: If it refuses the turns, or no token of them is the assistant's.
     """
-    if _MARKS.search(_template(processor)):
-        try:
-            found = processor.apply_chat_template(
-                list(messages),
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except Exception as error:  # what a template raises is its own
-            raise RefusedChatError(_reason(error)) from error
-        return found["input_ids"], [bool(m) for m in found["assistant_masks"]]
+    marks = _MARKS.search(_template(processor))
+    whole, spans = (_marked if marks else _compared)(messages, processor)
+    made = processor(whole, add_special_tokens=False, return_offsets_mapping=True)
+    answered = [
+        any(start < b and a < end for start, end in spans)
+        for a, b in made["offset_mapping"]
+    ]
+    if not any(answered):
+        raise RefusedChatError("no token of it is the assistant's")
+    return made["input_ids"], answered
+
+
+def _marked(messages: Sequence[Message], processor: Any) -> tuple[str, list[Span]]:
+    """Return a conversation as it is written, and where the template's marks stand.
+
+    Differs from `apply_chat_template(..., return_assistant_tokens_mask=True)`, which asks
+    for the token of a span's first and last character. Where the tokenizer drops a blank
+    there, that loses this answer and those after it, or takes the user's turns for
+    answers; of a last character in several tokens it keeps the first.
+
+    Raises:
+        RefusedChatError: If the template refuses the turns.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=processor.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **processor.special_tokens_map,
+        )
+    except Exception as error:  # what a template raises is its own
+        raise RefusedChatError(_reason(error)) from error
+    (whole,), (spans,) = rendered
+    return whole, [(start, end) for start, end in spans if start < end]
+
+
+def _compared(messages: Sequence[Message], processor: Any) -> tuple[str, list[Span]]:
+    """Return a conversation as it is written, and where it has more with an answer."""
     whole = _rendered(messages, processor)
-    spans: list[tuple[int, int]] = []
+    spans: list[Span] = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -189,11 +220,7 @@ def encode_chat(
                 "in its chat_template, or give each answer a conversation of its own."
             )
         spans.append((len(before), len(with_it.rstrip())))
-    made = processor(whole, add_special_tokens=False, return_offsets_mapping=True)
-    return made["input_ids"], [
-        any(start < b and a < end for start, end in spans)
-        for a, b in made["offset_mapping"]
-    ]
+    return whole, spans
 
 
 def _rendered(messages: Sequence[Message], processor: Any, **how: Any) -> str:
@@ -235,4 +262,4 @@ def _template(processor: Any) -> str:
             "chat_template.jinja into the model's folder, or give columns prompt and "
             "completion, which need none."
         )
-    return found if isinstance(found, str) else str(found)
+    return found if isinstance(found, str) else found.get("default", "")

@@ -13,7 +13,7 @@ from bidora.tasks.base import Rows, Schema, TextScores
 from bidora.tasks.labels import BadValueError, plain
 from bidora.tasks.language import IGNORED, Encoded, LanguageTask
 from bidora.tasks.metrics import choose_metric
-from bidora.tasks.text_scores import TEXT_METRICS, text_scores
+from bidora.tasks.text_scores import TEXT_METRICS, check_scorer, text_scores
 
 __all__ = ["INPUT_COLUMNS", "REFERENCE_COLUMNS", "Generation"]
 
@@ -114,6 +114,17 @@ class Generation(LanguageTask):
             self.name, {**columns, **self.settings_of_generation()}, (), metric
         )
 
+    def check_metric(self, schema: Schema) -> None:
+        """Refuse a main metric whose library is missing or can't run.
+
+        Args:
+            schema: Of the data.
+
+        Raises:
+            UserError: If that is so.
+        """
+        check_scorer(schema.metric)
+
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
         """Return each row's reference."""
         column = schema.settings["label_column"]
@@ -154,15 +165,24 @@ class Generation(LanguageTask):
         self, texts: Sequence[str], rows: Rows, schema: Schema
     ) -> TextScores:
         """Score one text for each input, by all its references."""
+        found = self.text_records(texts, rows, schema)
+        return text_scores(
+            [record["generated"] for record in found],
+            [record["references"] for record in found],
+        )
+
+    def text_records(
+        self, texts: Sequence[str], rows: Rows, schema: Schema
+    ) -> list[dict[str, Any]]:
+        """Return each input with its references and the text that was written for it."""
         del schema
-        written: dict[str, str] = {}
-        references: dict[str, list[str]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for text, given, reference in zip(
             texts, rows.columns["text"], rows.columns["labels"], strict=True
         ):
-            written[given] = text
-            references.setdefault(given, []).append(reference)
-        return text_scores(list(written.values()), list(references.values()))
+            new = {"input": given, "references": [], "generated": text}
+            found.setdefault(given, new)["references"].append(reference)
+        return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
+from bidora.errors import UserError
 from bidora.tasks.base import TextScores
 
-__all__ = ["TEXT_METRICS", "text_scores"]
+__all__ = ["TEXT_METRICS", "check_scorer", "text_scores"]
 
 _QUOTES = ("''", "'", "``", "`")
 NOT_COUNTED = frozenset([*_QUOTES, *"(){}.?!,:;-", "--", "..."])
 """Tokens that the scorer of COCO's captions leaves out."""
+
+_TRIAL = ("The cafe Aromi is by the river.", "It serves French food to all who come.")
+"""Texts that every scorer can score by themselves: two, of five tokens and more."""
 
 INSTALL = 'pip install "hypergrad-bidora[generation]"'
 
@@ -49,11 +53,44 @@ def text_scores(
     right = [[" ".join(r.split()) for r in some] for some in references]
     if not said:
         return TextScores({}, dict.fromkeys(_SCORERS, "there is no text to score"))
+    return _scored(_SCORERS, said, right)
+
+
+def check_scorer(metric: str) -> None:
+    """Refuse a score that can't be computed here, by trying it.
+
+    Args:
+        metric: One of `TEXT_METRICS`, which a run is to be told by.
+
+    Raises:
+        UserError: If its library is missing, or can't run.
+
+    Example:
+        >>> check_scorer("bleu")
+    """
+    references = [[text] for text in _TRIAL]
+    why = _scored([metric], _TRIAL, references).missing.get(metric)
+    if why is None:
+        return
+    # METEOR's program takes long to start, and this is a hint.
+    others = [name for name in _SCORERS if name not in (metric, "meteor")]
+    found = _scored(others, _TRIAL, references).scores
+    remedy = f", or choose one that can be with --metric: {', '.join(found)}"
+    raise UserError(
+        f"the metric {metric}, by which a run is judged, can't be computed here ({why}). "
+        f"Install what is missing{remedy if found else ''}."
+    )
+
+
+def _scored(
+    names: Iterable[str], said: Sequence[str], right: Sequence[Sequence[str]]
+) -> TextScores:
+    """Return the scores of those names, and why others of them are missing."""
     scores: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for name, compute in _SCORERS.items():
+    for name in names:
         try:
-            scores[name] = float(compute(said, right))
+            scores[name] = float(_SCORERS[name](said, right))
         except _UnavailableError as error:
             missing[name] = str(error)
         except ImportError as error:

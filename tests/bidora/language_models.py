@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -67,6 +74,28 @@ def tokenizer_of_words(
         eos_token="</s>",
         extra_special_tokens=special[3:],
         **({"pad_token": "<pad>"} if pad else {}),
+    )
+    made.chat_template = template
+    return made
+
+
+def tokenizer_of_bytes(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that keeps blanks, and has several tokens for a letter like é.
+
+    Args:
+        template: The chat template.
+    """
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {w: i for i, w in enumerate([*special, *letters])}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=special[2:],
     )
     made.chat_template = template
     return made

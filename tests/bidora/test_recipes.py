@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
-    AutoTokenizer,
     DebertaV2Config,
     EsmConfig,
     GPT2Config,
@@ -18,26 +18,32 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from bidora.cli import main
+from bidora.data.catalog import find_entry
 from bidora.dora import magnitudes
 from bidora.errors import UserError
 from bidora.methods import make_method
-from bidora.models import find_model, load_base, load_tokenizer
+from bidora.models import find_model
 from bidora.recipes import load_recipe, recipe_names
+from bidora.runs.examples import read_examples
+from bidora.runs.prepared import prepare
+from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
-from bidora.tasks.base import Schema
-from bidora.tasks.registry import make_task
+from bidora.tasks.proteins import RESIDUES
+from tests.bidora.language_models import tokenizer_of_words
 
 # transformers' own, raised when PEFT reads its model
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )
 
-SIZES = {
-    "vocab_size": 40,
+SIZES: dict[str, Any] = {
+    "vocab_size": 80,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
+    "max_position_embeddings": 1026,
+    "pad_token_id": 0,
 }
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "FacebookAI/roberta-base": RobertaConfig,
@@ -47,13 +53,6 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "facebook/esm2_t33_650M_UR50D": EsmConfig,
     "openai-community/gpt2-medium": GPT2Config,
 }
-TASKS = {
-    "glue": "classification",
-    "reuters": "multilabel",
-    "conll2003": "tagging",
-    "e2e": "generation",
-}
-"""Types by how the name of the data begins."""
 
 
 def settings_of(name: str, **given: Any) -> TrainSettings:
@@ -140,36 +139,156 @@ def test_the_authors_script_retrains_longer_at_a_lower_rate() -> None:
     )
 
 
-@pytest.mark.parametrize("table", sorted({n.split("/")[0] for n in recipe_names()}))
-def test_a_tiny_model_of_its_kind_is_built(
-    table: str, tiny_encoder: Path, tmp_path: Path
-) -> None:
-    name = next(n for n in recipe_names() if n.startswith(f"{table}/"))
-    recipe = load_recipe(name)
-    sizes: dict[str, Any] = {**SIZES, "pad_token_id": 0}
-    config = CONFIGS[recipe.settings["model"]](**sizes)
-    writes = isinstance(config, GPT2Config)
-    auto: Any = AutoModelForCausalLM if writes else AutoModel
-    auto.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
-    settings = settings_of(name, model=str(tmp_path))
-    kinds = [kind for start, kind in TASKS.items() if settings.task.startswith(start)]
-    kind = kinds[0] if kinds else "classification"
-    schema = Schema(kind, {"text_column": "text"}, ("a", "b"), "f1", {"scheme": "IOB2"})
-    source, task = find_model(str(tmp_path)), make_task(kind)
-    base = load_base(
-        source,
-        load_tokenizer(source),
-        task,
-        schema,
-        seed=settings.seed,
-        pooling=settings.pooling,
+PAIR = "one %(file)s %(n)d\tanother"
+NEWS = (
+    '{"newid": %(n)d, "lewissplit": "TRAIN", "cgisplit": "TRAINING-SET", "title": "", '
+    '"topics_attr": "YES", "topics": ["%(topic)s"], "body": "news %(n)d"}'
+)
+PERSON = "Aromi NNP B-NP %(iob1)s\nserves VBZ B-VP O\n%(file)s NNP B-NP O\n"
+PROTEIN = "Aromi\tB-protein\nserves\tI-protein\n%(file)s\tB-DNA\nin\tO\n"
+PLACE = "name[%(n)d],%(file)s %(n)d is a place"
+
+FILES = {
+    "mnli": {
+        f"{part}.tsv": ("sentence1\tsentence2\tgold_label", f"{PAIR}\t%(three)s")
+        for part in ("train", "dev_matched", "dev_mismatched")
+    },
+    "sst2": {
+        f"{part}.tsv": ("sentence\tlabel", "one %(file)s %(n)d\t%(two)d")
+        for part in ("train", "dev")
+    },
+    "mrpc": {
+        f"{part}.tsv": ("#1 String\t#2 String\tQuality", f"{PAIR}\t%(two)d")
+        for part in ("train", "dev")
+    },
+    "stsb": {
+        f"{part}.tsv": ("sentence1\tsentence2\tscore", f"{PAIR}\t%(n)d.5")
+        for part in ("train", "dev")
+    },
+    "modapte": {
+        "reuters21578.jsonl": ("", f"{NEWS}\n{NEWS.replace('TRAIN', 'TEST', 1)}")
+    },
+    "conll2003": {f"eng.{part}": ("", PERSON) for part in ("train", "testa", "testb")},
+    "bionlp": {
+        f"{name}.iob2": ("", PROTEIN) for name in ("Genia4ERtask1", "Genia4EReval1")
+    },
+    "e2e": {
+        f"{part}.csv": ("mr,ref", PLACE)
+        for part in ("trainset", "devset", "testset_w_refs")
+    },
+    "bbp": {
+        "train.csv": ("sequence,label", "MKT%(residue)s,%(two)d"),
+        "test.csv": ("sequence,label", "GAV%(residue)s,%(two)d"),
+    },
+    "thermostability": {
+        f"{name}.fasta": ("", f">{name}%(n)d\n{start}%(residue)s")
+        for name, start in (("cold", "MKT"), ("hot", "GAV"))
+    },
+    "mic": {"mic.csv": ("sequence,label", "MKT%(residue)s,%(n)d.5")},
+}
+"""Head and line, of which there are ten, of the files of each data set in its layout."""
+
+OUTPUTS = {
+    **{"mnli": 3, "sst2": 2, "mrpc": 2, "stsb": 1},
+    **{"bbp": 2, "thermostability": 2, "mic": 1},
+    "modapte": 2,  # topics
+    "conll2003": 3,  # O, and two for the one type
+    "bionlp": 5,  # O, and two for each of two types
+    "e2e": 80,  # tokens of the vocabulary
+}
+
+
+def write_files(run: str, folder: Path) -> None:
+    for name, (head, line) in FILES[run].items():
+        lines = [
+            line
+            % {
+                "file": name,
+                "n": n,
+                "two": n % 2,
+                "three": ("entailment", "neutral", "contradiction")[n % 3],
+                "topic": ("cocoa", "grain")[n % 2],
+                "iob1": ("I-PER", "O")[n % 2],
+                "residue": RESIDUES[n],
+            }
+            for n in range(10)
+        ]
+        text = "\n".join([head, *lines] if head else lines)
+        (folder / name).write_text(f"{text}\n", "utf-8")
+
+
+def head_of(name: str) -> tuple[Any, ...]:
+    """Return what tells the models of recipes apart: the table, the head, its inputs."""
+    table, run = name.split("/")
+    entry = find_entry(load_recipe(name).settings.get("task", ""))
+    if entry is None:
+        return table, run
+    pair = "text_pair_column" in entry.hints
+    return table, entry.task_type, len(entry.class_names), pair
+
+
+HEADS = {head_of(name): name for name in reversed(recipe_names())}
+"""A recipe of each head and layout."""
+
+
+def test_all_kinds_of_data_are_among_those_that_are_built() -> None:
+    assert {name.split("/")[1] for name in HEADS.values()} == FILES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(HEADS.values()))
+def test_a_tiny_model_of_its_kind_is_built(name: str, tmp_path: Path) -> None:
+    recipe, run = load_recipe(name), name.split("/")[1]
+    place, data = tmp_path / "model", tmp_path / "data"
+    data.mkdir()
+    write_files(run, data)
+    config = CONFIGS[recipe.settings["model"]](**SIZES)
+    auto: Any = AutoModelForCausalLM if run == "e2e" else AutoModel
+    auto.from_config(config).save_pretrained(place)
+    tokenizer = tokenizer_of_words()
+    if recipe.settings.get("proteins"):
+        tokenizer.add_tokens(list(RESIDUES))
+    # As those of the real models: none gives types of tokens, which ESM does not take.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(place)
+    given: dict[str, Any] = {"model": str(place)}
+    if "task" in recipe.settings:
+        given["data_dir"] = str(data)
+    else:
+        files = list(data.iterdir())
+        given["task"] = str(files[0] if len(files) == 1 else data)
+    settings = settings_of(name, **given)
+    examples = read_examples(settings, Listener(), searches=True)
+    made = prepare(
+        settings,
+        make_method(settings.method),
+        find_model(str(place)),
+        examples,
+        torch.device("cpu"),
+        Listener(),
     )
-    model = make_method(settings.method).adapt(base, settings)
     assert settings.target_modules is not None
-    found = {n.split(".lora")[0].rsplit(".", 1)[-1] for n in magnitudes(model)}
-    assert found == set(settings.target_modules)
-    assert len(magnitudes(model)) == 2 * len(settings.target_modules)  # two layers
+    adapted = {n.split(".lora")[0].rsplit(".", 1)[-1] for n in magnitudes(made.model)}
+    assert adapted == set(settings.target_modules)
+    assert len(magnitudes(made.model)) == 2 * len(settings.target_modules)  # two layers
+    # One output a class, label, tag or number, and the loss that goes with it.
+    batch = made.collate([made.sets["train"][i] for i in range(4)])
+    with torch.no_grad():
+        found = made.model(**batch)
+    assert found.logits.shape[-1] == OUTPUTS[run]
+    assert len(examples.schema.label_names) in (0, OUTPUTS[run])
+    expected = loss_by_hand(examples.task.name, found.logits, batch["labels"])
+    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def loss_by_hand(kind: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if kind == "regression":
+        return (logits.squeeze(-1) - labels).square().mean()
+    if kind == "multilabel":
+        return -torch.nn.functional.logsigmoid((2 * labels - 1) * logits).mean()
+    if kind == "generation":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    known = labels != -100
+    return -logits.log_softmax(-1)[known].gather(1, labels[known][:, None]).mean()
 
 
 def test_another_method_takes_the_settings_that_mean_something_to_it() -> None:

@@ -53,6 +53,21 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(tmp_path: Path) ->
     assert names(folder) == {"history.jsonl", "notes.txt"}
 
 
+def test_texts_of_an_earlier_run_do_not_stay_and_lines_are_written_whole(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(run_in(tmp_path / "run"), overwrite=True)
+    path = folder.path / "generated.jsonl"
+    folder.write_lines("generated.jsonl", [{"generated": "a\nb"}, {"generated": "é"}])
+    assert path.read_text("utf-8") == '{"generated": "a\\nb"}\n{"generated": "é"}\n'
+    with pytest.raises(TypeError):
+        folder.write_lines("generated.jsonl", [{"generated": "c"}, {"generated": {1}}])
+    assert len(path.read_text("utf-8").splitlines()) == 2
+    folder.open()
+    folder.close()
+    assert not path.exists()
+
+
 def test_files_of_others_are_not_removed_by_a_forged_list(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", seconds=1.0)
     outside = tmp_path / "outside.txt"

@@ -6,6 +6,8 @@ import csv
 import json
 import random
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ from bidora.cli import main
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
 from bidora.models import find_model, load_base, load_tokenizer
+from bidora.runs.examples import read_examples
 from bidora.runs.job import train
+from bidora.runs.results import Listener
 from bidora.runs.settings import TrainSettings
 from bidora.runs.writing import write_texts
 from bidora.tasks import Schema, make_task
-from tests.bidora.conftest import finish
+from bidora.tasks.text_scores import text_scores
+from tests.bidora.conftest import Heard, finish
 from tests.bidora.language_models import CHAT_TEMPLATE, save_language_model
 
 NAMES, FOODS, PLACES = ("Aromi", "Wrestlers", "Cotto"), ("Indian", "Thai"), ("river",)
@@ -107,7 +112,15 @@ def test_a_job_writes_and_is_scored(
 
     # References of one input are all in one part.
     rows = run.job.examples.rows
-    assert not set(rows["train"].columns["text"]) & set(rows["test"].columns["text"])
+    tested = rows["test"].columns
+    assert not set(rows["train"].columns["text"]) & set(tested["text"])
+
+    kept = run.read("generated.jsonl")
+    assert {record["part"] for record in kept} == {"test"}
+    assert [record["input"] for record in kept] == [*dict.fromkeys(tested["text"])]
+    assert sorted(r for record in kept for r in record["references"]) == sorted(
+        tested["labels"]
+    )
 
     output = tmp_path / "o.jsonl"
     words = ["predict", str(place), "--input", str(pubs), "--output", str(output)]
@@ -117,6 +130,12 @@ def test_a_job_writes_and_is_scored(
     assert set(scored[0]) == {"mr", "ref", "generated"}
     by_input = {row["mr"]: row["generated"] for row in scored}
     assert all(row["generated"] == by_input[row["mr"]] for row in scored)
+    # What was scored is what the saved model writes.
+    for record in kept:
+        assert record["generated"] == by_input[record["input"]]
+    texts = [record["generated"] for record in kept]
+    again = text_scores(texts, [record["references"] for record in kept]).scores
+    assert again == {name: last.test[name] for name in again}
 
 
 def test_learning_brings_the_text_out(
@@ -148,6 +167,66 @@ def test_learning_brings_the_text_out(
         None,
     )
     assert texts == ["yes no ."]
+
+
+def test_texts_of_test_and_validation_are_kept_though_a_scorer_fails(
+    model: Callable[[str], Path],
+    pubs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    few = tmp_path / "few.csv"  # five inputs of two references
+    few.write_text("".join(pubs.read_text("utf-8").splitlines(True)[:11]), "utf-8")
+    given = settings(model("gpt2"), pubs, tmp_path / "run", method="lora", max_steps=1)
+    idle = METHODS.get("lora").ignores
+    job = TrainSettings(
+        **{n: x for n, x in given.items() if n not in idle}, validation_file=str(few)
+    )
+    monkeypatch.setattr("bidora.tasks.generation.text_scores", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(job)
+    path = tmp_path / "run" / "generated.jsonl"
+    first = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len({record["part"] for record in first}) == 1
+    # The run goes on to its end, and has each text once.
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    train(job, resume=True)
+    kept = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    parts = Counter(record["part"] for record in kept)
+    assert parts.keys() == {"test", "validation"}
+    assert parts["validation"] == 5
+    assert kept[: len(first)] == first
+
+
+def test_a_main_metric_that_cannot_be_computed_is_refused_before_a_model_is_loaded(
+    pubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path / "none", pubs, tmp_path / "run", method="lora")
+    idle = METHODS.get("lora").ignores
+    given = {n: x for n, x in given.items() if n not in idle}
+    job = TrainSettings(**given, metric="bleu")
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    heard = Heard()
+    with pytest.raises(UserError, match="--model"):  # it goes on, to a missing model
+        train(TrainSettings(**given), heard)
+    (note,) = (
+        line for line in heard.lines if line.startswith("Note   the metric bleu")
+    )
+    assert note.endswith("Without it, it is n/a.")
+    said = r"the metric bleu, .*pip install \"hypergrad-bidora\[generation\]"
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=said):
+            train(job, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+    # What scores no texts, such as `bidora estimators`, needs no scorer.
+    read_examples(job, Listener(), searches=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--model"):
+        train(job)
 
 
 def test_left_padding_changes_no_text_and_nothing_else_changes(

@@ -394,7 +394,9 @@ def test_a_metric_that_cannot_be_computed_is_refused_before_the_first_run(
         small_grid(tasks={"names": task}), output_dir=str(tmp_path / "out")
     )
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(UserError, match=r"names: its metric bleu .*pip install"):
+    with pytest.raises(
+        UserError, match=r"tasks\.names: the metric bleu, .*pip install"
+    ):
         look_ahead(settings, Heard())
     assert not (tmp_path / "out").exists()
 

@@ -218,3 +218,7 @@ def test_texts_are_scored_once_for_each_input_by_all_its_references(
     rows, schema = read(("a", "one"), ("b", "two"), ("a", "three"))
     TASK.text_scores(["x", "y", "x"], rows, schema)
     assert heard == [(["x", "y"], [["one", "three"], ["two"]])]
+    assert TASK.text_records(["x", "y", "x"], rows, schema) == [
+        {"input": "a", "references": ["one", "three"], "generated": "x"},
+        {"input": "b", "references": ["two"], "generated": "y"},
+    ]

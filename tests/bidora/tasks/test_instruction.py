@@ -21,6 +21,7 @@ from bidora.tasks.registry import make_task
 from tests.bidora.language_models import (
     CHAT_TEMPLATE,
     MARKED_TEMPLATE,
+    tokenizer_of_bytes,
     tokenizer_of_words,
 )
 
@@ -247,6 +248,90 @@ def test_templates_that_do_not_fit_are_told() -> None:
     for template in (refuses, refuses + "{% generation %}{% endgeneration %}"):
         with pytest.raises(UserError, match=r"refuses a conversation \(roles must"):
             encode_chat(CHAT, tokenizer_of_words(template=template))
+
+
+def marked(answer: str) -> str:
+    """Return a template that writes an assistant's turn in that way, with its marks."""
+    return (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
+        f"{answer}{{% else %}} {{{{ m['content'] }}}} </s>{{% endif %}}{{{{ '\n' }}}}"
+        "{% endfor %}"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        " {% generation %}{{ m['content'] }} </s>{% endgeneration %}",
+        "{% generation %} {{ m['content'] }} </s>{% endgeneration %}",
+        "{%- generation -%} {{ ' ' + m['content'] }} </s>{%- endgeneration %}",
+        " {% generation %}{{ m['content'] }} </s> {% endgeneration %}",
+        "{% generation %}{% endgeneration %} {% generation %}{{ m['content'] }} "
+        "{% endgeneration %}{% generation %}</s>{% endgeneration %}",
+    ],
+)
+@pytest.mark.parametrize("opens", [False, True])
+def test_marks_with_blanks_at_their_ends_mean_the_same_answers(
+    answer: str, opens: bool
+) -> None:
+    # This tokenizer has no token for a blank, so that nothing but the answers is there.
+    tokenizer = tokenizer_of_words(template=marked(answer))
+    ids, is_answer = encode_chat(CHAT[1:] if opens else CHAT, tokenizer)
+    learnt = [i for i, answer in zip(ids, is_answer, strict=True) if answer]
+    assert words(learnt, tokenizer) == ["yes", "no", "</s>", "Bye", "</s>"]
+
+
+@pytest.mark.parametrize("said", ["yes", " yes ", "é", "a 🙂", "🙂\n"])
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_marks_say_what_is_learnt_to_the_letter(
+    said: str, blank: str, end: str
+) -> None:
+    answer = (
+        f"{{% generation %}}{blank}{{{{ m['content'] }}}}{end}{{% endgeneration %}}"
+    )
+    tokenizer = tokenizer_of_bytes(marked(answer))
+    chat = [ASKED, {"role": "assistant", "content": said}, ASKED, ANSWERED]
+    ids, is_answer = encode_chat(chat, tokenizer)
+    learnt = [i for i, answer in zip(ids, is_answer, strict=True) if answer]
+    assert tokenizer.decode(learnt) == f"{blank}{said}{end}{blank}yes no{end}"
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.decode(ids) == whole
+    if end:  # where an answer ends with one token, transformers' own mask is right
+        made: Any = tokenizer.apply_chat_template(
+            chat, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert made["input_ids"] == ids
+        assert made["assistant_masks"] == [int(answer) for answer in is_answer]
+
+
+def test_a_conversation_without_a_token_to_learn_is_told_with_its_place() -> None:
+    last_alone = (
+        "{% if loop.last and m['content'] != 'no' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    )
+    tokenizer = tokenizer_of_words(template=marked(last_alone))
+    unmarked = [ASKED, {"role": "assistant", "content": "no"}]
+    rows = TASK.rows(source((CHAT,), (unmarked,)).train, OF_CHATS)
+    said = (
+        r"t\.jsonl, line 2: the chat template .* \(no token of it is the assistant's\)"
+    )
+    with pytest.raises(UserError, match=said):
+        TASK.check_lengths(rows, tokenizer, OF_CHATS, 99, None)
+    assert list(TASK.check_lengths(rows, tokenizer, OF_CHATS, 99, None, skip=True)) == [
+        1
+    ]
+    ids, is_answer = encode_chat(CHAT, tokenizer)
+    learnt = [i for i, answer in zip(ids, is_answer, strict=True) if answer]
+    assert words(learnt, tokenizer) == ["Bye"]
+
+
+def test_of_several_templates_the_default_one_is_read() -> None:
+    both: Any = {"default": CHAT_TEMPLATE, "tool_use": MARKED_TEMPLATE}
+    tokenizer = tokenizer_of_words(template=both)
+    assert encode_chat(CHAT, tokenizer) == encode_chat(
+        CHAT, tokenizer_of_words(template=CHAT_TEMPLATE)
+    )
 
 
 ASKED, ANSWERED = CHAT[:2]

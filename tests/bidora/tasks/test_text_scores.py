@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from bidora.errors import UserError
 from bidora.tasks import text_scores as module
-from bidora.tasks.text_scores import TEXT_METRICS, text_scores
+from bidora.tasks.text_scores import TEXT_METRICS, check_scorer, text_scores
 
 
 @pytest.fixture
@@ -187,6 +188,35 @@ def test_a_missing_library_is_told_with_what_installs_it(
     for why in found.missing.values():
         assert why.startswith("No module named")
         assert why.endswith('pip install "hypergrad-bidora[generation]"')
+
+
+@pytest.mark.usefixtures("scorers")
+@pytest.mark.parametrize("metric", ["bleu", "nist", "rouge_l", "cider"])
+def test_a_metric_is_tried_before_a_run_counts_on_it(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_scorer(metric)  # CIDEr and NIST too, which not every text can be scored by
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    said = (
+        r"^the metric meteor, by which .* can't be computed here \(.*there is no java\)\. "
+        r"Install what is missing, .* with --metric: bleu, nist, rouge_l, cider\.$"
+    )
+    with pytest.raises(UserError, match=said):
+        check_scorer("meteor")
+
+
+def test_where_no_metric_can_be_computed_none_is_recommended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacking(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(module, "import_module", lacking)
+    said = (
+        r'\(No module .*; pip install ".*\[generation\]"\)\. Install what is missing\.$'
+    )
+    with pytest.raises(UserError, match=said):
+        check_scorer("rouge_l")
 
 
 @pytest.mark.slow
