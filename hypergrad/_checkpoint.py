@@ -58,6 +58,8 @@ class Checkpointer:
             "estimator_state": dict(run.estimator_state),
             "why": run.why,
             "began": run.began,
+            "outer_began": run.outer_began,
+            "asked": run.asked,
             "rank": (reducer.rank, reducer.ranks),
         }
 
@@ -112,6 +114,8 @@ class Checkpointer:
             None if left is None else left.to(self._device),
             saved.get("why", ""),
             saved.get("began", 0),
+            saved.get("outer_began", 0),
+            saved.get("asked", False),
         )
         return run, foreign
 

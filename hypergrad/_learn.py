@@ -104,7 +104,11 @@ def _numbers(name: str, start: Any) -> Any:
     if isinstance(start, Sequence) and not isinstance(start, str):
         return [_numbers(name, each) for each in start]
     check_number(f"inner_settings[{name!r}]", start)
-    start = float(start)
+    number: Any = start
+    try:
+        start = float(number)
+    except OverflowError:  # a whole number beyond all floats
+        start = math.inf if number > 0 else -math.inf
     most = 1.0 if SCALES[name] == "logit" else math.inf
     if not 0.0 < start < most:
         bound = "between 0 and 1" if most == 1.0 else "positive and finite"
@@ -125,7 +129,9 @@ _EXPECTED = {
 
 
 def make_start(
-    given: bool | str | Sequence[str], inner: Mapping[str, Tensor]
+    given: bool | str | Sequence[str],
+    inner: Mapping[str, Tensor],
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], Params]:
     """Return which outer parameter each inner one starts from, and the parameters.
 
@@ -133,6 +139,7 @@ def make_start(
         given: whether all inner parameters have a learned start, or names or shell-style
             patterns of those that have.
         inner: the inner parameters, whose present values are the first start.
+        aliases: other names of them, each with that under which the tensor is kept.
 
     Raises:
         TypeError: neither a flag nor names.
@@ -162,7 +169,9 @@ def make_start(
                 "their names or patterns of names, such as 'head.*'."
             )
             raise TypeError(msg)
-        found = [n for n in inner if fnmatchcase(n, pattern)]
+        known = {n: n for n in inner}
+        known |= {a: n for a, n in (aliases or {}).items() if n in inner}
+        found = [n for a, n in known.items() if fnmatchcase(a, pattern)]
         if not found:
             msg = (
                 f"learn_start={pattern!r} fits no inner parameter ({some(inner)}). Pass "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hypergrad.batches import MicroBatch
 from hypergrad.estimator import EstimatorState, HypergradEstimator
+from hypergrad.reporting import once_for, report
 from hypergrad.steps import InnerStep, since_snapshot
 
 __all__ = ["Run", "without_graphs"]
@@ -33,6 +34,8 @@ class Run:
             not every step is kept whole: by it a change by hand shows.
         why: why this estimator, where it was chosen.
         began: inner steps taken before the present inner run began.
+        outer_began: outer steps taken or skipped before it began.
+        asked: whether an outer step could have followed an inner one of it by itself.
     """
 
     estimator: HypergradEstimator
@@ -48,6 +51,8 @@ class Run:
     left: Tensor | None = None
     why: str = ""
     began: int = 0
+    outer_began: int = 0
+    asked: bool = False
 
     @property
     def recorded_steps(self) -> tuple[InnerStep, ...]:
@@ -69,6 +74,71 @@ class Run:
         in_run = n_inner_steps - self.began
         due = n_inner_steps >= first and in_run % self.outer_every == 0
         return due and filled and not self.outer_frozen
+
+    def begun(self) -> Run:
+        """Return the run where another inner run begins."""
+        return replace(
+            self,
+            began=self.n_inner_steps,
+            outer_began=self.n_outer_steps + self.n_skipped,
+            asked=False,
+            window=(),
+            left=None,
+        )
+
+    def frozen(self) -> Run:
+        """Return the run where the search has ended."""
+        return replace(
+            self, outer_frozen=True, window=(), estimator_state={}, left=None
+        )
+
+    def chosen_after(self, was: HypergradEstimator) -> Run:
+        """Return the run where the estimator has had the occasion to choose.
+
+        Args:
+            was: the one in use before.
+        """
+        window = self.window
+        if self.estimator.needs.order > was.needs.order:
+            # What was recorded may have run under fused attention, which draws dropout
+            # masks of its own; then the first outer step waits for another record.
+            window = tuple(s for s in window if s.is_plain)
+        return replace(self, window=window, resolved=True)
+
+    def tell_if_idle(self, reported: set[str], warmup: int | None = None) -> None:
+        """Warn where the inner run ends before its first outer step was due.
+
+        Args:
+            reported: kinds of warnings that were given.
+            warmup: inner steps before the first outer step of all, where none may follow;
+                None where other inner runs do, which the warmup passes with.
+        """
+        taken = self.n_outer_steps + self.n_skipped
+        idle = taken == self.outer_began if warmup is None else not taken
+        if not self.asked or self.outer_frozen or not idle:
+            return
+        n, every = self.n_inner_steps - self.began, self.outer_every
+        lookback = self.estimator.needs.lookback
+        least = max(1, lookback, (warmup or 0) - self.began)
+        first = -(-least // every) * every
+        if n >= first:
+            return
+        by = f"outer_every={every}"
+        if lookback:
+            name = type(self.estimator).__name__
+            by += f" and the {lookback} steps that {name} looks back at"
+        if least > max(1, lookback):
+            by += f" and outer_warmup={warmup}"
+        own = "Call outer_step() at the end of each run, lower outer_every"
+        if n < lookback:
+            own = f"Look back at {n} steps at most, with outer_every no larger"
+        with once_for(reported):
+            report(
+                f"an inner run ended at step {n} without an outer step, so that the "
+                "outer parameters did not move: the first one follows step "
+                f"{first} of a run (by {by}), and each run counts from its own beginning. "
+                f"{own}, or take runs of at least {first} steps."
+            )
 
     def without_graphs(self) -> Run:
         """Return the run without the graphs that its records kept."""

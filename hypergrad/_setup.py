@@ -12,9 +12,10 @@ from torch import nn
 from hypergrad._audit import Auditor
 from hypergrad._estimate_checks import check_reaches
 from hypergrad._hooks import follows
+from hypergrad._learned_groups import note_rates
 from hypergrad.estimator import HypergradEstimator
 from hypergrad.estimators import make_estimator
-from hypergrad.learned import check_learned, note_rates
+from hypergrad.learned import check_learned
 from hypergrad.problem import BilevelProblem
 from hypergrad.reference import choose_reference
 from hypergrad.reporting import report

@@ -13,6 +13,7 @@ from hypergrad import rng, tree
 from hypergrad._answer_checks import check_state
 from hypergrad._audit import Audit, Auditor
 from hypergrad._hooks import Hooks, directs, follows
+from hypergrad._learned_groups import check_written, learned_groups, own_settings
 from hypergrad._levels import LevelCopy, apply_gradients, moments
 from hypergrad._report import StepReport
 from hypergrad._rollback import Rollback
@@ -21,7 +22,7 @@ from hypergrad._snapshots import LEAST, spacing
 from hypergrad.batches import MicroBatch, as_micro_batches, fixed, versions_in
 from hypergrad.errors import HypergradError, NonFiniteError
 from hypergrad.estimator import Hypergradient, Needs
-from hypergrad.learned import learned_groups, start_of
+from hypergrad.learned import start_of
 from hypergrad.point import versions_of
 from hypergrad.problem import BilevelProblem
 from hypergrad.products import Gradients, Tally, gradients
@@ -66,6 +67,7 @@ class Stepper:
         self.auditor = auditor
         self.max_grad_norm = max_grad_norm
         self.reuse_graph: bool | Literal["auto"] = reuse_graph
+        self._own = own_settings(inner, problem)
         self._spacings: dict[Any, int] = {}
         self._settled: tuple[int, ...] = ()
 
@@ -113,6 +115,7 @@ class Stepper:
         Raises:
             HypergradError: the parameters are on another device than the records.
             NonFiniteError: the loss or its gradient is not finite; nothing moved.
+            ValueError: a hook of the inner optimizer set what is learned.
         """
         problem, needs = self.problem, run.estimator.needs
         self._check_devices(run)
@@ -159,10 +162,16 @@ class Stepper:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6))
         clipped = tree.scale(grads, factor) if factor < 1.0 else grads
         record, recorded = None, bool(n or followed)
-        with learned_groups(self.inner, problem, run.n_inner_steps - run.began):
+        with learned_groups(
+            self.inner,
+            problem,
+            run.n_inner_steps - run.began,
+            own=self._own if searches else (),
+            held=not searches,
+        ) as written:
             # An embedding with max_norm moves w in the forward pass.
             still = versions == [t._version for t in problem.inner_params.values()]
-            with self._rule_taken() if recorded else nullcontext([]) as rules:
+            with self._rule_taken(written) if recorded else nullcontext([]) as rules:
                 apply_gradients(self.inner, problem.inner_params, clipped)
         if recorded:
             asked = needs.gradients or directed or not n
@@ -184,15 +193,22 @@ class Stepper:
         return run, StepReport(inner_loss=g.loss, grad_norm=g.inner_norm, own=own)
 
     @contextmanager
-    def _rule_taken(self) -> Iterator[list[Rule]]:
+    def _rule_taken(self, written: Sequence[dict[str, Any]]) -> Iterator[list[Rule]]:
         """Yield a list that gets the rule of the step that is taken in the block.
 
         Hooks of the optimizer may change its settings at the last moment, as schedulers do
         between steps; what is registered last runs after them.
+
+        Args:
+            written: learned settings that the optimizer's groups have in the block.
+
+        Raises:
+            ValueError: they have others where the step is taken.
         """
         rules: list[Rule] = []
 
         def look(*_: Any) -> None:
+            check_written(self.inner, written)
             rules.append(rule_of(self.inner, w, self.max_grad_norm))
 
         w = self.problem.inner_params
@@ -317,6 +333,26 @@ class Stepper:
                     "new device and load it there."
                 )
                 raise HypergradError(msg)
+            if then.dtype != now[name].dtype:
+                msg = (
+                    f"{name!r} is {now[name].dtype}, and the recorded inner steps have it "
+                    f"in {then.dtype}: the module was converted between two steps. "
+                    "Convert it back, or make the problem and the optimizer anew."
+                )
+                raise HypergradError(msg)
+        self._check_starts()
+
+    def _check_starts(self) -> None:
+        now = self.problem.inner_params
+        for name, start in self.problem.inner_start.items():
+            held = self.problem.outer_params[start]
+            if held.dtype != now[name].dtype:
+                msg = (
+                    f"{name!r} is {now[name].dtype}, and {start!r} is learned in "
+                    f"{held.dtype}: the module was converted after the problem was made. "
+                    "Convert it before, or make the problem anew."
+                )
+                raise HypergradError(msg)
 
     def begin_run(self, run: Run, rollback: Rollback) -> Run:
         """Return the run where another inner run begins, with w at its start.
@@ -326,6 +362,8 @@ class Stepper:
             rollback: copies what changes.
         """
         problem = self.problem
+        run.tell_if_idle(problem.reported)
+        self._check_starts()
         rollback.level(self.inner, problem.inner_params, keep=False)
         start = start_of(problem)
         own = [problem.inner_params[name] for name in start]
@@ -335,8 +373,7 @@ class Stepper:
             self.inner.state.pop(parameter, None)
         state = run.estimator.new_run(dict(run.estimator_state))
         check_state(state, f"{type(run.estimator).__name__}.new_run")
-        began = run.n_inner_steps
-        return replace(run, began=began, window=(), estimator_state=state, left=None)
+        return replace(run.begun(), estimator_state=state)
 
     # -- outer steps ----------------------------------------------------------------------
 

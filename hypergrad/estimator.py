@@ -153,7 +153,9 @@ class HypergradEstimator:
         f = point.gradients("outer", "both" if needs_v else "outer")
         check_depends(point)
         if needs_v and f.inner_norm == 0.0:
-            part = Indirect(tree.zeros_like(problem.outer_params))
+            # What the estimator carries, such as its count of draws, goes on.
+            zeros = tree.zeros_like(problem.outer_params)
+            part = Indirect(zeros, dict(point.state))
         else:
             point.v = (f.inner or {}) if needs_v else {}
             part = self.indirect(point)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,7 @@ __all__ = [
     "LearnedSetting",
     "adjoint_of_settings",
     "check_learned",
-    "learned_groups",
     "learned_rule",
-    "note_rates",
     "start_of",
     "tangents_of_settings",
     "values_at",
@@ -126,7 +123,7 @@ def values_at(
     factor: float,
     decay: float,
 ) -> dict[str, Any]:
-    """Return the settings that one group has at one step, in the place of its own.
+    """Return what is learned of the settings of one group at one step.
 
     Args:
         problem: the problem.
@@ -155,8 +152,9 @@ def values_at(
         for name, s in problem.inner_settings.items()
     }
     if "lr" in values:
-        rate = values["lr"] * factor
-    values["lr"] = rate * values.pop("schedule", 1.0)
+        values["lr"] *= factor
+    if "schedule" in values:
+        values["lr"] = values.get("lr", rate) * values.pop("schedule")
     if not decay:
         values.pop("weight_decay", None)
     if "betas" in values:
@@ -200,87 +198,6 @@ def learned_rule(rule: Rule, problem: BilevelProblem, number: int) -> Rule:
         return replace(part, **values_at(problem, group, number, **own))
 
     return _with_parts(rule, replaced)
-
-
-@contextmanager
-def learned_groups(
-    optimizer: torch.optim.Optimizer, problem: BilevelProblem, number: int
-) -> Iterator[None]:
-    """Let an optimizer's groups have the learned settings for the block.
-
-    What a scheduler or a hand made of a group's learning rate, relative to where it began,
-    stays a factor.
-
-    Args:
-        optimizer: the inner optimizer, whose rates `note_rates` noted.
-        problem: the problem.
-        number: of the step in its inner run, from 0.
-
-    Raises:
-        HypergradError: a learned schedule has ended, or a setting left its scale.
-
-    Example:
-        >>> import torch
-        >>> from hypergrad import BilevelProblem
-        >>> problem = BilevelProblem(
-        ...     lambda i, o, b: i["w"] ** 2 / 2,
-        ...     lambda i, o, b: i["w"] ** 2 / 2,
-        ...     {"w": torch.tensor(4.0, requires_grad=True)},
-        ...     {},
-        ...     inner_settings={"lr": 1.0},
-        ... )
-        >>> opt = torch.optim.SGD(problem.inner_params.values(), lr=9.0)
-        >>> note_rates(opt, problem)
-        >>> opt.param_groups[0]["lr"] = 4.5  # by a scheduler, say
-        >>> with learned_groups(opt, problem, 0):
-        ...     opt.param_groups[0]["lr"]
-        0.5
-        >>> opt.param_groups[0]["lr"]
-        4.5
-    """
-    if not problem.inner_settings:
-        yield
-        return
-    groups = [g for g in optimizer.param_groups if g["params"]]
-    held = [dict(g) for g in groups]
-    try:
-        for i, group in enumerate(groups):
-            rate = float(group["lr"])
-            begun = float(group.get("initial_lr", rate))
-            factor = rate / begun if begun else 1.0
-            decay = float(group["weight_decay"])
-            own = {"rate": rate, "factor": factor, "decay": decay}
-            group.update(values_at(problem, i, number, **own))
-        yield
-    finally:
-        for group, before in zip(groups, held, strict=True):
-            group.update(before)
-
-
-def note_rates(optimizer: torch.optim.Optimizer, problem: BilevelProblem) -> None:
-    """Note where learning rates begin, so that what becomes of them shows as a factor.
-
-    As schedulers of torch do when they are made. Not all are of that kind
-    (`ReduceLROnPlateau`), and a rate may be set by hand.
-
-    Args:
-        optimizer: the inner optimizer.
-        problem: the problem; one that learns no rate leaves the optimizer alone.
-
-    Raises:
-        ValueError: a group's rate is 0.
-    """
-    if not any(s.setting == "lr" for s in problem.inner_settings.values()):
-        return
-    for group in optimizer.param_groups:
-        if not group.setdefault("initial_lr", float(group["lr"])):
-            msg = (
-                "inner_settings learns 'lr', and the inner optimizer's own learning rate "
-                "begins at 0: what a scheduler makes of it is a factor of the learned "
-                "rate, and none of 0 can be told. Give the inner optimizer any positive "
-                "lr, such as that of inner_settings."
-            )
-            raise ValueError(msg)
 
 
 def _with_parts(rule: Any, fn: Any) -> Any:
@@ -504,7 +421,8 @@ def _step_of(s: LearnedSetting, held: Tensor, number: int | None) -> int:
     if number >= len(held):
         msg = (
             f"{s.param!r} has {len(held)} factors, and this is step {number + 1} of the "
-            "inner run. Pass a longer schedule, or begin another run (`begin_run`)."
+            "inner run. Pass a longer schedule, begin another run (`begin_run`), or end "
+            "the search (`freeze_outer`), after which the last factor stays."
         )
         raise HypergradError(msg)
     return number

@@ -267,6 +267,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """
         with self._whole() as rollback:
             self._resolve(inner_batch)
+            self._run = replace(self._run, asked=True)
             due = self._run.is_due(self.n_inner_steps + 1, self.outer_warmup)
             if self._reads_outer and callable(outer_batch):
                 outer_batch = outer_batch()
@@ -365,16 +366,21 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         w goes where `learn_start` says, and stays where it is elsewhere; momentum and
         moments, recorded steps and solutions that the estimator carried are forgotten; a
-        learned schedule starts over. Counts of steps and random directions go on.
+        learned schedule starts over. Counts of steps and random directions go on, and
+        buffers of a module stay as they are, such as the averages of a BatchNorm. A run
+        that was too short for an outer step, by `outer_every` or what the estimator looks
+        back at, is warned of: outer steps keep the time of their run.
         """
         with self._whole() as rollback:
             self._run = self._stepper.begin_run(self._run, rollback)
 
     def freeze_outer(self) -> None:
-        """End the search: the outer parameters keep their values and take no gradient."""
-        self._run = replace(
-            self._run, outer_frozen=True, window=(), estimator_state={}, left=None
-        )
+        """End the search: the outer parameters keep their values and take no gradient.
+
+        Past the end of a learned schedule, its last factor stays.
+        """
+        self._run.tell_if_idle(self.problem.reported, self.outer_warmup)
+        self._run = self._run.frozen()
         for parameter in self.problem.outer_params.values():
             parameter.requires_grad_(False)
 
@@ -388,14 +394,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         was = self.estimator
         chosen = was.resolve(self.problem, inner_batch, self._stepper.rule())
         self._adopt(chosen.estimator, chosen.why or self.why)
-        if not self.n_inner_steps:
-            return
-        window = self._run.window
-        if self.estimator.needs.order > was.needs.order:
-            # What was recorded may have run under fused attention, which draws dropout
-            # masks of its own; then the first outer step waits for another record.
-            window = tuple(s for s in window if s.is_plain)
-        self._run = replace(self._run, window=window, resolved=True)
+        if self.n_inner_steps:
+            self._run = self._run.chosen_after(was)
 
     def _adopt(self, estimator: HypergradEstimator, why: str) -> None:
         every = self._run.outer_every

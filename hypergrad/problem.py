@@ -127,10 +127,10 @@ class BilevelProblem:
         check_names(inner_params, outer_params)
         self.inner_params = self._own("inner_params", inner_params)
         self.outer_params = self._own("outer_params", outer_params)
-        like = list(self.inner_params.values())
-        self.inner_settings, settings = make_settings(inner_settings, like)
+        own = self.inner_params
+        self.inner_settings, settings = make_settings(inner_settings, [*own.values()])
         """Learned settings of the inner optimizer, by outer parameter."""
-        self.inner_start, start = make_start(learn_start, self.inner_params)
+        self.inner_start, start = make_start(learn_start, own, self.aliases)
         """Which outer parameter an inner one starts from, where that is learned."""
         check_names(self.outer_params, {**settings, **start})
         self.outer_params |= {**settings, **start}

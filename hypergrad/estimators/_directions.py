@@ -101,9 +101,10 @@ class Directions:
             }
         for name, t in self.outer.items():
             if number < t.numel():
-                one = torch.zeros_like(t, requires_grad=False)
-                one.view(-1)[number] = 1
-                return {name: one}
+                # Not like t, whose strides may leave no flat view.
+                one = torch.zeros(t.numel(), dtype=t.dtype, device=t.device)
+                one[number] = 1
+                return {name: one.reshape(t.shape)}
             number -= t.numel()
         raise IndexError(number)
 

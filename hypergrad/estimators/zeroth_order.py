@@ -198,7 +198,7 @@ class ZerothOrder(HypergradEstimator):
         )
         largest = max(lengths.values())
         reasons = [moved_within(point, taken) if taken else ""]
-        if not any(point.tally.read(*seen)):
+        if seen and not any(point.tally.read(*seen)):
             reasons.append(
                 _CONSTANT.format((4 if taken else 2) * len(directions), largest)
             )

@@ -17,7 +17,14 @@ from hypergrad.tree import Params
 __all__ = ["STRUCTURES", "Structure", "restructured"]
 
 Structure = Literal[
-    "plain", "one", "many", "scalar", "non-contiguous", "aliased", "empty"
+    "plain",
+    "one",
+    "many",
+    "scalar",
+    "non-contiguous",
+    "transposed",
+    "aliased",
+    "empty",
 ]
 """A form that `restructured` gives to the tensors of a problem."""
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
@@ -36,6 +43,7 @@ def restructured(known: KnownProblem, structure: Structure) -> KnownProblem:
     | `"many"` | two vectors for each tensor of more than one entry |
     | `"scalar"` | a tensor of shape `()` for each entry |
     | `"non-contiguous"` | views with gaps; of two dimensions or more, transposed too |
+    | `"transposed"` | a dense matrix of two rows for each level, laid out by columns |
     | `"aliased"` | each tensor under two names, half of it read from each |
     | `"empty"` | no inner parameter at all: w is part of the losses |
 
@@ -126,6 +134,8 @@ def _form(params: Params, structure: Structure) -> _Form:
     vector = torch.cat([t.detach().reshape(-1) for t in params.values()])
     shapes = _pieces(params, structure)
     pieces = {n: leaf(t) for n, t in cut(vector, shapes).items()}
+    if structure == "transposed":
+        pieces = {n: _by_columns(t) if t.dim() else t for n, t in pieces.items()}
 
     def whole(given: Params) -> Params:
         return cut(torch.cat([given[n].reshape(-1) for n in pieces]), params)
@@ -137,6 +147,11 @@ def _pieces(params: Params, structure: Structure) -> Mapping[str, Tensor]:
     """Return empty tensors of the names and shapes to cut the parameters into."""
     if structure == "one":
         return {"+".join(params): torch.empty(sum(t.numel() for t in params.values()))}
+    if structure == "transposed":
+        half, odd = divmod(sum(t.numel() for t in params.values()), 2)
+        name = "+".join(params)
+        rest = {f"{name}, rest": torch.empty(())} if odd else {}
+        return {name: torch.empty(2, half), **rest}
     if structure == "scalar":
         entries = [(n, i) for n, t in params.items() for i in range(t.numel())]
         return {f"{n}.{i}": torch.empty(()) for n, i in entries}
@@ -151,6 +166,10 @@ def _halves(given: Params) -> Params:
     # Halving is exact, so that this is the tensor itself and its gradient too.
     names = [n for n in given if f"{n} again" in given]
     return {n: given[n] / 2 + given[f"{n} again"] / 2 for n in names}
+
+
+def _by_columns(tensor: Tensor) -> Tensor:
+    return tensor.detach().T.contiguous().T.requires_grad_()
 
 
 def _with_gaps(tensor: Tensor) -> Tensor:

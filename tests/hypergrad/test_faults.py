@@ -282,6 +282,8 @@ def torn(saved: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         "left",
         "why",
         "began",
+        "outer_began",
+        "asked",
         "learned",
     )  # older ones lack them
     for key in saved["bilevel"]:

@@ -231,6 +231,54 @@ def test_a_module_that_was_moved_between_steps() -> None:
     assert opt.n_inner_steps == 1
 
 
+def test_a_module_that_was_converted_between_steps() -> None:
+    model = nn.Linear(2, 1)
+    opt = BilevelOptimizer(
+        model,
+        square,
+        outer="bias",
+        estimator="darts",
+        inner_optimizer=partial(torch.optim.SGD, lr=0.1),
+        outer_optimizer=partial(torch.optim.SGD, lr=0.1),
+        outer_warmup=0,
+    )
+    opt.inner_step(torch.ones(1, 2))
+    model.double()
+    before = model.weight.detach().clone()
+    for call in (opt.inner_step, opt.outer_step):
+        with pytest.raises(
+            HypergradError,
+            match=r"'weight' is torch\.float64.*in torch\.float32: .*anew",
+        ):
+            call(torch.ones(1, 2, dtype=torch.float64))
+    assert torch.equal(model.weight, before)
+    assert opt.n_inner_steps == 1
+
+
+def test_a_module_that_was_converted_after_its_start_was_noted() -> None:
+    model = nn.Linear(2, 1)
+    opt = BilevelOptimizer(
+        model,
+        square,
+        learn_start="weight",
+        estimator=make_estimator("unrolled", num_steps=1),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.1),
+        outer_optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    model.double()
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for call in (opt.begin_run, partial(opt.inner_step, x)):
+        with pytest.raises(
+            HypergradError,
+            match=r"'weight' is torch\.float64, and 'start of weight' is learned in "
+            r"torch\.float32: .*before",
+        ):
+            call()
+    model.float()
+    opt.begin_run()
+    opt.inner_step(x.float())
+
+
 def test_a_random_state_goes_to_the_device_that_is_there() -> None:
     state = rng.capture()
     saved = {**state, "cuda:1": torch.arange(3)}

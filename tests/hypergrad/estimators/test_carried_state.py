@@ -12,6 +12,8 @@ import torch
 from hypergrad import BilevelProblem, make_estimator
 from hypergrad.estimators import FirstOrder
 from hypergrad.optimizer import BilevelOptimizer
+from hypergrad.reporting import silenced
+from hypergrad.rules import SGD
 from hypergrad.testing import ridge, softmax_regression
 from tests.tolerances import error
 
@@ -96,6 +98,48 @@ def test_another_seed_draws_another_sketch() -> None:
     assert error(found[6, 0], found[6, 1]) <= 1e-12
     inverse = torch.linalg.inv(known.hessian + 0.5 * torch.eye(6).double())
     assert error(found[6, 0], known.indirect_by(inverse)) <= 1e-12
+
+
+# -- where the outer loss does not see w --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["forward", "zeroth-order"])
+def test_random_directions_go_on_after_a_step_without_a_slope(name: str) -> None:
+    """f = c Σ w with c = 0 in one outer step: what follows draws as if c had been 1.
+
+    At rate 1/2 dw/dλ = 1/2, so that all hypergradients are a random direction's slope
+    times it; λ stays where it is, and what differs is the draw alone.
+    """
+
+    def draws(factors: list[float]) -> list[torch.Tensor]:
+        scale = [1.0]
+        problem = BilevelProblem(
+            lambda i, o, b: (i["w"] - o["lam"]).square().sum() / 2,
+            lambda i, o, b: scale[0] * i["w"].sum() + 0 * o["lam"].sum(),
+            {"w": torch.zeros(50, dtype=torch.float64, requires_grad=True)},
+            {"lam": torch.zeros(50, dtype=torch.float64, requires_grad=True)},
+        )
+        estimator = make_estimator(name, num_steps=1, num_directions=1, rule=SGD(0.5))
+        state: Any = {}
+        found = []
+        for factor in factors:
+            scale[0] = factor
+            result = estimator.estimate(
+                problem, inner_batch=None, outer_batch=None, state=state
+            )
+            state = result.state
+            found.append(result.outer_grads["lam"].sign())
+        return found
+
+    with silenced():
+        plain = draws([1.0, 1.0, 1.0, 1.0])
+        gap = draws([1.0, 1.0, 0.0, 1.0])
+    assert not gap[2].any()
+    # Without a slope `forward` has no use for a direction, and draws none.
+    left = plain[3] if name == "zeroth-order" else plain[2]
+    assert torch.equal(gap[3] * gap[3][0], left * left[0])
+    for before in plain[:2]:
+        assert not torch.equal(gap[3] * gap[3][0], before * before[0])
 
 
 # -- where another inner run begins -------------------------------------------------------

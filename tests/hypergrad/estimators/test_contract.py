@@ -69,7 +69,7 @@ class Row:
 
 
 # Of rows that differ from another of the table in a number or a kind of product alone,
-# two problems tell enough; the whole set of problems, each in seven forms and three
+# two problems tell enough; the whole set of problems, each in eight forms and three
 # dtypes, takes seconds.
 VARIANT = {"problems": FEW}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,20 @@ def test_a_constant_is_zeros_and_says_so(steps: int, places: int) -> None:
         found = run(half(share_below, 0.1), steps)
     assert found.outer_grads["lam"] == 0.0
     assert says in found.info.reason
+
+
+def test_no_entry_at_all_is_no_constant() -> None:
+    problem = BilevelProblem(
+        lambda i, o, b: (i["w"] ** 2) / 2 + o["lam"].sum(),
+        lambda i, o, b: i["w"] ** 2,
+        {"w": leaf(1.0)},
+        {"lam": leaf([])},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumericalWarning)
+        result = run(problem)
+    assert result.outer_grads["lam"].shape == (0,)
+    assert result.info.reason == ""
 
 
 def test_an_optimizer_climbs_a_metric() -> None:

@@ -108,6 +108,14 @@ def test_non_contiguous_tensors_are_views_with_gaps() -> None:
     assert problem.inner_params["lora_A"].stride() == (2, 4)
 
 
+def test_transposed_tensors_are_dense_and_have_no_flat_view() -> None:
+    problem = restructured(dora_block(), "transposed").problem
+    matrix = problem.inner_params["lora_A+lora_B+head"]
+    assert (matrix.shape, matrix.stride(), matrix.is_leaf) == ((2, 8), (1, 2), True)
+    assert matrix.T.is_contiguous()
+    assert problem.inner_params["lora_A+lora_B+head, rest"].shape == ()
+
+
 def test_aliased_tensors_are_read_under_both_names() -> None:
     known = ridge()
     problem = restructured(known, "aliased").problem
