@@ -405,6 +405,13 @@ def _unpacked(source: ModelSource) -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
+def _is_for_images(source: ModelSource) -> bool:
+    """Return whether a folder has what makes inputs of images, and nothing of texts."""
+    folder = Path(source.location)
+    has_processor = (folder / "preprocessor_config.json").is_file()
+    return has_processor and not any(folder.glob("*tokenizer*"))
+
+
 def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
     if source.gguf_file is not None:
         settings["gguf_file"] = source.gguf_file
@@ -417,7 +424,26 @@ def _load(source: ModelSource, load: Any, what: str, **settings: Any) -> Any:
                 **settings,
             )
     except Exception as error:  # each library raises its own kinds
-        first_line = str(error).strip().split("\n")[0][:200]
+        text = str(error).strip()
+        first_line = text.split("\n")[0].strip()
+        if first_line.endswith(":"):  # what follows is the reason
+            first_line = " ".join(text.split())
+        first_line = first_line[:200]
+        if isinstance(error, ImportError):
+            remedy = "Install what it names."
+            if "bitsandbytes" in str(error):
+                remedy = "Its weights are quantised: pip install bitsandbytes"
+            raise UserError(
+                f"the {what} {source.name!r} needs a package that is not installed "
+                f"({first_line}). {remedy}"
+            ) from error
+        if what == "tokenizer" and _is_for_images(source):
+            raise UserError(
+                f"the folder {source.location} holds a model for images: it has a "
+                "preprocessor_config.json and no tokenizer. For texts, pass a folder that "
+                f"holds {HOLDS['model']}; if the examples are images, say --task-type "
+                "images."
+            ) from error
         if source.is_local:
             raise UserError(
                 f"the {what} in the folder {source.location} cannot be loaded "

@@ -9,6 +9,14 @@ from __future__ import annotations
 from bidora.data.files import read_file
 from bidora.data.load import load_source
 from bidora.data.source import PARTS, Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 
-__all__ = ["PARTS", "Source", "Table", "load_source", "name_column", "read_file"]
+__all__ = [
+    "PARTS",
+    "Source",
+    "Table",
+    "load_source",
+    "name_column",
+    "read_file",
+    "same_column",
+]

@@ -9,7 +9,7 @@ from typing import Any
 
 from bidora.errors import UserError
 
-__all__ = ["Table", "name_column"]
+__all__ = ["Table", "name_column", "same_column"]
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,36 @@ def name_column(
     raise UserError(
         f"{table.origin} has no column with a usual name ({', '.join(usual)}); its "
         f"columns are {available}. Choose one with {option}, or, {table.remedy}."
+    )
+
+
+def same_column(table: Table, column: str) -> str:
+    """Return a column of the training data, which other rows must have too.
+
+    No option names it: the training chose it.
+
+    Args:
+        table: Where to look.
+        column: What the training data calls it.
+
+    Returns:
+        The name.
+
+    Raises:
+        UserError: If there is no such column; it says which one to rename.
+
+    Example:
+        >>> same_column(Table("new.csv", ("id", "text"), (), ()), "text")
+        'text'
+    """
+    if column in table.columns:
+        return column
+    available = ", ".join(map(repr, table.columns))
+    near = get_close_matches(column, table.columns, n=1)
+    which = f"column {near[0]!r}" if near else "the column"
+    nameless = table.origin.endswith((".csv", ".tsv"))
+    raise UserError(
+        f"{table.origin} has no column {column!r}; its columns are {available}. Rename "
+        f"{which} to {column!r}, as in the training data"
+        + (f", or, {Table.remedy}." if nameless else ".")
     )

@@ -68,7 +68,10 @@ class Full(Method):
             base: A model of its class.
             folder: Where it is.
         """
-        return type(base.model).from_pretrained(str(folder), local_files_only=True)
+        from bidora.models import without_bars
+
+        with without_bars():
+            return type(base.model).from_pretrained(str(folder), local_files_only=True)
 
     def loading_code(self, names: Mapping[str, str]) -> str:
         """Return lines that load the model in plain transformers.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +20,38 @@ if TYPE_CHECKING:
     from bidora.runs.job_settings import JobSettings
 
 __all__ = ["ExactDora", "Lora", "PeftDora", "RankStabilisedLora"]
+
+OTHER_WAY = "fan_in_fan_out is set to"
+"""PEFT's note that a layer stores its weight the other way round; it sees to that."""
+
+TIED = "Model has `tie_word_embeddings=True` and a tied layer"
+"""PEFT's warning about adapted embeddings, which `bidora export` unties as it merges."""
+
+ZERO_ROWS = "Base weights have rows of zeros"
+"""Our own note, which the training told already."""
+
+
+@contextmanager
+def _without(*beginnings: str) -> Iterator[None]:
+    """Leave out warnings that begin so, and no others."""
+    with warnings.catch_warnings():
+        for beginning in beginnings:
+            warnings.filterwarnings("ignore", beginning)
+        yield
+
+
+def _all_conv1d(base: Base, targets: list[str]) -> bool:
+    """Return whether every adapted layer is GPT-2's, whose weight is `(in, out)`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    ends = tuple(f".{target}" for target in targets)
+    layers = [
+        module
+        for name, module in base.model.named_modules()
+        if f".{name}".endswith(ends) and isinstance(module, nn.Linear | Conv1D)
+    ]
+    return bool(layers) and all(isinstance(module, Conv1D) for module in layers)
 
 
 def _check_targets(base: Base, targets: list[str], model: str) -> None:
@@ -68,10 +102,12 @@ class Lora(Method):
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
             modules_to_save=base.head or None,
+            fan_in_fan_out=_all_conv1d(base, targets),
             **self.config,
         )
         try:
-            return get_peft_model(base.model, config)
+            with _without(OTHER_WAY):  # a model may have layers of both kinds
+                return get_peft_model(base.model, config)
         except ValueError as error:
             raise UserError(
                 f"--target-modules ({', '.join(wanted)}) does not fit {settings.model!r}: "
@@ -109,7 +145,8 @@ class Lora(Method):
                     "deleted, or left behind when the folder was copied. Copy it from "
                     "where the run was made, or train again."
                 )
-        return PeftModel.from_pretrained(base.model, str(folder))
+        with _without(OTHER_WAY, TIED):
+            return PeftModel.from_pretrained(base.model, str(folder))
 
     def loading_code(self, names: Mapping[str, str]) -> str:
         """Return lines that load the adapter in plain PEFT.
@@ -165,7 +202,8 @@ class PeftDora(Lora):
         from bidora.dora import use_exact_dora
 
         model = super().load(base, folder)
-        use_exact_dora(model)  # PEFT's own would give NaN for rows of zeros
+        with _without(ZERO_ROWS):
+            use_exact_dora(model)  # PEFT's own would give NaN for rows of zeros
         return model
 
 

@@ -273,7 +273,7 @@ def _read(
     file, log = folder / "metrics.json", folder / "history.jsonl"
     metrics = _object(_text(file), ("metric", "environment"), str(file))
     history = [
-        _object(line, ("phase",), f"line {number} of {log}")
+        _record(line, f"line {number} of {log}")
         for number, line in enumerate(_text(log).splitlines(), 1)
     ]
     if not any("weights" in record for record in history):
@@ -304,11 +304,31 @@ def _object(text: str, keys: Sequence[str], place: str) -> dict[str, Any]:
         why = str(error)
     lacking = [k for k in keys if not isinstance(found, dict) or k not in found]
     if lacking:
-        raise UserError(
-            f"{place} is not what a run writes ({why or f'no {lacking[0]}'}): the file was "
-            f"cut off or changed; {AGAIN}."
-        )
+        raise _changed(place, why or f"no {lacking[0]}")
     return found
+
+
+def _changed(place: str, why: str) -> UserError:
+    return UserError(
+        f"{place} is not what a run writes ({why}): the file was cut off or changed; "
+        f"{AGAIN}."
+    )
+
+
+def _record(text: str, place: str) -> dict[str, Any]:
+    """Return a record of the history, with all that points and curves are made of."""
+    record = _object(text, ("phase",), place)
+    weights = record.get("weights", {})
+    if not isinstance(weights, dict):
+        raise _changed(place, f"weights: {weights!r}")
+    if (weights or "step" in record) and not isinstance(record.get("step"), int):
+        raise _changed(place, f"step: {record.get('step')!r}")
+    for layer, change in weights.items():
+        for key in ("delta_m", "delta_d"):
+            value = change.get(key) if isinstance(change, dict) else None
+            if not isinstance(value, int | float):
+                raise _changed(place, f"{key} of {layer}: {value!r}")
+    return record
 
 
 def _remedy(settings: TrainSettings) -> str:

@@ -16,12 +16,14 @@ from bidora.errors import UserError
 from bidora.methods import make_method
 from bidora.methods.loading import whole_lines
 from bidora.runs.card import outputs_of
-from bidora.runs.predict import load_run, read_run
+from bidora.runs.predict import find_base, load_run, read_run
 from bidora.runs.results import Listener
 from bidora.tasks.registry import make_task
 
 if TYPE_CHECKING:
     import torch
+
+    from bidora.models import ModelSource
 
 __all__ = ["DTYPES", "Exported", "export"]
 
@@ -51,7 +53,8 @@ class Exported:
         folder: Where it is.
         dtype: What its weights are written in.
         difference: Largest difference of an output from that of the run's own model, on
-            made-up inputs, over the largest output; in float32, before rounding to `dtype`.
+            made-up inputs, over the largest output; with the weights as they are written,
+            rounded to `dtype`, and computed in float32.
         loading_code: Lines of Python that load it in plain transformers.
     """
 
@@ -90,9 +93,10 @@ def export(
         What was written.
 
     Raises:
-        UserError: If the run is not finished, its model can't be merged, the merged
-            model gives other outputs, or the folder is there already, holds something
-            else than an export, or cannot be written.
+        UserError: If the run is not finished, its base model is not there, its model
+            can't be merged, the merged model gives other outputs, `dtype` can't hold its
+            weights, or the folder is there already, holds something else than an export,
+            or cannot be written.
     """
     import torch
 
@@ -106,7 +110,7 @@ def export(
     with _writing_to(target):
         _refuse_target(target, source, settings.model, overwrite=overwrite)
     if not make_method(settings.method).saves_whole:
-        _refuse_quantised(settings.model)
+        _refuse_quantised(find_base(source, settings))
     with _staged(target) as staging:
         model, tokenizer = load_run(source)
         inputs = _made_up(tokenizer, model.config)
@@ -115,6 +119,12 @@ def export(
         difference = _difference(before, _outputs(merged, inputs))
         _refuse_other_outputs(difference, source)
         listener.message(f"Merged {source}: outputs differ by {difference:.1e} at most")
+        if dtype != "float32":
+            _round(merged, dtype)
+            difference = _difference(before, _outputs(merged, inputs))
+            listener.message(
+                f"Rounded to {dtype}: outputs differ by {difference:.1e} at most"
+            )
         task = make_task(schema.task, **schema.settings).for_model(merged.config)
         names = {
             "folder": str(target),
@@ -275,16 +285,15 @@ def _put_in_place(new: Path, target: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _refuse_quantised(name: str) -> None:
+def _refuse_quantised(base: ModelSource) -> None:
     """Look before the weights are loaded, which may take a library that is not there."""
-    from bidora.models import find_model, load_config
+    from bidora.models import load_config
 
-    base = find_model(name)
     if base.gguf_file is not None:
         return  # its weights are brought back to float32 as they are loaded
     if getattr(load_config(base), "quantization_config", None) is not None:
         raise UserError(
-            f"the base model {name} is quantised, and a merged weight would be "
+            f"the base model {base.name} is quantised, and a merged weight would be "
             "rounded to its few bits, which undoes the training. Export onto the model "
             "that it was quantised from: set `model` in the run's settings.json to it."
         )
@@ -300,24 +309,50 @@ def _merge(model: Any, method: str) -> Any:
             "Houlsby's bottlenecks are layers of their own, which no weight of the model "
             "can take in; the run's README.md says how to load it as it is."
         )
-    if not isinstance(model, PeftModel):
-        return model
-    _untie(model)
-    try:
-        merged: Any = model.merge_and_unload()
-    except NotImplementedError as error:
-        raise UserError(
-            f"PEFT cannot merge {_in_groups(model) or 'a layer of this adapter'} "
-            f"({error}). Load the adapter with PEFT, as the run's README.md says, or "
-            "train again with --target-modules that leave such layers out."
-        ) from error
+    merged = model
+    if isinstance(model, PeftModel):
+        _untie(model)
+        try:
+            merged: Any = model.merge_and_unload()
+        except NotImplementedError as error:
+            raise UserError(
+                f"PEFT cannot merge {_in_groups(model) or 'a layer of this adapter'} "
+                f"({error}). Load the adapter with PEFT, as the run's README.md says, or "
+                "train again with --target-modules that leave such layers out."
+            ) from error
     broken = [n for n, p in merged.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise UserError(
-            f"{len(broken)} merged weight(s) hold values that are not finite, such as "
+            f"{len(broken)} weight(s) hold values that are not finite, such as "
             f"{broken[0]}. The training has diverged; lower the learning rate."
         )
     return merged
+
+
+def _round(model: Any, dtype: str) -> None:
+    """Round what is written of a model to a type, and keep it in float32.
+
+    Parameters and buffers stay the same objects, so that tied weights stay tied.
+
+    Raises:
+        UserError: If a value is beyond what the type holds.
+    """
+    import torch
+
+    kind = getattr(torch, dtype)
+    held = {n: t for n, t in model.state_dict().items() if t.is_floating_point()}
+    largest = torch.finfo(kind).max
+    over = {n: t for n, t in held.items() if not t.to(kind).isfinite().all()}
+    if over:
+        name, tensor = next(iter(over.items()))
+        other = "bfloat16" if dtype == "float16" else "float32"
+        raise UserError(
+            f"{len(over)} weight(s) hold values beyond what {dtype} holds, such as "
+            f"{tensor.abs().max().item():.3g} in {name}, where {largest:.3g} is the "
+            f"largest; take --dtype {other}. Nothing was written."
+        )
+    for tensor in held.values():  # views of the model's own
+        tensor.copy_(tensor.to(kind))
 
 
 def _in_groups(model: Any) -> str:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bidora.data.files import read_file
 from bidora.data.table import Table
 from bidora.errors import UserError
 from bidora.methods import make_method
+from bidora.packaged import PACKAGED
 from bidora.runs.encoding import encode
 from bidora.runs.results import Listener
 from bidora.runs.resume import as_found
@@ -21,7 +22,10 @@ from bidora.runs.writing import written
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.registry import make_task
 
-__all__ = ["Scored", "load_run", "predict", "read_run"]
+if TYPE_CHECKING:
+    from bidora.models import ModelSource
+
+__all__ = ["Scored", "find_base", "load_run", "predict", "read_run"]
 
 BATCH = 32
 
@@ -212,22 +216,53 @@ def read_run(folder: Path) -> tuple[TrainSettings, Schema]:
     return found
 
 
+def find_base(folder: Path, settings: TrainSettings) -> ModelSource:
+    """Find the base model of a run, which may have moved since.
+
+    Args:
+        folder: Of the run.
+        settings: Of the run.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: If it is not there any more; no option names it, but a file of the run.
+    """
+    from bidora.models import find_model, load_config
+
+    name, file = settings.model, folder / "settings.json"
+    try:
+        source = find_model(name)
+    except UserError as error:
+        if name in PACKAGED:
+            raise
+        raise UserError(
+            f"the run in {folder} was trained on the model {name}, and there is none any "
+            f"more (looked from {Path.cwd()}). Put it back, or set `model` in {file} to "
+            "where it is now."
+        ) from error
+    if not source.is_local:
+        try:
+            load_config(source)
+        except UserError as error:
+            raise UserError(
+                f"{error} If the run was trained on a folder of that name, set `model` in "
+                f"{file} to where it is now."
+            ) from error
+    return source
+
+
 def _load(
     folder: Path, settings: TrainSettings, task: Task, schema: Schema, device: str
 ) -> tuple[Any, Any, Task]:
     """Return model and tokenizer, and the task as that model does it."""
-    from bidora.models import (
-        ModelSource,
-        find_model,
-        load_base,
-        load_config,
-        load_processor,
-    )
+    from bidora.models import ModelSource, load_base, load_config, load_processor
     from bidora.runs.prepared import find_device
 
     method = make_method(settings.method)
     own = ModelSource(settings.model, str(folder), is_local=True)
-    source = own if method.saves_whole else find_model(settings.model)
+    source = own if method.saves_whole else find_base(folder, settings)
     tokenizer = load_processor(own, task)
     task = task.for_model(load_config(source))
     base = load_base(

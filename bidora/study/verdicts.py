@@ -92,6 +92,9 @@ def over_probe(
 ) -> Difference | None:
     """Compare a method with the probe that its own runs began with.
 
+    A run without one, as of a method that trains in a way of its own, is compared with
+    the probe that was run as a method, on the same task, size and seed.
+
     Args:
         records: Of one purpose.
         method: The method.
@@ -104,13 +107,20 @@ def over_probe(
     own = [r for r in records if r.cell.method == method]
     if any(is_probe(r) for r in own):
         return None
+    run = {_at(r): r.test for r in records if is_probe(r) and not r.failed}
     probes = [
         dataclasses.replace(
-            r, cell=dataclasses.replace(r.cell, method=PROBE), test=r.probe
+            r,
+            cell=dataclasses.replace(r.cell, method=PROBE),
+            test=r.probe or run.get(_at(r), {}),
         )
         for r in own
     ]
     return _difference([*own, *probes], method, PROBE, task)
+
+
+def _at(record: Record) -> tuple[str, int, int]:
+    return record.cell.task, record.cell.size, record.cell.seed
 
 
 def over_reference(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labelled import SKIP, LabelledTask
@@ -138,9 +138,7 @@ class OneClass(LabelledTask):
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
         """Return the index of each row's class."""
         names = schema.label_names
-        column = name_column(
-            table, schema.settings["label_column"], "--label-column", ()
-        )
+        column = same_column(table, schema.settings["label_column"])
         known: dict[str, Any] = {name: i for i, name in enumerate(names)}
         known |= dict.fromkeys(schema.details["rare"], SKIP)
         found = _names(table, column)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema, TextScores
 from bidora.tasks.labels import BadValueError, plain
@@ -127,8 +127,7 @@ class Generation(LanguageTask):
 
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
         """Return each row's reference."""
-        column = schema.settings["label_column"]
-        column = name_column(table, column, "--label-column", ())
+        column = same_column(table, schema.settings["label_column"])
         return [_reference(value, column) for value in table.values(column)]
 
     def groups(self, rows: Rows, schema: Schema) -> list[Hashable]:

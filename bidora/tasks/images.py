@@ -16,7 +16,7 @@ from bidora.data.images import (
     pillow,
 )
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.errors import UserError
 from bidora.packaged import PACKAGED
 from bidora.tasks.base import Rows, Schema
@@ -109,8 +109,7 @@ class ImageClassification(OneClass):
 
     def read_inputs(self, table: Table, schema: Schema) -> dict[str, Sequence[Any]]:
         """Return where each image is, and what it is like; each is opened once."""
-        column = schema.settings["image_column"]
-        name_column(table, column, "--image-column", ())
+        column = same_column(table, schema.settings["image_column"])
         pillow()
         folder = Path(table.folder or Path(table.origin).parent)
         read: dict[str, list[Any]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.chat import (
@@ -29,6 +31,9 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
 COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 ALPACA = ("instruction", "input")
 """Columns of a prompt in two parts, of which the second may be empty."""
+
+_WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+"""How a conversation begins that is a text: as JSON, or as Python shows a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,14 @@ class Instruction(LanguageTask):
                 f"{source.train.origin}: column {column!r} holds conversations, which have "
                 "their answers in them; leave --label-column out."
             )
+        texts = [v for v in values if isinstance(v, str)]
+        if 2 * sum(map(bool, map(_WRITTEN_CHAT.match, texts))) > len(values):
+            raise UserError(
+                f"{source.train.origin}: column {column!r} holds conversations written as "
+                "texts. They are read from jsonl, where they are lists: save the rows as "
+                f'jsonl, each a line such as {{"{column}": [{{"role": "user", "content": '
+                '"2 + 2?"}, {"role": "assistant", "content": "4"}]}.'
+            )
         details = {"format": "chat" if is_chat else "prompt-completion"}
         if not is_chat:
             columns = self.columns(source)
@@ -120,8 +133,7 @@ class Instruction(LanguageTask):
         """Read conversations, or prompts and completions; every bad row is told."""
         if schema.details["format"] != "chat":
             return super().rows(table, schema, labelled=labelled)
-        column = schema.settings["text_column"]
-        name_column(table, column, "--text-column", ())
+        column = same_column(table, schema.settings["text_column"])
         chats: list[Any] = []
         read = Rows({"messages": chats}, [])
         for row, value in enumerate(table.values(column)):
@@ -138,12 +150,19 @@ class Instruction(LanguageTask):
         return read
 
     def read_inputs(self, table: Table, schema: Schema) -> dict[str, Sequence[Any]]:
-        """Return the prompts, each with what it is about where a column holds that."""
+        """Return the prompts, each with what it is about where a column holds that.
+
+        A table without that column is one whose rows hold nothing there.
+        """
         read = super().read_inputs(table, schema)
         context = schema.details.get("context")
         if context is None:
             return read
-        name_column(table, context, "the second part of a prompt", ())
+        if context not in table.columns:
+            others = set(table.columns) - {schema.settings["text_column"]}
+            if get_close_matches(context, others):
+                same_column(table, context)  # it is there, and spelled otherwise
+            return read
         pairs = zip(read["text"], table.values(context), strict=True)
         return {
             "text": [_with_context(prompt, about, context) for prompt, about in pairs]
@@ -162,8 +181,7 @@ class Instruction(LanguageTask):
 
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
         """Return each row's completion."""
-        column = schema.settings["label_column"]
-        column = name_column(table, column, "--label-column", ())
+        column = same_column(table, schema.settings["label_column"])
         return [
             value
             if isinstance(value, str) and value.strip()

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labels import (
@@ -342,10 +342,10 @@ def _read(table: Table, settings: Mapping[str, Any]) -> list[Any]:
     if "label_columns" in settings:
         columns = settings["label_columns"]
         for column in columns:
-            name_column(table, column, "--label-columns", ())
+            same_column(table, column)
         rows = zip(*(table.values(column) for column in columns), strict=True)
         return [_held(columns, values, settings) for values in rows]
-    column = name_column(table, settings["label_column"], "--label-column", ())
+    column = same_column(table, settings["label_column"])
     given = class_names_of(table, column)
     read: list[Any] = []
     for value in table.values(column):

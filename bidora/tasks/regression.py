@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labels import BadValueError, has_decimal_commas, read_number
@@ -110,8 +110,7 @@ class Regression(TextTask):
 
     def read_labels(self, table: Table, schema: Schema) -> Sequence[Any]:
         """Return each row's number."""
-        column = schema.settings["label_column"]
-        return _numbers(table, name_column(table, column, "--label-column", ()))
+        return _numbers(table, same_column(table, schema.settings["label_column"]))
 
     def targets(self, labels: Sequence[Any], schema: Schema) -> list[Any]:
         """Return labels less their mean, over their standard deviation."""

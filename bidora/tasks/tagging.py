@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.errors import UserError
 from bidora.tasks.base import Rows, Schema, Task
 from bidora.tasks.iob import entities_of, is_iob, odd_tags, scheme_of, to_iob2
@@ -113,14 +113,13 @@ class Tagging(Task):
 
     def rows(self, table: Table, schema: Schema, *, labelled: bool = True) -> Rows:
         """Read words and tags; every bad row is told."""
-        text = name_column(table, schema.settings["text_column"], "--text-column", ())
+        text = same_column(table, schema.settings["text_column"])
         columns: dict[str, list[Any]] = {"tokens": []}
         tags: list[Any] = [None] * len(table)
         given = None
         if labelled:
             columns |= {"tags": [], "labels": []}
-            label = schema.settings["label_column"]
-            label = name_column(table, label, "--label-column", ())
+            label = same_column(table, schema.settings["label_column"])
             tags, given = table.values(label), class_names_of(table, label)
         indices = {name: index for index, name in enumerate(schema.label_names)}
         places: list[str] = []

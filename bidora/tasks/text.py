@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bidora.data.source import Source
-from bidora.data.table import Table, name_column
+from bidora.data.table import Table, name_column, same_column
 from bidora.tasks.base import Rows, Schema
 from bidora.tasks.labelled import LABEL_COLUMNS, SKIP, LabelledTask
 from bidora.tasks.labels import BadValueError, plain, shown
@@ -120,8 +120,8 @@ class TextTask(LabelledTask):
         columns = {"text": schema.settings["text_column"]}
         if schema.settings.get("text_pair_column"):
             columns["text_pair"] = schema.settings["text_pair_column"]
-        for key, column in columns.items():
-            name_column(table, column, f"--{key.replace('_', '-')}-column", ())
+        for column in columns.values():
+            same_column(table, column)
         proteins = schema.settings.get("proteins", False)
         return {
             key: [

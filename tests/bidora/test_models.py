@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from bidora.models import (
 from bidora.runs.settings import TrainSettings
 from bidora.tasks.base import Schema
 from bidora.tasks.registry import make_task
+from tests.bidora.image_models import save_vit
 
 # transformers' own, raised when PEFT reads its model
 pytestmark = pytest.mark.filterwarnings(
@@ -87,6 +91,45 @@ def test_wrong_model_folders_are_explained(tmp_path: Path, tiny_encoder: Path) -
     (broken / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=r"the model in the folder .* cannot be loaded"):
         base_of(broken)
+
+
+def test_a_model_for_images_is_told_from_one_without_a_tokenizer(
+    tmp_path: Path,
+) -> None:
+    images = find_model(str(save_vit(tmp_path)))
+    with pytest.raises(UserError, match=r"holds a model for images: .* --task-type"):
+        load_tokenizer(images)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="the tokenizer in the folder") as error:
+        load_tokenizer(images)
+    assert "for images" not in str(error.value)
+    assert ": )" not in str(error.value)  # a list that is cut off
+
+
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is not None, reason="nothing is missing where it is there"
+)
+def test_a_quantised_model_says_what_to_install(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "few-bits")
+    file = tmp_path / "few-bits" / "config.json"
+    few = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = {**json.loads(file.read_text()), "quantization_config": few}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantised: pip install bitsandbytes$"):
+        base_of(tmp_path / "few-bits")
+
+
+def test_other_packages_that_are_missing_are_named(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("requires the sentencepiece library\nSee its page")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"\(requires the sentencepiece .*\)\. Install"):
+        load_tokenizer(find_model(str(tiny_encoder)))
 
 
 def test_hub_model_offline_is_explained() -> None:

@@ -373,6 +373,39 @@ def test_runs_that_cannot_be_analysed_are_named(run: Run, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda r: next(iter(r["weights"].values())).pop("delta_d"),
+            "delta_d of .*: None",
+        ),
+        (
+            lambda r: r["weights"].update({"layer.0": {"delta_m": "1"}}),
+            "delta_m of layer.0",
+        ),
+        (lambda r: r["weights"].update({"layer.0": 3}), "delta_m of layer.0: None"),
+        (lambda r: r.update(weights=[1]), r"weights: \[1\]"),
+        (lambda r: r.update(step="two"), "step: 'two'"),
+        (lambda r: r.pop("step"), "step: None"),
+    ],
+)
+def test_a_changed_record_is_named_by_its_line(
+    run: Run, tmp_path: Path, change: Callable[[Any], Any], why: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run("lora"), folder)
+    history = records(folder)
+    place = next(i for i, r in enumerate(history) if "weights" in r)
+    change(history[place])
+    lines = "".join(json.dumps(r) + "\n" for r in history)
+    (folder / "history.jsonl").write_text(lines, "utf-8")
+    where = rf"^line {place + 1} of .*history\.jsonl is not what a run writes"
+    with pytest.raises(UserError, match=rf"{where} \({why}"):
+        analyze([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_that_are_lost_or_broken_are_named(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run("lora"), folder)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from transformers import (
 from bidora.cli import main
 from bidora.errors import UserError
 from bidora.models import ModelSource
-from bidora.runs.export import _refuse_quantised, export
+from bidora.runs.export import _made_up, _refuse_quantised, export
 from bidora.runs.job import train
 from bidora.runs.predict import load_run
 from bidora.runs.settings import TrainSettings
@@ -100,7 +101,6 @@ def pubs_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 @pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_tied_embeddings_are_merged_where_they_were_adapted(
     kind: str, targets: list[str], pubs_csv: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +241,60 @@ def test_weights_are_written_in_the_dtype_asked_for(
         UserError, match="--dtype int8: choose one of float32, bfloat16"
     ):
         export(run, tmp_path / "other", dtype="int8")
+
+
+def test_the_difference_told_is_that_of_the_rounded_weights(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("lora", tiny_encoder, labelled_csv, tmp_path)
+    done = export(run, tmp_path / "whole", dtype="bfloat16")
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "whole", dtype=torch.float32
+    )
+    model, tokenizer = load_run(run)
+    inputs = _made_up(tokenizer, model.config)
+    with torch.no_grad():
+        before, after = model(**inputs).logits, plain.eval()(**inputs).logits
+    apart = ((after - before).abs().max() / before.abs().max()).item()
+    assert apart > 1e-4  # of float32 it would be 1e-6
+    assert done.difference == pytest.approx(apart, rel=1e-3)
+    marker = json.loads((tmp_path / "whole" / "export.json").read_text("utf-8"))
+    assert marker["difference"] == done.difference
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_float16_cannot_hold_are_refused(
+    method: str, tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of(method, tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    file = run / ("model" if method == "full" else "adapter_model")
+    weights = load_file(file.with_suffix(".safetensors"))
+    (name,) = (n for n in weights if n.endswith("classifier.weight"))
+    weights[name] *= 7e4 / weights[name].abs().max()  # the largest of float16 is 65504
+    save_file(weights, file.with_suffix(".safetensors"), {"format": "pt"})
+    with pytest.raises(
+        UserError,
+        match=r"^1 weight\(s\) hold values beyond what float16 holds, such as "
+        r"7e\+04 in classifier\.weight.*; take --dtype bfloat16\. Nothing was",
+    ):
+        export(run, tmp_path / "whole", dtype="float16")
+    assert not list(tmp_path.glob("*whole*"))
+    export(run, tmp_path / "whole", dtype="bfloat16")
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert plain.classifier.weight.abs().max().item() == pytest.approx(7e4, rel=0.01)
+
+
+def test_a_whole_model_that_diverged_is_refused(
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
+) -> None:
+    run = run_of("full", tiny_encoder, labelled_csv, tmp_path, max_steps=1)
+    weights = load_file(run / "model.safetensors")
+    weights["bert.embeddings.position_embeddings.weight"][-1] = float("nan")
+    save_file(weights, run / "model.safetensors", {"format": "pt"})
+    # No output of the made-up inputs, which are shorter, shows it.
+    with pytest.raises(UserError, match=r"not finite, such as .*position_embeddings"):
+        export(run, tmp_path / "whole")
+    assert not list(tmp_path.glob("*whole*"))
 
 
 def test_what_stands_there_is_kept(
@@ -429,10 +483,7 @@ def test_houlsbys_bottlenecks_are_refused(
 
 
 def test_a_quantised_base_is_refused_before_it_is_loaded(
-    tiny_encoder: Path,
-    labelled_csv: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_encoder: Path, labelled_csv: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_encoder, base)
@@ -447,8 +498,7 @@ def test_a_quantised_base_is_refused_before_it_is_loaded(
         export(run, tmp_path / "whole")
     # A packaged file of few bits is unpacked as it is loaded.
     packed = ModelSource("smollm2", str(base), is_local=True, gguf_file="w.gguf")
-    monkeypatch.setattr("bidora.models.find_model", lambda name: packed)
-    _refuse_quantised("smollm2")
+    _refuse_quantised(packed)
 
 
 def test_the_command_says_where_it_is_and_how_to_load_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from bidora.errors import UserError
+from bidora.runs.export import export
 from bidora.runs.predict import load_run, predict
 from tests.bidora.conftest import Finished, finish
 
@@ -191,6 +193,17 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(
     assert output.read_text() == "mine"
 
 
+@pytest.mark.parametrize("task", ["regression", "tagging"])
+def test_a_column_of_another_name_is_to_be_renamed(
+    of_task: Run, tmp_path: Path, task: str
+) -> None:
+    given = write_csv(tmp_path / "new.csv", ["words"], [["apple"]])
+    name = "tokens" if task == "tagging" else "text"
+    with pytest.raises(UserError, match=f"Rename the column to '{name}'") as error:
+        predict(of_task(task).folder, given, tmp_path / "out.csv")
+    assert "-column " not in str(error.value)  # predict has no such option
+
+
 def test_an_output_is_replaced_when_asked(finished: Run, tmp_path: Path) -> None:
     given = write_csv(tmp_path / "new.csv", ["text"], [["apple"]])
     output = tmp_path / "out.csv"
@@ -237,6 +250,25 @@ def test_a_base_that_was_named_from_elsewhere_is_found(
     monkeypatch.chdir(tmp_path)
     model, _ = load_run("run")
     assert not model.training
+
+
+@pytest.mark.parametrize("name", ["here/there/gone", "some-model"])
+def test_a_base_that_is_gone_is_to_be_put_into_the_settings(
+    name: str, finished: Run, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished("lora").folder, folder)
+    file = folder / "settings.json"
+    settings = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**settings, "model": name}), "utf-8")
+    remedy = f"set `model` in {re.escape(str(file))} to where it is now"
+    with pytest.raises(UserError, match=f"{name}.*{remedy}") as error:
+        load_run(folder)
+    assert "leave --model out" not in str(error.value)
+    with pytest.raises(UserError, match=remedy):
+        export(folder, tmp_path / "whole")
+    file.write_text(json.dumps({**settings, "model": str(tiny_encoder)}), "utf-8")
+    load_run(folder)
 
 
 def test_a_full_model_needs_no_base(finished: Run, tmp_path: Path) -> None:

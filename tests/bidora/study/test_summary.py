@@ -167,6 +167,20 @@ def test_pairs_that_failed_are_counted_beside_those_that_did_not() -> None:
     assert (probed.n, probed.failed) == (3, 2)
 
 
+def test_a_run_without_a_probe_is_compared_with_the_one_that_was_a_method() -> None:
+    records = [
+        *(record("probe", s, seed=i) for i, s in enumerate((0.5, 0.6, 0.4))),
+        *(record("setfit", 0.7, seed=i, probe=None) for i in range(3)),
+        record(
+            "setfit", 0.7, seed=3, probe=None
+        ),  # the probe was not run with this seed
+    ]
+    table = only(summarise(records, reference="setfit"))
+    gap = difference(table.average("setfit").over_probe)
+    assert gap.mean == pytest.approx(20.0)
+    assert (gap.n, gap.wins) == (3, 3)
+
+
 def test_methods_are_compared_over_all_sizes() -> None:
     gains = {("a", 100): 0.1, ("a", 0): 0.2, ("b", 100): 0.3}
     records = [
