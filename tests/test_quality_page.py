@@ -96,3 +96,31 @@ def test_the_figures_of_a_task_are_in_the_results(
         scores = known[data.lower().replace("-", ""), size]
         for name, value in zip(names[2:], values[1:], strict=True):
             assert not value or scores[name] == value, (first, name)
+
+
+def test_the_accuracies_of_estimators_are_means_of_the_records() -> None:
+    folder = ROOT / "benchmarks" / "results" / "variants" / "runs" / "docstrings"
+    found: dict[str, dict[int, float]] = {}
+    for path in folder.glob("*/sweep-*.json"):
+        record = json.loads(path.read_text("utf-8"))
+        cell, settings = record["cell"], record["settings"]
+        is_usual = settings["outer_learning_rate"] == 6e-3 and (
+            settings["orthogonality"] == 1e-5
+        )
+        if cell["method"] == "estimator" or (
+            cell["method"] == "rate-of-magnitudes" and is_usual
+        ):
+            # Where none is named, the budget takes darts.
+            scores = found.setdefault(settings["estimator"] or "darts", {})
+            scores[cell["seed"]] = 100 * record["validation"]["accuracy"]
+    (row,) = (
+        line for line in PAGE.read_text("utf-8").splitlines() if "| estimator," in line
+    )
+    setting, names, values, _ = (c.strip() for c in row.strip("|").split(" | "))
+    seeds = [int(seed) for seed in re.findall(r"\d{3}", setting)]
+    assert len(seeds) >= 2
+    told = dict(zip(re.findall(r"`([\w-]+)`", names), values.split(", "), strict=True))
+    assert set(told) == set(found)
+    for name, value in told.items():
+        mean = sum(found[name][seed] for seed in seeds) / len(seeds)
+        assert f"{mean:.1f}" == value, name
