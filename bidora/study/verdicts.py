@@ -115,6 +115,8 @@ def over_probe(
             test=r.probe or run.get(_at(r), {}),
         )
         for r in own
+        # A task without a probe has no pair; a run that failed has one that failed.
+        if r.probe or r.failed or _at(r) in run
     ]
     return _difference([*own, *probes], method, PROBE, task)
 

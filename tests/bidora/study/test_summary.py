@@ -178,7 +178,7 @@ def test_a_run_without_a_probe_is_compared_with_the_one_that_was_a_method() -> N
     table = only(summarise(records, reference="setfit"))
     gap = difference(table.average("setfit").over_probe)
     assert gap.mean == pytest.approx(20.0)
-    assert (gap.n, gap.wins) == (3, 3)
+    assert (gap.n, gap.wins, gap.failed) == (3, 3, 0)
 
 
 def test_methods_are_compared_over_all_sizes() -> None:
