@@ -48,6 +48,25 @@ class Examples:
     inner: list[int] = field(default_factory=list)
     outer: list[int] = field(default_factory=list)
 
+    def check_metric(self, chosen: str | None, listener: Listener) -> None:
+        """Say before the training that its main metric can't be computed here.
+
+        Whoever named the metric wants it; who named none can have the others.
+
+        Args:
+            chosen: The metric that was named; None for the task's own.
+            listener: Told where none was named.
+
+        Raises:
+            UserError: If one was named.
+        """
+        try:
+            self.task.check_metric(self.schema)
+        except UserError as error:
+            if chosen is not None:
+                raise
+            listener.message(f"Note   {error} The run goes on, and tells it as n/a.")
+
     def joined(self) -> Rows:
         """Return the examples of all parts, one part after the other."""
         parts = list(self.rows.values())

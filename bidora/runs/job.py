@@ -18,7 +18,7 @@ from bidora.errors import NoDirectionError, UserError
 from bidora.methods import make_method
 from bidora.runs.curves import curve_sets, read_curves
 from bidora.runs.encoding import by_length
-from bidora.runs.examples import Examples, read_examples
+from bidora.runs.examples import read_examples
 from bidora.runs.folder import RunFolder
 from bidora.runs.prepared import Prepared, find_device, prepare
 from bidora.runs.results import Listener, PhaseResult, RunResult
@@ -85,7 +85,7 @@ def train(
         searches=method.holds_back,
         stops_early=settings.early_stopping_patience is not None,
     )
-    _check_metric(settings, examples, listener)
+    examples.check_metric(settings.metric, listener)
     if not score_test:
         kept = {n: r for n, r in examples.rows.items() if not n.startswith("test")}
         examples.rows = kept
@@ -142,24 +142,6 @@ def train(
         finally:
             folder.close()
     return result
-
-
-def _check_metric(
-    settings: TrainSettings, examples: Examples, listener: Listener
-) -> None:
-    """Say before the training that its main metric can't be computed here.
-
-    Whoever named the metric wants it; who named none can have the others.
-
-    Raises:
-        UserError: If the settings name it.
-    """
-    try:
-        examples.task.check_metric(examples.schema)
-    except UserError as error:
-        if settings.metric is not None:
-            raise
-        listener.message(f"Note   {error} Without it, it is n/a.")
 
 
 @dataclass

@@ -256,13 +256,14 @@ class Grid:
                     **method.settings,
                     **({"tasks": [*method.tasks]} if method.tasks is not None else {}),
                     **(
-                        {"sweep": _plain(method.sweep[0] if alone else method.sweep)}
+                        {"sweep": _plain(method.sweep[0])}
+                        if len(method.sweep) == 1
+                        else {"sweep": _plain(method.sweep)}
                         if method.sweep
                         else {}
                     ),
                 }
                 for method in self.methods
-                for alone in [len(method.sweep) == 1]
             },
             "sweep": {
                 "seeds": [*self.sweep_seeds],

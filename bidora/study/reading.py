@@ -197,6 +197,12 @@ class _Reader:
                 f"it has {method.combinations:,} combinations, and {MOST_COMBINATIONS:,} "
                 "are the most that are drawn from; list fewer values.",
             )
+        trial, times = Counter(method.trials(None)).most_common(1)[0]
+        if times > 1:
+            same = ", ".join(f"{name} {value}" for name, value in trial)
+            self.refuse(
+                f"{key}.sweep", f"two entries have {same}; leave it out of one."
+            )
         return method
 
     def sweep(self, entry: Any, key: str) -> tuple[dict[str, tuple[Any, ...]], ...]:
@@ -213,12 +219,6 @@ class _Reader:
                     f"entry sweeps {', '.join(sorted(entries[0])) or 'nothing'}; give "
                     "each entry values of the same settings.",
                 )
-        method = GridMethod("", {}, tuple(entries))
-        if method.combinations <= MOST_COMBINATIONS:
-            trial, times = Counter(method.trials(None)).most_common(1)[0]
-            if times > 1:
-                same = ", ".join(f"{name} {value}" for name, value in trial)
-                self.refuse(key, f"two entries have {same}; leave it out of one.")
         return tuple(entries)
 
     def swept(self, entry: Any, key: str) -> dict[str, tuple[Any, ...]]:

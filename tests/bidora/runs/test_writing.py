@@ -216,7 +216,7 @@ def test_a_main_metric_that_cannot_be_computed_is_refused_before_a_model_is_load
     (note,) = (
         line for line in heard.lines if line.startswith("Note   the metric bleu")
     )
-    assert note.endswith("Without it, it is n/a.")
+    assert note.endswith("The run goes on, and tells it as n/a.")
     said = r"the metric bleu, .*pip install \"hypergrad-bidora\[generation\]"
     for dry_run in (False, True):
         with pytest.raises(UserError, match=said):
