@@ -17,6 +17,7 @@ __all__ = [
     "OTHER_METHODS",
     "OUTER_EVERY",
     "OUTER_WARMUP",
+    "PAIRINGS",
     "POOLINGS",
     "PRODUCT_FRACTION",
     "PROTEIN_MODEL",
@@ -40,6 +41,9 @@ PROTEIN_MODEL = "antiberty"
 
 POOLINGS = ("auto", "head", "mean", "first", "last", "max")
 """What `--pooling` takes: `auto` is the model's own, else `head`, the stock class."""
+
+PAIRINGS = ("auto", "together", "apart")
+"""What `--pairs` takes: `auto` is apart for a model that was trained on texts alone."""
 
 METHOD = "full"
 """How the bundled encoder is trained; a model as small loses nothing by it."""

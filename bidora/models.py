@@ -192,6 +192,7 @@ class Base:
             knows no head, and `head` alone says what is trained whole.
         pooling: How tokens are pooled in front of a linear head; `head` for the stock
             class, whose head is its own.
+        pairs: How two texts are read: `together` or `apart`.
     """
 
     source: ModelSource
@@ -199,6 +200,7 @@ class Base:
     head: list[str]
     peft_type: str | None
     pooling: str = "head"
+    pairs: str = "together"
 
     def linear_layers(self) -> list[str]:
         """Return the names of the layers that an adapter may go into.
@@ -241,6 +243,7 @@ def load_base(
     *,
     seed: int = 0,
     pooling: str = "auto",
+    pairs: str = "auto",
 ) -> Base:
     """Load the base model and give it a new head for a task.
 
@@ -256,12 +259,15 @@ def load_base(
         pooling: One of `bidora.defaults.POOLINGS`: `head` for the stock class of
             transformers; `auto` for the pooling that the model was trained with, where
             it says so, and elsewhere `head`, or the mean for proteins.
+        pairs: One of `bidora.defaults.PAIRINGS`; `auto` reads two texts apart where the
+            model says how it was trained to be pooled, for then it knows single texts.
 
     Returns:
         The model in float32, on the CPU.
 
     Raises:
-        UserError: If the model can't be loaded, or pooled like that.
+        UserError: If the model can't be loaded, or pooled like that, or can't read two
+            texts like that.
     """
     import transformers
 
@@ -269,6 +275,7 @@ def load_base(
 
     usual = task.usual_pooling(schema)
     how, was_pooled = _resolve_pooling(source, task, pooling, usual)
+    reading = _resolve_pairs(source, schema, pairs, how)
     torch.manual_seed(seed)
     pooled = how != "head"
     auto: Any = getattr(transformers, "AutoModel" if pooled else task.auto_model)
@@ -306,7 +313,7 @@ def load_base(
     model = model.body if was_pooled else model
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # nothing reads it
-    model.config.pooling = how
+    model.config.pooling, model.config.pairs = how, reading
     torch.manual_seed(seed)  # the head's values do not depend on the body's loading
     whole = PooledModel(model.config, model)
     return Base(
@@ -315,6 +322,7 @@ def load_base(
         sorted({"head", *(f"body.{name}" for name in new)}),
         task.peft_type,
         how,
+        reading,
     )
 
 
@@ -363,6 +371,40 @@ def _resolve_pooling(
             "stock head reads the decoder; leave --pooling out."
         )
     return pooling, was_pooled
+
+
+def _resolve_pairs(source: ModelSource, schema: Schema, pairs: str, how: str) -> str:
+    """Return how two texts are read, `together` where there is one alone.
+
+    Args:
+        source: Where the base model is.
+        schema: What the task found out about the data.
+        pairs: What was asked for.
+        how: How tokens are pooled.
+
+    Raises:
+        UserError: If they are to be read apart, and can't be.
+    """
+    from bidora.pooling import own_pooling
+
+    are_pairs = bool(schema.settings.get("text_pair_column"))
+    if pairs == "apart" and not are_pairs:
+        raise UserError(
+            "--pairs apart is about two texts, and an example has one; name the column of "
+            "the second with --text-pair-column, or leave --pairs out."
+        )
+    if pairs == "apart" and how == "head":
+        raise UserError(
+            f"--pairs apart needs one vector of each text, and the stock head of "
+            f"{source.name!r} makes none; add --pooling mean."
+        )
+    if pairs != "auto" or not are_pairs or how == "head":
+        return "apart" if pairs == "apart" else "together"
+    config = load_config(source)
+    if "PooledModel" in (config.architectures or ()):
+        return getattr(config, "pairs", "together")
+    own = own_pooling(source.location, is_local=source.is_local)
+    return "together" if own is None else "apart"
 
 
 def longest_input(model: Any) -> int | None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from bidora.defaults import POOLINGS
+from bidora.defaults import PAIRINGS, POOLINGS
 from bidora.errors import UserError
 
-__all__ = ["PooledModel", "own_pooling", "pool"]
+__all__ = ["PooledModel", "contrast", "own_pooling", "pool"]
 
 FLAGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -27,6 +27,9 @@ FLAGS = {
     "pooling_mode_lasttoken": "last",
 }
 """What sentence-transformers writes, and our word for it."""
+
+CONTRASTS = 3
+"""Numbers that `contrast` makes of two entries."""
 
 
 def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
@@ -71,11 +74,37 @@ def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
     return states[rows, found.argmax(1)]
 
 
+def contrast(first: Tensor, second: Tensor) -> Tensor:
+    r"""Return how the vectors of two texts differ, as a linear head can read it.
+
+    With $\hat u = \sqrt d\,u/\lVert u\rVert$, whose entries have a mean square of 1, and
+    $\hat v$ likewise, it is $[\hat u \hat v,\; (\hat u - \hat v)^2,\; \hat u - \hat v]$
+    by entry. The mean of the first third is the cosine of $u$ and $v$; the last third
+    alone tells which text came first. A vector of zeros stays one.
+
+    Args:
+        first: `(batch, width)`.
+        second: Likewise.
+
+    Returns:
+        `(batch, CONTRASTS * width)`.
+
+    Example:
+        >>> contrast(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]])).round()
+        tensor([[ 0.,  0.,  2.,  2.,  1., -1.]])
+    """
+    u, v = (nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+            for x in (first, second))  # fmt: skip
+    return torch.cat([u * v, (u - v) ** 2, u - v], dim=-1)
+
+
 class PooledModel(PreTrainedModel):
     """A transformer without its own head, pooled, under dropout and one linear layer.
 
-    `config.pooling` says how tokens are pooled (see `pool`). The loss is that of the
-    stock classes, by `config.problem_type`.
+    `config.pooling` says how tokens are pooled (see `pool`). Where `config.pairs` is
+    `"apart"`, an example is two texts, each of which the transformer reads by itself, and
+    the layer reads their `contrast`. The loss is that of the stock classes, by
+    `config.problem_type`.
 
     Args:
         config: That of the body, with `pooling`.
@@ -113,7 +142,10 @@ class PooledModel(PreTrainedModel):
         self.loss_type = "ForSequenceClassification"
         self.body = AutoModel.from_config(config) if body is None else body
         self.dropout = nn.Dropout(_head_dropout(config))
-        self.head = nn.Linear(config.get_text_config().hidden_size, config.num_labels)
+        self.pairs = getattr(config, "pairs", PAIRINGS[1])
+        width = config.get_text_config().hidden_size
+        width *= CONTRASTS if self.pairs == "apart" else 1
+        self.head = nn.Linear(width, config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,6 +172,8 @@ class PooledModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        pair_input_ids: Tensor | None = None,
+        pair_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Return logits, and the loss where there are labels.
@@ -148,11 +182,34 @@ class PooledModel(PreTrainedModel):
             input_ids: As for the body.
             attention_mask: Likewise.
             labels: Classes, numbers, or rows of zeros and ones.
+            pair_input_ids: The second texts, padded to the length of the first ones.
+            pair_attention_mask: Likewise.
             kwargs: What else the body takes.
+
+        Raises:
+            ValueError: If there are second texts and the model reads none, or the other
+                way round.
         """
+        apart = self.pairs == "apart"
+        if pair_input_ids is not None and not apart:
+            raise ValueError(
+                "pair_input_ids were given, and this model reads no second text by "
+                'itself; one whose config.pairs is "apart" does.'
+            )
+        if apart:
+            if input_ids is None or pair_input_ids is None:
+                raise ValueError(
+                    "this model reads two texts, each by itself: give it input_ids and "
+                    "pair_input_ids, padded to one length."
+                )
+            input_ids = torch.cat([input_ids, pair_input_ids])
+            if attention_mask is not None and pair_attention_mask is not None:
+                attention_mask = torch.cat([attention_mask, pair_attention_mask])
         kwargs["return_dict"] = True
         found = self.body(input_ids, attention_mask=attention_mask, **kwargs)
         pooled = pool(found.last_hidden_state, attention_mask, self.config.pooling)
+        if apart:
+            pooled = contrast(*pooled.chunk(2))
         logits = self.head(self.dropout(pooled))
         loss = None
         if labels is not None:

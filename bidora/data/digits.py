@@ -20,12 +20,13 @@ def digits_source(
 ) -> Source:
     """Ask which digit was written.
 
-    An image's place in the order of its class is the SHA-256 of seed and pixels: the
-    first `test_per_class` test, the next `validation_per_class` validate, the others
-    train. Writers are not known, so a test image may be by the hand of a training image.
+    The images of a class are in the order of the SHA-256 of a seed and the pixels. By
+    seed 0, whatever `seed` is, the first `test_per_class` test; of the others, by `seed`,
+    the first `validation_per_class` validate and the rest train. Writers are not known,
+    so a test image may be by the hand of a training image.
 
     Args:
-        seed: Seed of the split.
+        seed: Seed of what trains and what validates.
         test_per_class: Test images of each class.
         validation_per_class: Validation images of each class.
 
@@ -41,22 +42,29 @@ def digits_source(
     found: Any = load_digits()
     pixels = np.rint(found.images * (255 / LARGEST)).astype(np.uint8)
     Image = pillow()
-    by_class: dict[int, list[tuple[bytes, int]]] = {}
-    for row, (image, label) in enumerate(zip(pixels, found.target, strict=True)):
-        place = hashlib.sha256(f"{seed}\n".encode() + image.tobytes()).digest()
-        by_class.setdefault(int(label), []).append((place, row))
-    ends = {"test": test_per_class, "validation": validation_per_class}
+    by_class: dict[int, list[int]] = {}
+    for row, label in enumerate(found.target):
+        by_class.setdefault(int(label), []).append(row)
+
+    def place(row: int, seed: int) -> bytes:
+        return hashlib.sha256(f"{seed}\n".encode() + pixels[row].tobytes()).digest()
+
     rows: dict[str, list[tuple[bytes, int]]] = {part: [] for part in PARTS}
     lines: dict[str, list[str]] = {part: [] for part in PARTS}
-    for label, places in sorted(by_class.items()):
-        chosen = [row for _, row in sorted(places)]
-        cuts = {**ends, "train": len(chosen)}
-        start = 0
-        for part, size in cuts.items():
-            for row in chosen[start : start + size]:
+    for label, members in sorted(by_class.items()):
+        ranked = sorted(members, key=lambda row: (place(row, 0), row))
+        others = sorted(
+            ranked[test_per_class:], key=lambda row: (place(row, seed), row)
+        )
+        chosen = {
+            "test": ranked[:test_per_class],
+            "validation": others[:validation_per_class],
+            "train": others[validation_per_class:],
+        }
+        for part, places in chosen.items():
+            for row in places:
                 rows[part].append((png_bytes(Image.fromarray(pixels[row])), label))
                 lines[part].append(f"image {row}")
-            start += size
     names = (("label", tuple(map(str, sorted(by_class)))),)
     return Source(
         name="digits",

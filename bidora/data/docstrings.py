@@ -59,14 +59,15 @@ def docstrings_source(
 ) -> Source:
     """Ask which package of the standard library a text is from.
 
-    The classes are the packages with the most distinct docstrings. An example's place
-    in the order of its class is the SHA-256 of seed and text: the first
-    `train_per_class` train, the next `max_test_per_class` test, the next
-    `max_validation_per_class` validate. So the split depends on nothing but the seed
-    and the texts, and a docstring that a new Python release adds moves no other across.
+    The classes are the packages with the most distinct docstrings. The texts of a class
+    are in the order of the SHA-256 of a seed and the text. By seed 0, whatever `seed`
+    is, those after the first `train_per_class` test, `max_test_per_class` at most; of
+    the others, by `seed`, the first `train_per_class` train and the next
+    `max_validation_per_class` validate. So no seed trains on, or chooses by, what
+    another tests with.
 
     Args:
-        seed: Seed of the split.
+        seed: Seed of what trains and what validates.
         num_packages: Number of classes.
         train_per_class: Training examples of each class.
         max_test_per_class: Test examples of each class, at most.
@@ -97,15 +98,20 @@ def docstrings_source(
             "another Python, or your own texts with --task FILE.csv."
         )
     largest = sorted(enough, key=lambda p: (-len(enough[p]), p))[:num_packages]
-    ends = {"train": train_per_class, "test": max_test_per_class}
-    ends["validation"] = max_validation_per_class
-    rows: dict[str, list[tuple[str, str]]] = {part: [] for part in ends}
+    rows: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
     for name in sorted(largest):
-        texts = sorted(enough[name], key=lambda text: _place(seed, text))
-        start = 0
-        for part, size in ends.items():
-            rows[part] += [(text, name) for text in texts[start : start + size]]
-            start += size
+        texts = sorted(enough[name], key=lambda text: _place(0, text))
+        begin, end = train_per_class, train_per_class + max_test_per_class
+        others = sorted(
+            texts[:begin] + texts[end:], key=lambda text: _place(seed, text)
+        )
+        chosen = {
+            "train": others[:begin],
+            "validation": others[begin : begin + max_validation_per_class],
+            "test": texts[begin:end],
+        }
+        for part, those in chosen.items():
+            rows[part] += [(text, name) for text in those]
     return Source(
         name="docstrings",
         parts={part: _table(part, rows[part]) for part in PARTS if rows[part]},

@@ -34,20 +34,43 @@ class Pooled(torch.nn.Module):
     def __init__(self, body, config):
         super().__init__()
         self.config, self.body = config, body
-        self.head = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.head = torch.nn.Linear({width}config.hidden_size, config.num_labels)
 
-    def forward(self, input_ids, attention_mask, labels=None, **rest):
-        states = self.body(input_ids, attention_mask=attention_mask, **rest)[0]
-{lines}        return SequenceClassifierOutput(logits=self.head(pooled))
+    def forward(self, {inputs}, labels=None, **rest):
+{joined}        states = self.body(input_ids, attention_mask=attention_mask, **rest)[0]
+{lines}{apart}        return SequenceClassifierOutput(logits=self.head(pooled))
 '''
+
+TOGETHER = {
+    "width": "",
+    "inputs": "input_ids, attention_mask",
+    "joined": "",
+    "apart": "",
+}
+
+APART = {
+    "width": "3 * ",
+    "inputs": "input_ids, attention_mask, pair_input_ids, pair_attention_mask",
+    "joined": """\
+        # Two texts, tokenised each by itself and padded to one length.
+        input_ids = torch.cat([input_ids, pair_input_ids])
+        attention_mask = torch.cat([attention_mask, pair_attention_mask])
+""",
+    "apart": """\
+        unit = torch.nn.functional.normalize(pooled, dim=-1)
+        u, v = (unit * pooled.shape[-1] ** 0.5).chunk(2)
+        pooled = torch.cat([u * v, (u - v) ** 2, u - v], dim=-1)
+""",
+}
+"""How two texts are read, as by `bidora.pooling.contrast`."""
 
 
 def base_lines(names: Mapping[str, str], imports: str = "") -> str:
     """Return lines that load the base model, with a new head, as `base`.
 
     Args:
-        names: `folder`, `base`, `auto_model`, `auto_processor` and `pooling`, to be put
-            in, and `gguf_file` where the base is one.
+        names: `folder`, `base`, `auto_model`, `auto_processor`, `pooling` and `pairs`,
+            to be put in, and `gguf_file` where the base is one.
         imports: What else is imported, lines.
     """
     folder, base, auto = names["folder"], names["base"], names["auto_model"]
@@ -138,4 +161,5 @@ def _listed(*names: str) -> str:
 
 def _pooled(names: Mapping[str, str]) -> str:
     pooling = names["pooling"]
-    return CLASS.format(pooling=pooling, lines=POOLED[pooling])
+    reading = APART if names.get("pairs") == "apart" else TOGETHER
+    return CLASS.format(pooling=pooling, lines=POOLED[pooling], **reading)

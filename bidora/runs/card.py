@@ -33,6 +33,7 @@ def write_card(
     source: ModelSource,
     result: RunResult,
     pooling: str,
+    pairs: str = "together",
 ) -> None:
     """Write `README.md`, as the Hub shows it.
 
@@ -43,6 +44,7 @@ def write_card(
         source: The base model.
         result: What it came to.
         pooling: How tokens are pooled; `head` for the stock class.
+        pairs: How two texts are read: `together` or `apart`.
     """
     from bidora.methods import make_method
 
@@ -66,6 +68,7 @@ def write_card(
             "auto_model": task.auto_model,
             "auto_processor": task.auto_processor,
             "pooling": pooling,
+            "pairs": pairs,
             "gguf_file": source.gguf_file or "",
         }
     )

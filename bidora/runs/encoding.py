@@ -75,7 +75,10 @@ def unknown(features: Any, tokenizer: Any) -> tuple[int, float]:
     # A GPT-2 has one token for what is unknown, which never occurs, and for a text's end.
     if token is None or token in ends or "input_ids" not in features.column_names:
         return 0, 0.0
-    counts = [(ids.count(token), len(ids)) for ids in features["input_ids"]]
+    read = [n for n in ("input_ids", "pair_input_ids") if n in features.column_names]
+    texts = zip(*(features[name] for name in read), strict=True)
+    joined = ([i for ids in several for i in ids] for several in texts)
+    counts = [(ids.count(token), len(ids)) for ids in joined]
     of_all = sum(length for _, length in counts) or 1
     return sum(n > 0 for n, _ in counts), sum(n for n, _ in counts) / of_all
 

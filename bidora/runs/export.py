@@ -131,6 +131,7 @@ def export(
             "auto_model": task.auto_model,
             "auto_processor": task.auto_processor,
             "pooling": getattr(merged.config, "pooling", "head"),
+            "pairs": getattr(merged.config, "pairs", "together"),
         }
         code = whole_lines(names)
         with _writing_to(target):
@@ -418,7 +419,10 @@ def _made_up(tokenizer: Any, config: Any) -> dict[str, torch.Tensor]:
     end = ends[0] if isinstance(ends, list) else ends  # Llama 3 has several
     if end is not None and end < len(tokenizer):
         ids[0, -1], ids[1, -3] = end, end
-    return {"input_ids": ids, "attention_mask": mask}
+    made = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "pairs", "together") == "apart":
+        made |= {f"pair_{name}": value.flip(0) for name, value in made.items()}
+    return made
 
 
 def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -122,6 +122,7 @@ def train(
                         **settings.as_dict(),
                         "max_length": job.length,
                         "pooling": job.pooling,
+                        "pairs": job.pairs,
                         "started_in": str(Path.cwd()),
                     },
                 )
@@ -179,6 +180,7 @@ class _Job(Prepared):
                 "auto_model": self.examples.task.auto_model,
                 "auto_processor": self.examples.task.auto_processor,
                 "pooling": self.pooling,
+                "pairs": self.pairs,
                 "gguf_file": self.source.gguf_file or "",
             }
         )

@@ -187,6 +187,14 @@ class JobSettings(Declared):
         shown="as the model was trained, where it says so, else head, for proteins mean",
         metavar="{" + ",".join(defaults.POOLINGS) + "}",
     )
+    pairs: str = option(
+        "auto",
+        "how two texts are read: together, as one input; or apart, each by itself, and "
+        "the head reads how their vectors differ",
+        ADAPTER,
+        shown="apart for a sentence encoder, else together",
+        metavar="{" + ",".join(defaults.PAIRINGS) + "}",
+    )
     lora_r: int = option(32, "rank of the change of a weight", ADAPTER)
     lora_alpha: float | None = option(
         None,
@@ -267,6 +275,7 @@ class JobSettings(Declared):
         self.check_choice("quoting", ("auto", "csv", "none"))
         self.check_choice("on_bad_row", ("error", "skip"))
         self.check_choice("pooling", defaults.POOLINGS)
+        self.check_choice("pairs", defaults.PAIRINGS)
 
     @property
     def what(self) -> str:

@@ -272,7 +272,9 @@ def _load(
         schema,
         seed=settings.seed,
         pooling=settings.pooling,
+        pairs=settings.pairs,
     )
+    task = task.for_model(base.model.config)
     model: Any = method.load(base, folder)
     return model.to(find_device(device)).eval(), tokenizer, task
 

@@ -38,6 +38,7 @@ class Prepared:
         sets: Tokenised examples by part, as `datasets.Dataset`.
         length: Tokens kept of an example.
         pooling: How tokens are pooled; `head` for the stock class.
+        pairs: How two texts are read: `together` or `apart`.
         linear_layers: Names of the base model's linear layers, without the head's.
     """
 
@@ -49,6 +50,7 @@ class Prepared:
     sets: dict[str, Any]
     length: int
     pooling: str
+    pairs: str
     linear_layers: list[str]
 
     @property
@@ -105,8 +107,7 @@ def prepare(
             "no new head: the model's own outputs are its answers. Choose another method, "
             "such as lora."
         )
-    examples.task = examples.task.for_model(load_config(source))
-    task, schema = examples.task, examples.schema
+    task, schema = examples.task.for_model(load_config(source)), examples.schema
     tokenizer = load_processor(source, task, **getattr(task, "processor_kwargs", {}))
     tokenizer = task.fit_processor(tokenizer, schema)
     base = load_base(
@@ -116,7 +117,9 @@ def prepare(
         schema,
         seed=settings.seed,
         pooling=settings.pooling,
+        pairs=settings.pairs,
     )
+    examples.task = task = task.for_model(base.model.config)
     task.try_model(base.model, tokenizer, examples.rows)
     linear_layers = base.linear_layers()  # before the method changes the model
     model: Any = method.adapt(base, settings).to(device)
@@ -170,6 +173,7 @@ def prepare(
         sets,
         length,
         base.pooling,
+        base.pairs,
         linear_layers,
     )
 

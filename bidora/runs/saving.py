@@ -52,7 +52,9 @@ def save_run(
     _transformer(job.model).config.save_pretrained(str(staging))
     job.tokenizer.save_pretrained(str(staging))
     draw_curves(history, staging / "curves.png", title, job.judging_metric)
-    write_card(staging, job.settings, job.examples, job.source, result, job.pooling)
+    write_card(
+        staging, job.settings, job.examples, job.source, result, job.pooling, job.pairs
+    )
     files = folder.publish()
     parameters = list(job.model.parameters())
     folder.write_json(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Self
 
 from bidora.data.source import Source
 from bidora.data.table import Table, name_column, same_column
@@ -38,6 +39,9 @@ TEXT_COLUMNS = (
     "sequence",
 )
 
+PAIR = "pair_"
+"""What stands before the names of a second text's inputs, where it is read apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(LabelledTask):
@@ -53,6 +57,7 @@ class TextTask(LabelledTask):
             column called `sequence` holds.
         metric: The metric that choices are made by; None for the data set's own, or
             else the task's.
+        apart: Whether the model reads two texts each by itself; `for_model` finds out.
     """
 
     peft_type: ClassVar[str | None] = "SEQ_CLS"
@@ -62,6 +67,18 @@ class TextTask(LabelledTask):
     text_column: str | None = None
     text_pair_column: str | None = None
     proteins: bool | None = None
+    apart: bool = False
+
+    def for_model(self, config: Any) -> Self:
+        """Return the task as the model reads two texts: together, or apart.
+
+        Args:
+            config: Of the model.
+
+        Returns:
+            A copy that knows.
+        """
+        return replace(self, apart=getattr(config, "pairs", "together") == "apart")
 
     def text_columns(self, source: Source) -> dict[str, str]:
         """Return the columns of texts by setting: chosen, hinted, or by usual names.
@@ -172,14 +189,31 @@ class TextTask(LabelledTask):
         schema: Schema,
         length: int,
     ) -> dict[str, list[Any]]:
-        """Tokenise texts, cut at `length` tokens, special ones included."""
-        tokens = processor(
-            list(batch["text"]),
-            list(batch["text_pair"]) if "text_pair" in batch else None,
-            truncation=True,
-            max_length=length,
-        )
-        made = {name: list(values) for name, values in tokens.items()}
+        """Tokenise texts, cut at `length` tokens, special ones included.
+
+        Two texts share those tokens; read apart, each has as many.
+
+        Args:
+            batch: As for any task.
+            processor: The model's tokenizer.
+            schema: Of the data.
+            length: Tokens kept.
+
+        Returns:
+            Inputs, those of a second text that is read apart with `PAIR` before them.
+        """
+        kept: dict[str, Any] = {"truncation": True, "max_length": length}
+        first, second = list(batch["text"]), batch.get("text_pair")
+        if self.apart and second is not None:
+            made: dict[str, list[Any]] = {}
+            for prefix, texts in (("", first), (PAIR, list(second))):
+                tokens = processor(texts, return_token_type_ids=False, **kept)
+                made |= {f"{prefix}{name}": list(v) for name, v in tokens.items()}
+        else:
+            tokens = processor(
+                first, list(second) if second is not None else None, **kept
+            )
+            made = {name: list(values) for name, values in tokens.items()}
         if "labels" in batch:
             made["labels"] = self.targets(batch["labels"], schema)
         return made
@@ -198,7 +232,8 @@ class TextTask(LabelledTask):
         """Return a collator that pads to the longest text of the batch."""
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(processor)
+        pad = DataCollatorWithPadding(processor)
+        return partial(_pad_pairs, pad) if self.apart else pad
 
     def count_over_long(self, rows: Rows, processor: Any, length: int) -> int:
         """Return how many examples have more than `length` tokens, so that they are cut.
@@ -212,14 +247,38 @@ class TextTask(LabelledTask):
         count = 0
         for start in range(0, len(rows), 1000):
             part = slice(start, start + 1000)
-            tokens = processor(
-                rows.columns["text"][part],
-                pairs[part] if pairs else None,
-                truncation=False,
-                verbose=False,
+            texts = [rows.columns["text"][part], *([pairs[part]] if pairs else [])]
+            each = [(t,) for t in texts] if self.apart else [tuple(texts)]
+            found = [
+                processor(*both, truncation=False, verbose=False)["input_ids"]
+                for both in each
+            ]
+            count += sum(
+                any(len(ids) > length for ids in row)
+                for row in zip(*found, strict=True)
             )
-            count += sum(len(ids) > length for ids in tokens["input_ids"])
         return count
+
+
+def _pad_pairs(
+    pad: Callable[[list[Any]], dict[str, Any]], examples: list[Any]
+) -> dict[str, Any]:
+    """Return a batch of pairs whose texts are apart, first and second of one length.
+
+    Args:
+        pad: Makes a batch of single texts.
+        examples: Features, those of the second text with `PAIR` before their names.
+    """
+    own = [{n: v for n, v in e.items() if not n.startswith(PAIR)} for e in examples]
+    second = [
+        {n.removeprefix(PAIR): v for n, v in e.items() if n.startswith(PAIR)}
+        for e in examples
+    ]
+    batch = dict(pad(own))
+    both = pad([{name: e[name] for name in second[0]} for e in own] + second)
+    for name, value in both.items():
+        batch[name], batch[f"{PAIR}{name}"] = value.chunk(2)
+    return batch
 
 
 def _text(value: Any, column: str, proteins: bool) -> str | BadValueError:

@@ -89,19 +89,35 @@ def test_hints_make_it_a_classification_of_short_texts(source: Source) -> None:
     assert source.hints["max_length"] == 32
 
 
-def test_train_and_test_stay_as_they_were_without_validation(
-    source: Source, docstrings: list[Docstring]
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_order_of_hashes_decides_who_trains_and_who_tests(
+    docstrings: list[Docstring], seed: int
 ) -> None:
+    source = source_of(docstrings, seed)
     by_package: dict[str, list[str]] = {}
     for package, text in docstrings:
         by_package.setdefault(package, []).append(text)
+
+    def ordered(texts: list[str], seed: int) -> list[str]:
+        return sorted(texts, key=lambda t: sha256(f"{seed}\n{t}".encode()).digest())
+
     for name in set(source.train.values("label")):
-        order = sorted(
-            by_package[name], key=lambda t: sha256(f"0\n{t}".encode()).digest()
-        )
-        for part, chosen in (("train", order[:20]), ("test", order[20:120])):
+        test = ordered(by_package[name], 0)[20:120]
+        train = ordered([t for t in by_package[name] if t not in test], seed)[:20]
+        for part, chosen in (("train", train), ("test", test)):
             rows = source.parts[part].rows
             assert [text for text, label in rows if label == name] == chosen
+
+
+def test_no_seed_learns_from_what_another_tests_with(
+    docstrings: list[Docstring],
+) -> None:
+    """A sweep by one seed chooses what others are scored with."""
+    first, other = (source_of(docstrings, seed) for seed in (0, 100))
+    tested = set(first.parts["test"].values("text"))
+    assert set(other.parts["test"].values("text")) == tested
+    for part in ("train", "validation"):
+        assert not tested & set(other.parts[part].values("text"))
 
 
 def test_split_depends_on_the_seed_and_not_on_the_order(
