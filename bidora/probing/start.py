@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def probe(
     has not seen what is held back for the magnitudes.
 
     The model's last linear layer is the head, whatever its name. Nothing else of the
-    model changes, nor do modes, gradients and random numbers.
+    model changes, nor do modes, gradients and random numbers. A warning is given if the
+    model has adapters and its head is frozen, for then it is not saved with them.
 
     Args:
         trainer: A Trainer; or a model, with `dataset` and `collator`.
@@ -60,8 +62,9 @@ def probe(
         What was fitted, and on what.
 
     Raises:
-        UserError: If the model's outputs are not those of a linear layer, the examples
-            have no labels, or a label is a class that it has no output for.
+        UserError: If the model's outputs are not those of a linear layer, or another part
+            shares its weight; if the examples have no labels, or a label is a class that
+            it has no output for.
     """
     if isinstance(trainer, nn.Module):
         if dataset is None or collator is None:
@@ -105,9 +108,46 @@ class StartFromProbe(TrainerCallback):
 
 def _fit_into(model: Any, dataset: Any, collator: Any) -> Probe:
     features, layer = extract(model, dataset, collator)
+    _check_head(model, layer)
     fit = fit_linear(features)
     set_head(layer, fit)
     return Probe(fit, features)
+
+
+def _check_head(model: Any, layer: nn.Linear) -> None:
+    """Refuse a head that is not the model's alone, and warn of one that is not saved.
+
+    Args:
+        model: The model.
+        layer: Its head.
+
+    Raises:
+        UserError: If another module has the same weight.
+    """
+    names = {
+        module: name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+    }
+    name = names[layer].removesuffix(".base_layer")
+    for other, place in names.items():
+        if other is not layer and any(
+            parameter is layer.weight for parameter in other.parameters(recurse=False)
+        ):
+            raise UserError(
+                f"no probe can be fitted: the head {name} shares its weight with {place}, "
+                "which would change too; language models share theirs with the input "
+                "embeddings. Load the model with a head of its own, such as by "
+                "AutoModelForSequenceClassification."
+            )
+    is_saved = layer.weight.requires_grad or "modules_to_save" in name
+    if hasattr(model, "peft_config") and not is_saved:
+        warnings.warn(
+            f"the probe is written into the head {name}, which is frozen, and so no part "
+            "of what is saved with the adapter: a model that is loaded from there will "
+            f"have another head. Add modules_to_save=[{name!r}] to the adapter's config.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ def cautions(summary: Summary) -> list[str]:
         *_lost(results),
         *_missing(summary, results),
         *_unequal(summary),
+        *_unlike(summary),
     ]
 
 
@@ -38,8 +39,9 @@ def _few_pairs(results: list[Result]) -> Iterable[str]:
     if undecided:
         yield (
             f"{plural(undecided, 'comparison')} on a single task can show nothing: with n "
-            "pairs, the test gives no p below 2^(1−n), and Holm’s correction raises it "
-            "with the number of methods. More seeds, or fewer methods, would show more."
+            "pairs that differ, the test gives no p below 2^(1−n), and Holm’s correction "
+            "raises it with the number of methods. More seeds, or fewer methods, would "
+            "show more."
         )
     seeds = [r.score.n for r in results if r.score is not None]
     if seeds and min(seeds) == 1:
@@ -112,6 +114,16 @@ def _unequal(summary: Summary) -> Iterable[str]:
         )
     if times:
         yield f"Equal time is not the same for all: {_parts(times)}."
+
+
+def _unlike(summary: Summary) -> Iterable[str]:
+    unlike = {task for table in summary.tables for task in table.unlike_probes}
+    if unlike:
+        tasks = [task for task in summary.tasks if task in unlike]
+        yield (
+            f"Methods have probes that differ ({joined(tasks)}), as with another model: "
+            "each is compared with its own, and none is shown for all of them."
+        )
 
 
 def _usual_steps(table: Table, task: str, reference: str) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from statistics import fmean
 
 from bidora.study.results import (
     Average,
@@ -43,7 +44,6 @@ __all__ = [
 PURPOSES = {"steps": "equal steps", "time": "equal time", "sweep": "sweep"}
 NOTHING = "–"
 TOO_FEW = "too few pairs to tell"
-HIGHEST = "the highest mean is that of "
 
 NOT_INDEPENDENT = (
     "Runs that share a test set and a seed are not independent of each other, whatever "
@@ -256,21 +256,18 @@ def advice(summary: Summary) -> list[str]:
 
 def _take(summary: Summary, table: Table) -> str:
     at = f"With {size_name(table.size)}, at {PURPOSES[table.purpose]}: "
-    ranked = sorted(
-        (a for a in table.averages if a.score is not None),
-        key=lambda a: (-_mean(a.score), a.time_ratio or 0.0, a.method),
-    )
-    if not ranked:
+    scored = [a for a in table.averages if a.score is not None]
+    if not scored:
         return (
             f"{at}no method has a score on every task with the same seed, so none can "
             "be advised."
         )
     if len(table.methods) == 1 and not table.probe:
-        only = ranked[0]
-        return f"{at}{only.method} alone was run and scores {score(_mean(only.score))}."
+        only = scored[0]
+        return f"{at}{only.method} alone was run and scores {score(_mean(only))}."
     reference = summary.reference
-    probed = [a for a in ranked if a.over_probe is not None]
-    tested = [d for a in ranked for d in (a.over_probe, a.over_reference) if d]
+    probed = [a for a in scored if a.over_probe is not None]
+    tested = [d for a in scored for d in (a.over_probe, a.over_reference) if d]
     to_probe = [d for a in probed if (d := a.over_probe)]
     reason = ""
     if not tested:
@@ -280,40 +277,84 @@ def _take(summary: Summary, table: Table) -> str:
     elif to_probe and not any(d.decidable for d in to_probe):
         reason = f"{_too_few(to_probe)} to the probe"
     if reason:
-        return at + _taken(ranked[0], table, reference, f"{reason}; {HIGHEST}")
+        return f"{at}{reason}; {_highest(scored, table, reference)}"
     over_probe = [a for a in probed if _verdict(a.over_probe) == "better"]
     if probed and not over_probe:
-        shown = against(probed[0].over_probe, "it")
-        return (
+        text = (
             f"{at}take the probe, a linear head on the frozen model: no method is shown "
-            f"to beat it. The highest mean is {probed[0].method}'s, {shown}."
+            "to beat it."
         )
-    candidates = over_probe or ranked
+        if not (ranked := _ranked(probed)):
+            return text
+        shown = against(ranked[0].over_probe, "it")
+        where = f"{_over(probed)}the highest mean is {ranked[0].method}'s, {shown}."
+        return f"{text} {where[0].upper()}{where[1:]}"
+    candidates = over_probe or scored
     winners = [a for a in candidates if _verdict(a.over_reference) == "better"]
-    if winners:
-        return at + _taken(winners[0], table, reference, "take ")
+    if winners:  # any of them is one to take, also where they cannot be ranked
+        return at + _taken((_ranked(winners) or winners)[0], table, reference, "take ")
     base = next((a for a in candidates if a.method == reference), None)
-    if base is not None and len(ranked) > 1:
+    if base is not None and len(scored) > 1:
         return (
             at
             + _taken(base, table, reference, "take ")
-            + f" No other method is shown to beat it; {_runner_up(ranked, reference)}"
+            + f" No other method is shown to beat it{_runner_up(scored, reference)}."
         )
-    lead = "take "
-    if len(candidates) > 1:
-        lead = f"of {len(candidates)} methods shown to beat the probe, {HIGHEST}"
-    return at + _taken(candidates[0], table, reference, lead)
+    if len(candidates) == 1:
+        return at + _taken(candidates[0], table, reference, "take ")
+    of = f"of {len(over_probe)} methods shown to beat the probe, " if over_probe else ""
+    return f"{at}{of}{_highest(candidates, table, reference)}"
+
+
+def _shared(those: Sequence[Average]) -> set[int]:
+    """Return the seeds that all methods have: what means can be ranked over."""
+    return set.intersection(*(set(a.by_seed) for a in those))
+
+
+def _ranked(those: Sequence[Average]) -> list[Average]:
+    """Order methods by their means over the seeds that all have; none without one."""
+    seeds = _shared(those)
+    if not seeds:
+        return []
+    return sorted(
+        those,
+        key=lambda a: (-_mean(a, seeds), a.time_ratio or 0.0, a.method),
+    )
+
+
+def _over(those: Sequence[Average]) -> str:
+    """Say over which seeds methods are ranked, where it is not over all."""
+    seeds = _shared(those)
+    if all(set(a.by_seed) == seeds for a in those):
+        return ""
+    return f"over the {plural(len(seeds), 'seed')} that methods share, "
+
+
+def _highest(those: Sequence[Average], table: Table, reference: str) -> str:
+    """Say which method has the highest mean, if they can be ranked."""
+    ranked = _ranked(those)
+    if not ranked:
+        return "none can be said to have the highest mean, since methods share no seed."
+    lead = f"{_over(those)}the highest mean is that of "
+    return _taken(ranked[0], table, reference, lead, _shared(those))
 
 
 def _too_few(tested: Sequence[Difference]) -> str:
-    most = plural(max(d.n for d in tested), "pair")
-    return f"{most} of runs cannot show a difference"
+    most = max(tested, key=lambda d: (d.n - d.ties, d.n))
+    ties = f", {plural(most.ties, 'tie')} among them," if most.ties else ""
+    return f"{plural(most.n, 'pair')} of runs{ties} cannot show a difference"
 
 
-def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
+def _taken(
+    one: Average,
+    table: Table,
+    reference: str,
+    lead: str,
+    seeds: Collection[int] = (),
+) -> str:
     tasks = len(table.tasks)
     on = f" on average over {tasks} tasks" if tasks > 1 else ""
-    text = f"{lead}{one.method}, which scores {score(_mean(one.score))}{on}"
+    text = f"{lead}{one.method}, which scores {score(_mean(one, seeds))}{on}"
     gaps = [
         against(one.over_reference, reference),
         against(one.over_probe, "the probe"),
@@ -329,10 +370,14 @@ def _taken(one: Average, table: Table, reference: str, lead: str) -> str:
     return text + "."
 
 
-def _runner_up(ranked: Sequence[Average], reference: str) -> str:
-    other = next(a for a in ranked if a.method != reference)
-    gap = against(other.over_reference, "it")
-    return f"the nearest is {other.method}{', ' + gap if gap else ''}."
+def _runner_up(scored: Sequence[Average], reference: str) -> str:
+    others = [a for a in scored if a.method != reference]
+    ranked = _ranked(others)
+    if not ranked:
+        return ""
+    gap = against(ranked[0].over_reference, "it")
+    name = ranked[0].method
+    return f"; {_over(others)}the nearest is {name}{', ' + gap if gap else ''}"
 
 
 def statements(summary: Summary) -> list[tuple[str, str]]:
@@ -438,8 +483,9 @@ def cells(summary: Summary, overall: Overall) -> str:
     return text
 
 
-def _mean(value: Estimate | None) -> float:
-    return -math.inf if value is None else value.mean
+def _mean(one: Average, seeds: Collection[int] = ()) -> float:
+    """Return the mean of a method's scores, over all of its seeds or some."""
+    return fmean(one.by_seed[seed] for seed in seeds or one.by_seed)
 
 
 def _verdict(difference: Difference | None) -> str:

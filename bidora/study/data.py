@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bidora.data.source import Source
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
 from bidora.runs.results import Listener
+from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid
 from bidora.study.plan import Plan
 from bidora.study.records import Cell, Record
@@ -75,7 +77,7 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
             found = read_examples(grid.settings_of(cell), hears, searches=searches)
             found.task.check_metric(found.schema)
         except UserError as error:
-            raise UserError(f"tasks.{task}: {error}") from error
+            raise UserError(f"tasks.{task}: {_in_grid_words(str(error))}") from error
         there = len(found.rows["train"])
         if there < size:
             raise UserError(
@@ -92,6 +94,18 @@ def check_tasks(plan: Plan, listener: Listener) -> Data:
                 "out the sweep."
             )
     return Data(stopped, _recognised(plan, told, listener))
+
+
+def _in_grid_words(text: str) -> str:
+    """Return what is said of options of `bidora train`, with the keys of a grid."""
+    keys = {f.name: f.name for f in fields(TrainSettings)}
+    keys["max_train_samples"] = "sizes"
+
+    def key(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return f"`{keys[name]}`" if name in keys else option[0]
+
+    return re.sub(r"--([a-z][\w-]*\w)", key, text)
 
 
 def digest(source: Source) -> str:

@@ -52,7 +52,12 @@ class StudyFolder:
             raise UserError(
                 f"--output-dir {path} is a file; name a folder that does not exist yet."
             )
-        held = path.is_dir() and {entry.name for entry in path.iterdir()} - {LOCK_FILE}
+        # Not those with a dot: systems leave some, and so does a start that was killed.
+        held = path.is_dir() and {
+            entry.name
+            for entry in path.iterdir()
+            if entry.name != LOCK_FILE and not entry.name.startswith(".")
+        }
         if held and MARKER not in held:
             raise UserError(
                 f"--output-dir {path} holds files that are not from a comparison, and "
@@ -170,15 +175,18 @@ class StudyFolder:
         Args:
             grid: What is asked for now.
             records: What is there.
-            listener: Told of recorded runs that the grid has left out.
+            listener: Told of recorded runs that the grid has left out, and of those at
+                the time of another reference.
 
         Raises:
             UserError: If the grid has no method and task that is recorded, or a setting
                 that the method uses differs; it names the first.
         """
         self._tell_of_others(grid, records, listener)
+        self._tell_of_times(grid, records, listener)
         usual = as_recorded(TrainSettings())
-        for record in records:
+        # What failed comes last: its remedy is none where other runs differ too.
+        for record in sorted(records, key=lambda record: record.failed):
             cell = record.cell
             if not grid.has(cell.task, cell.method):
                 continue
@@ -188,15 +196,42 @@ class StudyFolder:
             if cell.purpose == "time":
                 ignored.add("max_steps")
             for name, value in wanted.items():
-                found = record.settings.get(name, usual[name])
-                if name not in ignored and found != value:
-                    raise UserError(
-                        f"{self.path} has a run of {cell.method} on {cell.task} (seed "
-                        f"{cell.seed}) with {name}: {found}, and the grid gives it "
-                        f"{value} now; they cannot stand in one comparison. Name another "
-                        "folder with --output-dir, or delete what is there with "
-                        "--overwrite."
-                    )
+                # What records have besides settings has no default: earlier ones lack it.
+                found = record.settings.get(name, usual.get(name, value))
+                if name in ignored or found == value:
+                    continue
+                run = f"{'failed run' if record.failed else 'run'} of {cell.method}"
+                remedy = (
+                    "Run again what failed with --retry-failed; or name another folder "
+                    "with --output-dir."
+                    if record.failed
+                    else "Name another folder with --output-dir, or delete what is there "
+                    "with --overwrite."
+                )
+                raise UserError(
+                    f"{self.path} has a {run} on {cell.task} (seed {cell.seed}) with "
+                    f"{name}: {found}, and the grid gives it {value} now; they cannot "
+                    f"stand in one comparison. {remedy}"
+                )
+
+    def _tell_of_times(
+        self, grid: Grid, records: Sequence[Record], listener: Listener
+    ) -> None:
+        """Say which runs of equal time no longer count, since the reference is another."""
+        others = [
+            record.settings["reference"]
+            for record in records
+            if not grid.counts(record)
+            and grid.has(record.cell.task, record.cell.method)
+            and grid.is_timed(record.cell.task, record.cell.method)
+        ]
+        if others:
+            names = ", ".join(sorted(set(others)))
+            listener.message(
+                f"Time   {len(others)} recorded run(s) took the time of {names}, and the "
+                f"reference is {grid.reference} now: they no longer count, and where "
+                "its time is another, they are run again"
+            )
 
     def _tell_of_others(
         self, grid: Grid, records: Sequence[Record], listener: Listener

@@ -12,7 +12,7 @@ from typing import Any
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS, make_method
 from bidora.runs.settings import TrainSettings
-from bidora.study.records import Cell, Purpose
+from bidora.study.records import Cell, Purpose, Record
 
 __all__ = ["Grid", "GridMethod", "GridTask", "Group", "Trial"]
 
@@ -165,6 +165,13 @@ class Grid:
     def is_timed(self, task: str, method: str) -> bool:
         """Return whether that method is run at the reference's time on that task."""
         return "time" in self.equal_on(task) and method != self.reference
+
+    def counts(self, record: Record) -> bool:
+        """Return whether a run is not one at the time of another reference.
+
+        Records of before the reference was kept are taken to be of this one.
+        """
+        return record.settings.get("reference", self.reference) == self.reference
 
     def sweeps(self, method: str) -> bool:
         """Return whether settings of that method are chosen by a sweep."""

@@ -84,8 +84,8 @@ class Plan:
 
     @cached_property
     def by_cell(self) -> dict[Cell, Record]:
-        """The records by what they are of."""
-        return {record.cell: record for record in self.records}
+        """The records by what they are of, without those of another reference's time."""
+        return {r.cell: r for r in self.records if self.grid.counts(r)}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -371,7 +371,7 @@ class Plan:
                         stand_ins.append(
                             Record(cell, {}, error=all_failed(self, group))
                         )
-        left_out = len(self.by_cell) - len(own)
+        left_out = len({record.cell for record in self.records}) - len(own)
         if left_out:
             notes = (
                 *notes,

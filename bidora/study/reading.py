@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from bidora.errors import UserError
 from bidora.methods.registry import METHODS
+from bidora.runs.job_settings import DATA
 from bidora.runs.settings import TrainSettings
 from bidora.study.grid import Grid, GridMethod, GridTask
 
@@ -40,6 +41,28 @@ ELSEWHERE = {
     "report_to": "a study writes its own report",
 }
 """Settings that a grid does not give, and why."""
+
+READING = frozenset(
+    {
+        "max_length",
+        "max_new_tokens",
+        "num_beams",
+        "length_penalty",
+        "no_repeat_ngram_size",
+    }
+)
+"""Settings of the data that a method may have of its own: the examples stay the same."""
+
+OF_TASKS = (
+    "task",
+    "task_type",
+    *(
+        f.name
+        for f in dataclasses.fields(TrainSettings)
+        if f.metadata["group"] == DATA and f.name not in READING
+    ),
+)
+"""Settings that decide on examples or metric; a pair of runs has to share them."""
 
 MOST_COMBINATIONS = 100_000
 SAFE_NAME = re.compile(r"\w[\w.+-]{0,79}")
@@ -144,6 +167,7 @@ class _Reader:
             processes=self.count(values.get("processes"), "processes") or 1,
         )
         self.check_seeds(grid)
+        self.check_trials(grid)
         try:
             grid.check()
         except UserError as error:
@@ -173,7 +197,7 @@ class _Reader:
         key = f"methods.{name}"
         entry = dict(self.mapping(entry, key))
         sweep, own = entry.pop("sweep", None), entry.pop("tasks", None)
-        settings = self.settings(entry, key, ("task",), beside=("sweep", "tasks"))
+        settings = self.settings(entry, key, OF_TASKS, beside=("sweep", "tasks"))
         settings = {"method": name, **settings}
         if settings["method"] not in METHODS:
             beside = "" if "method" in entry else " (or a name of yours with `method:`)"
@@ -225,9 +249,10 @@ class _Reader:
         """Return the values to choose from, by setting."""
         found: dict[str, tuple[Any, ...]] = {}
         for name, values in self.mapping(entry, key).items():
-            self.check_setting(name, key, ("task", "method"))
+            self.check_setting(name, key, (*OF_TASKS, "method"))
             values = self.listed(values, f"{key}.{name}")
-            frozen = tuple(_frozen(self.number(name, value)) for value in values)
+            settings = ({name: self.number(name, value)} for value in values)
+            frozen = tuple(_frozen(self.located(s, key)[name]) for s in settings)
             if any(isinstance(value, dict) for value in values):
                 self.refuse(
                     f"{key}.{name}",
@@ -259,8 +284,14 @@ class _Reader:
         if name in ELSEWHERE:
             self.refuse(f"{key}.{name}", f"{ELSEWHERE[name]}; leave it out.")
         if name in not_here:
-            own = "tasks" if name == "task" else "methods"
-            self.refuse(f"{key}.{name}", f"it belongs to an entry of `{own}`.")
+            own = "methods" if name == "method" else "tasks"
+            why = (
+                ""
+                if name in ("task", "method")
+                else " or to `settings`: methods are compared on the same examples, by "
+                "the same metric"
+            )
+            self.refuse(f"{key}.{name}", f"it belongs to an entry of `{own}`{why}.")
         if name not in self.fields:
             known = [n for n in (*self.fields, *beside) if n not in ELSEWHERE]
             self.unknown(key, name, known, "setting", lists=False)
@@ -415,6 +446,18 @@ class _Reader:
                     f"{both[0]} is among the seeds of tasks.{task.name} too; settings "
                     "would be chosen on runs that are reported. Take another.",
                 )
+
+    def check_trials(self, grid: Grid) -> None:
+        """Refuse a single trial of several combinations: nothing would be chosen."""
+        several = [m for m in grid.methods if m.combinations > 1]
+        if grid.trials == 1 and several:
+            self.refuse(
+                "sweep.trials",
+                f"it is 1, and methods.{several[0].name}.sweep has "
+                f"{several[0].combinations} combinations: one would be drawn by lot and "
+                "compared with no other. Give 2 or more, or list one value of each "
+                "setting.",
+            )
 
     def known(self, given: Iterable[str], known: Sequence[str], key: str) -> None:
         """Refuse a key that is not known."""

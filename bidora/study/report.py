@@ -20,7 +20,7 @@ from bidora.study.summary import summarise
 
 __all__ = ["Reported", "write_report"]
 
-OWN = frozenset({"seed", "output_dir", "overwrite"})
+OWN = frozenset({"seed", "output_dir", "overwrite", "reference"})
 """Settings that every run has for itself, so that nothing is learnt from them."""
 
 MANY = 4

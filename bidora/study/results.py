@@ -61,7 +61,8 @@ class Difference:
         losses: Pairs in which it is behind.
         verdict: What is shown, by the adjusted p.
         decidable: Whether so many pairs, and methods, could show a difference at all:
-            flipping the signs of n differences gives no p below 2^(1 − n).
+            flipping the signs of n differences that are not zero gives no p below
+            2^(1 − n).
         failed: Pairs that were run, and have no score on a side.
     """
 
@@ -89,7 +90,7 @@ class Result:
         score: On test examples; None where no run ended well.
         failed: Runs that ended with an error or without a finite score.
         missing: Planned runs that are not done yet.
-        collapsed: Runs that score exactly what a constant answer scores.
+        collapsed: Runs that score exactly what a constant answer scores, by every metric.
         seconds: Median seconds of training.
         time_ratio: Seconds over the reference's: the median over seeds.
         steps: Median of optimizer steps.
@@ -125,6 +126,8 @@ class Average:
         over_probe: Difference to the probe; None if a cell has no pair.
         over_reference: Difference to the reference, likewise.
         time_ratio: Median of its time ratios over cells.
+        by_seed: Mean of its scores over cells, for each seed that has all cells. Means
+            of methods are ranked over the seeds that they share.
     """
 
     method: str
@@ -132,6 +135,7 @@ class Average:
     over_probe: Difference | None
     over_reference: Difference | None
     time_ratio: float | None
+    by_seed: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Table:
         methods: Methods with a run.
         results: One each task and method that has a run, or is still to have one.
         averages: One a method, over tasks.
-        probe: The probe's scores by task, where it has some.
+        probe: The probe's scores by task, where it has some and methods share it.
         constant: What a constant answer scores, by task.
         probes: Methods that are the probe, whatever the grid calls them.
     """
@@ -170,6 +174,12 @@ class Table:
         probe = {task: one for task, one in self.probe.items() if task not in own}
         found = {"constant answer": self.constant, "probe": probe}
         return {name: scores for name, scores in found.items() if scores}
+
+    @property
+    def unlike_probes(self) -> tuple[str, ...]:
+        """Tasks on which methods have probes that differ, so that none stands for all."""
+        probed = {r.task for r in self.results if r.over_probe is not None}
+        return tuple(t for t in self.tasks if t in probed and t not in self.probe)
 
     def result(self, task: str, method: str) -> Result | None:
         """Return the result of a method on a task; None without a run.

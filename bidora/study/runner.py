@@ -17,7 +17,7 @@ from bidora.study.plan import Plan, Study
 from bidora.study.pool import Slot, worker_environment
 from bidora.study.records import Cell, Record, write_record
 from bidora.study.settings import StudySettings
-from bidora.study.worker import Order, Train, as_recorded
+from bidora.study.worker import Order, Train
 
 __all__ = ["compare"]
 
@@ -127,7 +127,7 @@ class _Runner:
     train: Train | None
     deadline: float | None
     digests: dict[str, str]
-    running: dict[Future[Record], tuple[Slot, Cell]] = field(default_factory=dict)
+    running: dict[Future[Record], tuple[Slot, Order]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run everything; when this ends, in whatever way, no process is left."""
@@ -142,8 +142,8 @@ class _Runner:
                     return
                 over, _ = wait(self.running, return_when=FIRST_COMPLETED)
                 for future in over:
-                    slot, cell = self.running.pop(future)
-                    self.add(self.record_of(future, slot, cell))
+                    slot, order = self.running.pop(future)
+                    self.add(self.record_of(future, slot, order))
                     idle.append(slot)
         finally:
             for slot in slots:
@@ -153,7 +153,7 @@ class _Runner:
 
     def start_some(self, idle: list[Slot]) -> None:
         """Begin the runs that are due, as far as there are processes and time."""
-        begun = {cell for _, cell in self.running.values()}
+        begun = {order.cell for _, order in self.running.values()}
         due = [cell for cell in self.plan.due if cell not in begun]
         while due and idle:
             if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -173,26 +173,23 @@ class _Runner:
                 self.folder.scratch,
                 self.train,
                 self.digests.get(cell.task, ""),
+                self.plan.grid.reference,
             )
-            self.running[slot.submit(order)] = slot, cell
+            self.running[slot.submit(order)] = slot, order
             self.tell(cell)
 
-    def record_of(self, future: Future[Record], slot: Slot, cell: Cell) -> Record:
+    def record_of(self, future: Future[Record], slot: Slot, order: Order) -> Record:
         """Return what a run came to; one that ended its process has failed."""
         try:
             return future.result()
         except BrokenProcessPool:
-            steps = self.plan.steps_in_time.get((cell.task, cell.method, cell.size))
-            settings = self.plan.grid.settings_of(
-                cell, steps if cell.purpose == "time" else None
-            )
             record = Record(
-                cell,
-                as_recorded(settings),
+                order.cell,
+                order.recorded,
                 error=slot.why_it_ended(),
-                data=self.digests.get(cell.task, ""),
+                data=order.data,
             )
-            write_record(self.folder.record_path(cell), record)
+            write_record(order.path, record)
             return record
 
     def add(self, record: Record) -> None:

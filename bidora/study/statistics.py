@@ -148,7 +148,8 @@ def sign_flips(differences: Sequence[float]) -> float | None:
 
     If neither side is better, each difference may as well have the other sign. All $2^n$
     patterns of signs are tried up to 16 differences, and 99 999 drawn ones beyond. The
-    least p of $n$ differences is $2^{1-n}$: five can never be below 0.05.
+    least p of $n$ differences that are not zero is $2^{1-n}$: five can never be below
+    0.05.
 
     Args:
         differences: One a pair.
@@ -161,16 +162,30 @@ def sign_flips(differences: Sequence[float]) -> float | None:
         0.25
         >>> sign_flips([1.0, -1.0])
         1.0
+        >>> sign_flips([0.0, 1.0, 2.0, 3.0])  # a zero has no sign to flip
+        0.25
     """
     if len(differences) < 2:
         return 1.0 if differences else None  # both signs are as far from zero
     import numpy as np
     from scipy import stats
 
+    values = np.asarray(differences, dtype=float)
+    seen = abs(values.sum())
+    # Each difference is rounded, so sums that are equal can be as far apart as this.
+    apart = len(values) * 10.0**-DECIMALS
+    if seen <= apart:
+        return 1.0  # no pattern is nearer to zero
+
+    def total(signed: Any, axis: int) -> Any:
+        sums = signed.sum(axis=axis)
+        tied = abs(abs(sums) - seen) <= apart
+        return np.where(tied, np.copysign(seen, sums), sums)
+
     test: Any = stats.permutation_test  # whose stubs do not know random_state
     found = test(
-        (np.asarray(differences, dtype=float),),
-        np.sum,
+        (values,),
+        total,
         permutation_type="samples",
         n_resamples=FLIPS,
         batch=1000,

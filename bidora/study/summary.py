@@ -40,6 +40,9 @@ __all__ = ["summarise"]
 PURPOSES: tuple[Purpose, ...] = ("steps", "time")
 """Of the runs that are reported, in the order of the page."""
 
+ROUNDING = 1e-9
+"""Scores that differ by no more are the same."""
+
 
 def summarise(
     records: Iterable[Record],
@@ -226,7 +229,11 @@ def _table(
         methods=tuple(methods),
         results=tuple(result for rows in results.values() for result in rows),
         averages=tuple(averages(records, methods, reference, results)),
-        probe=_anchors(records, tasks, lambda r: _number(r.probe, r.metric)),
+        probe=_anchors(
+            records,
+            tasks,
+            lambda r: _number(r.probe or (r.test if is_probe(r) else {}), r.metric),
+        ),
         constant=_anchors(records, tasks, lambda r: _number(r.baseline, r.metric)),
         probes=tuple(
             m for m in methods if any(is_probe(r) for r in records if _is(r, m))
@@ -264,15 +271,19 @@ def _result(
 def _anchors(
     records: Sequence[Record], tasks: Sequence[str], value: Any
 ) -> dict[str, Estimate]:
-    """Return the scores of what needs no fine-tuning: one a seed, whatever the method."""
+    """Return the scores of what needs no fine-tuning: one a seed, whatever the method.
+
+    None on a task where methods differ in it, as with another model: whose would it be?
+    """
     found: dict[str, Estimate] = {}
     for task in tasks:
-        by_seed = {
-            r.cell.seed: score
-            for r in records
-            if r.cell.task == task and (score := value(r)) is not None
-        }
-        one = estimate([by_seed[seed] for seed in sorted(by_seed)])
+        by_seed: dict[int, set[float]] = {}
+        for r in records:
+            if r.cell.task == task and (score := value(r)) is not None:
+                by_seed.setdefault(r.cell.seed, set()).add(score)
+        if any(max(own) - min(own) > ROUNDING for own in by_seed.values()):
+            continue
+        one = estimate([max(by_seed[seed]) for seed in sorted(by_seed)])
         if one is not None:
             found[task] = one
     return found

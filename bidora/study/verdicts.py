@@ -191,7 +191,8 @@ def _judged(differences: Sequence[Difference | None]) -> list[Difference | None]
     """Add adjusted p and verdict, over the methods that are compared with one."""
     tested = [d for d in differences if d is not None and d.p is not None]
     adjusted = iter(holm([d.p for d in tested if d.p is not None]))
-    least = iter(holm([2.0 ** (1 - d.n) for d in tested]))
+    # A tie is the same with either sign, so it makes no p smaller.
+    least = iter(holm([2.0 ** (1 - d.n + d.ties) for d in tested]))
     judged: list[Difference | None] = []
     for one in differences:
         if one is None or one.p is None:
@@ -201,7 +202,8 @@ def _judged(differences: Sequence[Difference | None]) -> list[Difference | None]
         verdict: Verdict = "no difference shown"
         if p < 1.0 - LEVEL and one.mean:
             verdict = "better" if one.mean > 0 else "worse"
-        decidable = next(least) < 1.0 - LEVEL
+        # Signs that are drawn can give a p that is a little below the least.
+        decidable = next(least) < 1.0 - LEVEL or verdict != "no difference shown"
         judged.append(
             dataclasses.replace(one, adjusted=p, verdict=verdict, decidable=decidable)
         )
@@ -227,6 +229,7 @@ def averages(
     Returns:
         One a method.
     """
+    scores = {m: _complete(records, m, list(results)) for m in methods}
     probed = _compared(results, "over_probe")
     referred = _compared(results, "over_reference")
     ratios = {
@@ -237,12 +240,13 @@ def averages(
         [
             Average(
                 method=m,
-                score=estimate(_complete(records, m, list(results))),
+                score=estimate(list(scores[m].values())),
                 over_probe=over_probe(records, m) if m in probed else None,
                 over_reference=over_reference(records, m, reference)
                 if m in referred
                 else None,
                 time_ratio=middle(ratios[m]),
+                by_seed={s: POINTS * score for s, score in scores[m].items()},
             )
             for m in methods
         ]
@@ -293,7 +297,7 @@ def over_all_sizes(
 
 def _complete(
     records: Sequence[Record], method: str, places: Sequence[Place]
-) -> list[float]:
+) -> dict[int, float]:
     """Average over cells with each seed that has them all."""
     scores = {
         (r.cell.task, r.cell.size, r.cell.seed): score
@@ -301,5 +305,9 @@ def _complete(
         if r.cell.method == method and (score := score_of(r)) is not None
     }
     seeds = sorted({seed for _, _, seed in scores})
-    rows = [[scores.get((*place, seed)) for place in places] for seed in seeds]
-    return [fmean(v for v in row if v is not None) for row in rows if None not in row]
+    rows = {s: [scores.get((*place, s)) for place in places] for s in seeds}
+    return {
+        seed: fmean(v for v in row if v is not None)
+        for seed, row in rows.items()
+        if None not in row
+    }

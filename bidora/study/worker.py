@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -41,6 +42,12 @@ Train = Callable[..., Any]
 
 LONGEST_ERROR = 300
 
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+"""How files with weights end."""
+
+PIECES, PIECE = 16, 4096
+"""Of a file with weights, so many pieces of so many bytes tell it from others."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -53,6 +60,7 @@ class Order:
         scratch: Folder that the run's own folder is made in, and deleted.
         train: What trains; None for `bidora.train`.
         data: What the task's examples are recognised by.
+        reference: Whose time a run of equal time takes.
     """
 
     cell: Cell
@@ -61,6 +69,15 @@ class Order:
     scratch: Path
     train: Train | None = None
     data: str = ""
+    reference: str = ""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as the record has them; of equal time, with whose time it is."""
+        found = as_recorded(self.settings)
+        if self.cell.purpose == "time":
+            found["reference"] = self.reference
+        return found
 
 
 def begin(log: str) -> None:
@@ -107,11 +124,11 @@ def work(order: Order) -> Record:
         sys.stderr.flush()
         record = Record(
             order.cell,
-            as_recorded(order.settings),
+            {},
             error=first_line(error),
             total_seconds=time.perf_counter() - started,
         )
-    record = dataclasses.replace(record, data=order.data)
+    record = dataclasses.replace(record, settings=order.recorded, data=order.data)
     write_record(order.path, record)
     return record
 
@@ -119,7 +136,8 @@ def work(order: Order) -> Record:
 def as_recorded(settings: TrainSettings) -> dict[str, Any]:
     """Return settings as a record has them, which another machine can read and compare.
 
-    Tuples are lists, as in a file that was read; of a path, the last name is kept.
+    Tuples are lists, as in a file that was read; of a path, the last name is kept. A model
+    in a folder has `model_files` besides, which tells it from another of that name.
 
     Args:
         settings: Of a run.
@@ -131,6 +149,8 @@ def as_recorded(settings: TrainSettings) -> dict[str, Any]:
         (['query'], 'SST-2')
     """
     found = json.loads(json.dumps(settings.as_dict()))
+    if Path(settings.model).is_absolute() and (files := _digest(Path(settings.model))):
+        found["model_files"] = files
     for name in (*PATHS, *PERHAPS_PATHS):
         value = found[name]
         if value and (name in PATHS or Path(value).is_absolute()):
@@ -138,8 +158,29 @@ def as_recorded(settings: TrainSettings) -> dict[str, Any]:
     return found
 
 
+def _digest(folder: Path) -> str:
+    """Return what a model is recognised by; nothing where there is none.
+
+    Of weights, which may be many gigabytes, it takes names, sizes and some pieces: two
+    trainings of one model differ by the values alone.
+    """
+    try:
+        found = hashlib.sha256((folder / "config.json").read_bytes())
+        for path in sorted(folder.iterdir()):
+            if path.suffix in WEIGHTS and path.is_file():
+                size = path.stat().st_size
+                found.update(repr((path.name, size)).encode("utf-8", "replace"))
+                with path.open("rb") as file:
+                    for i in range(PIECES):  # from the first bytes to the last
+                        file.seek(max(0, size - PIECE) * i // (PIECES - 1))
+                        found.update(file.read(PIECE))
+    except OSError:
+        return ""
+    return f"sha256 {found.hexdigest()[:16]}"
+
+
 def first_line(error: BaseException) -> str:
-    """Return the type of an error and the first line of what it says.
+    """Return the type of an error and the first line of what it says, as UTF-8 can hold.
 
     Args:
         error: The error.
@@ -150,7 +191,9 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     said = f": {lines[0][:LONGEST_ERROR]}" if lines else ""
-    return f"{type(error).__name__}{said}"
+    # Of a path that is no UTF-8, Python's text has halves of characters.
+    text = f"{type(error).__name__}{said}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _trained(order: Order) -> Record:

@@ -88,7 +88,7 @@ def model_of(**given: Any) -> PooledModel:
         "num_attention_heads": 2,
         "intermediate_size": 32,
     }
-    config = BertConfig(**sizes, pooling="mean", num_labels=3, **given)
+    config = BertConfig(**sizes, **{"pooling": "mean", "num_labels": 3, **given})
     return PooledModel(config).double().eval()
 
 
@@ -192,16 +192,21 @@ def test_a_model_that_was_saved_whole_reads_as_it_did(
 
 # -- features and batches ------------------------------------------------------------
 
-TEXTS = {
+TEXTS: dict[str, list[Any]] = {
     "text": ["apple pear plum", "crow"],
     "text_pair": ["the iron", "zinc copper tin iron of"],
     "labels": [0, 1],
 }
 
 
+def apart_task() -> Any:
+    given: dict[str, Any] = {"pairs": "apart"}
+    return make_task("classification").for_model(BertConfig(**given))
+
+
 def test_batches_are_padded_to_one_length(tiny_encoder: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_encoder)))
-    task = make_task("classification").for_model(BertConfig(pairs="apart"))
+    task = apart_task()
     features = task.features(TEXTS, tokenizer, PAIRED, 5)
     assert [len(ids) for ids in features["input_ids"]] == [5, 3]
     seconds = [len(ids) for ids in features["pair_input_ids"]]
@@ -217,7 +222,7 @@ def test_batches_are_padded_to_one_length(tiny_encoder: Path) -> None:
     assert batch["pair_attention_mask"].sum(1).tolist() == [4, 5]
     words = tokenizer.decode(batch["pair_input_ids"][0], skip_special_tokens=True)
     assert words == "the iron"
-    rows = Rows(TEXTS, ("row 1", "row 2"))
+    rows = Rows(TEXTS, ["row 1", "row 2"])
     assert task.count_over_long(rows, tokenizer, 5) == 1
     assert task.count_over_long(rows, tokenizer, 7) == 0
     together = make_task("classification")
@@ -226,9 +231,9 @@ def test_batches_are_padded_to_one_length(tiny_encoder: Path) -> None:
 
 def test_unknown_words_of_the_second_text_count(tiny_encoder: Path) -> None:
     tokenizer = load_tokenizer(find_model(str(tiny_encoder)))
-    task = make_task("classification").for_model(BertConfig(pairs="apart"))
+    task = apart_task()
     columns = {**TEXTS, "text_pair": ["the quokka", "iron"]}
-    rows = Rows(columns, ("row 1", "row 2"))
+    rows = Rows(columns, ["row 1", "row 2"])
     found = encode(rows, task, PAIRED, tokenizer, 8)
     # [CLS] a b c [SEP], [CLS] the ? [SEP]; [CLS] a [SEP], [CLS] b [SEP]
     assert unknown(found, tokenizer) == (1, 1 / 15)

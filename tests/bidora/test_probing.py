@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -313,6 +314,62 @@ def test_a_head_in_low_precision_is_rounded_to_it() -> None:
     set_head(layer, LinearFit(np.array([[0.1, 3.0]]), np.array([7.0]), 1.0))
     assert layer.weight.dtype is torch.bfloat16
     assert torch.equal(layer.weight, torch.tensor([[0.1, 3.0]]).bfloat16())
+
+
+# -- a head that is not the model's alone, or is not saved ----------------------------
+
+
+def adapted(**config: Any) -> Any:
+    """Return a BERT with an adapter, of which PEFT knows no task."""
+    return get_peft_model(bert(), LoraConfig(target_modules=["query"], **config))
+
+
+def test_a_head_that_is_not_saved_with_the_adapter_is_warned_of(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    said = (
+        r"the head classifier, which is frozen.* Add modules_to_save=\['classifier'\]"
+    )
+    with pytest.warns(UserWarning, match=said) as caught:
+        probe(adapted(), Sentences(10), collator=collate)
+    assert [w.filename for w in caught if "frozen" in str(w.message)] == [__file__]
+    native = make_model(adapter="transformers")
+    native.classifier.requires_grad_(False)
+    with pytest.warns(UserWarning, match=said):
+        probe(native, Sentences(10), collator=collate)
+    recwarn.clear()
+    native.classifier.requires_grad_(True)  # which a Trainer of ours saves
+    loaded = adapted(modules_to_save=["classifier"], inference_mode=True)
+    for model in (
+        adapted(modules_to_save=["classifier"]),
+        adapted(task_type="SEQ_CLS"),
+        loaded,
+        native,
+        bert().requires_grad_(False),
+    ):
+        probe(model, Sentences(10), collator=collate)
+    assert not [w for w in recwarn if "frozen" in str(w.message)]
+
+
+class Tied(BertForTokenClassification):
+    """A model whose head has the weight of its input embeddings."""
+
+    def __init__(self, config: Any) -> None:
+        config.num_labels = config.vocab_size
+        super().__init__(config)
+        self.classifier.weight = self.bert.embeddings.word_embeddings.weight
+
+
+def test_a_head_that_shares_its_weight_is_refused() -> None:
+    model = bert(Tied)
+    before = state_of(model)
+    said = (
+        "head classifier shares its weight with bert.embeddings.word_embeddings, which "
+        "would change too.* a head of its own"
+    )
+    with pytest.raises(UserError, match=said):
+        probe(model, Tagged(10), collator=collate_tags)
+    assert not differences(before, state_of(model))
 
 
 # -- with a Trainer ---------------------------------------------------------------------

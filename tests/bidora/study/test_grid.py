@@ -172,6 +172,17 @@ methods:
         ({"methods": {"lora": {}, "LoRA": {"method": "lora"}}}, "differ by case alone"),
         ({"methods": {"lora": {"tasks": ["docstring"]}}}, "Did you mean 'docstrings'"),
         ({"methods": {"lora": {"task": "x"}}}, "it belongs to an entry of `tasks`"),
+        (
+            {"methods": {"lora": {"metric": "f1_macro"}}},
+            "methods.lora.metric: it belongs to an entry of `tasks` or to `settings`: "
+            "methods are compared on the same examples, by the same metric",
+        ),
+        ({"methods": {"lora": {"test_file": "x.csv"}}}, "lora.test_file: it belongs to"),
+        ({"methods": {"lora": {"task_type": "regression"}}}, "lora.task_type: it belongs"),
+        ({"methods": {"lora": {"sweep": {"on_bad_row": ["skip", "error"]}}}},
+         "methods.lora.sweep.on_bad_row: it belongs to an entry of `tasks`"),
+        ({"methods": {"lora": {"sweep": {"max_validation_samples": [5, 9]}}}},
+         "sweep.max_validation_samples: it belongs to an entry of `tasks`"),
         ({"methods": {"lora": {"output_dir": "x"}}}, "output_dir: runs go into"),
         ({"methods": {"lora": {"learning_rate": -1}}}, "small.yaml: methods.lora on"),
         ({"methods": {"lora": {"learning_rate": "fast"}}}, "'fast'; give a number"),
@@ -211,6 +222,12 @@ methods:
         ({"seeds": [2**32]}, "too large"),
         ({"sweep": {"trial": 2}}, "sweep: there is no key 'trial'.*'trials'"),
         ({"sweep": {"trials": 0}}, "sweep.trials: it has 0"),
+        (
+            {"methods": {"lora": {"sweep": {"lora_r": [2, 4, 8]}}}, "sweep": {"trials": 1}},
+            "sweep.trials: it is 1, and methods.lora.sweep has 3 combinations: .*Give 2",
+        ),
+        ({"methods": {"lora": {"sweep": {"model": ["x", 3]}}}},
+         "sweep.model: it is 3; give a word"),
         ({"equal": ["time"]}, "time alone cannot"),
         ({"equal": ["tme"]}, "Did you mean 'time'"),
         ({"tasks": {"docstrings": {"equal": "time"}}}, "tasks.docstrings.equal"),
@@ -255,6 +272,35 @@ def test_one_method_needs_no_reference_and_seeds_of_a_sweep_may_be_used_without(
 ):
     grid = grid_of(methods={"lora": {}}, reference=None, seeds=[100])
     assert grid.reference == "lora"
+
+
+def test_a_method_may_read_the_examples_in_a_way_of_its_own() -> None:
+    sweep = {"max_length": [16, 32], "validation_fraction": [0.1, 0.3]}
+    grid = grid_of(methods={"lora": {"max_length": 16}, "bidora": {"sweep": sweep}})
+    assert grid.method("lora").settings["max_length"] == 16
+    assert grid.method("bidora").sweep[0]["max_length"] == (16, 32)
+
+
+def test_one_trial_of_one_combination_is_no_choice() -> None:
+    grid = grid_of(
+        methods={"lora": {"sweep": {"lora_r": [2]}}}, sweep={"trials": 1}, seeds=[100]
+    )
+    assert grid.trials == 1
+
+
+def test_models_that_are_swept_are_looked_up_from_the_folder_of_the_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "enc").mkdir()
+    (tmp_path / "grid.yaml").write_text(
+        "tasks: {docstrings: {}}\n"
+        "methods: {lora: {sweep: {model: [enc, OWNER/NAME]}}}\n"
+    )
+    grid = read_grid(tmp_path / "grid.yaml")
+    assert grid.method("lora").sweep[0]["model"] == (
+        str(tmp_path / "enc"),
+        "OWNER/NAME",
+    )
 
 
 STUDIES = Path(__file__).parents[3] / "benchmarks" / "studies"

@@ -297,6 +297,41 @@ def test_the_steps_of_equal_time_stay_once_a_run_has_them() -> None:
     assert [(c.purpose, c.seed) for c in grown.due] == [("time", 1), ("time", 2)]
 
 
+def test_runs_at_the_time_of_another_reference_are_due_again() -> None:
+    plan = timed({"lora": [10.0], "dora": [20.0], "full": [40.0]})
+    of_lora = {"max_steps": 20, "reference": "lora"}
+    plan = finish(plan, seconds=10.0, settings=of_lora)
+    assert plan.due == []
+    changed = replace(plan, grid=replace(plan.grid, reference="full"))
+    assert changed.steps_in_time == {
+        ("a", "full", 0): None,
+        ("a", "dora", 0): 80,
+        ("a", "lora", 0): 160,
+    }
+    assert [(c.purpose, c.method) for c in changed.due] == [
+        ("time", "lora"),
+        ("time", "dora"),
+    ]
+    study = changed.study()
+    assert {r.cell.method for r in study.records if r.cell.purpose == "time"} == {
+        "full"
+    }
+    assert any("2 records of this folder belong to no run" in n for n in study.notes)
+    of_full = {"max_steps": 80, "reference": "full"}
+    changed = finish(changed, seconds=40.0, settings=of_full)
+    assert changed.due == []
+    assert len([r for r in changed.study().records if r.cell.purpose == "time"]) == 3
+    # Records of before the reference was kept are of the grid's, whichever that is.
+    bare = tuple(
+        replace(record, settings={"max_steps": 20}) if record.seconds == 10.0
+        and record.cell.purpose == "time" else record
+        for record in plan.records
+    )  # fmt: skip
+    assert replace(plan, records=bare).due == []
+    kept = replace(plan, records=bare, grid=replace(plan.grid, reference="full"))
+    assert {cell.method for cell in kept.due} == {"lora"}
+
+
 def test_without_a_measured_reference_no_time_is_equal() -> None:
     plan = timed({"lora": [10.0], "dora": [20.0]})
     failed = tuple(

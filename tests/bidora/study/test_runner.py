@@ -195,6 +195,32 @@ def test_failed_runs_are_run_again_when_asked_for(
     }
 
 
+def test_a_setting_of_failed_runs_alone_is_put_right_by_running_them_again(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    run(small_grid(methods={"lora": {}, "dora": {"learning_rate": 0.5}}),
+        stand_ins.failing)  # fmt: skip
+    right = small_grid(methods={"lora": {}, "dora": {"learning_rate": 0.01}})
+    with pytest.raises(
+        UserError,
+        match=r"has a failed run of dora on words \(seed 0\) with learning_rate: 0\.5, "
+        r"and the grid gives it 0\.01 now; .*Run again what failed with --retry-failed",
+    ) as caught:
+        run(right)
+    assert "--overwrite" not in str(caught.value)
+    before = files(tmp_path / "out")
+    study = run(right, retry_failed=True)
+    assert not any(record.failed for record in study.records)
+    after = files(tmp_path / "out")
+    kept = {path for path in after if after[path] == before[path]}
+    assert kept == {"runs/words/lora/steps-all-seed0.json"}
+    # Where a run that ended well differs too, that remedy would be none.
+    run(right, stand_ins.failing, overwrite=True)
+    wrong = small_grid(methods={"lora": {}, "dora": {"learning_rate": 0.02}})
+    with pytest.raises(UserError, match=r"has a run of dora .*\(seed 0\).*--overwrite"):
+        run(wrong)
+
+
 def test_a_method_whose_every_trial_fails_is_shown(
     run: Callable[..., Study], small_grid: Grid
 ) -> None:
@@ -565,6 +591,80 @@ def test_steps_of_equal_time_are_no_change_of_the_grid(
     assert again.records == first.records
 
 
+def test_another_reference_has_its_time_taken_again(
+    run: Callable[..., Study], small_grid: Grid
+) -> None:
+    methods = {"lora": {}, "dora": {}, "long": {"method": "dora", "max_steps": 20}}
+    grid = small_grid(methods=methods, equal=["steps", "time"], seeds=[0])
+
+    def at_equal_time(study: Study) -> dict[str, tuple[int, float]]:
+        found = [r for r in study.records if r.cell.purpose == "time"]
+        return {r.cell.method: (r.steps, r.seconds) for r in found}
+
+    lora = {"lora": (10, 4.0), "dora": (5, 4.0), "long": (5, 4.0)}
+    assert at_equal_time(run(grid)) == lora
+    heard = Heard()
+    study = run({**grid, "reference": "long"}, listener=heard)
+    assert at_equal_time(study) == {
+        "lora": (40, 16.0),
+        "dora": (20, 16.0),
+        "long": (20, 16.0),
+    }
+    assert heard.lines[0].startswith(
+        "Time   1 recorded run(s) took the time of lora, and the reference is long now"
+    )
+    silent = Heard()
+    assert run({**grid, "reference": "long"}, listener=silent).records == study.records
+    assert not any(line.startswith("Time") for line in silent.lines)
+    assert at_equal_time(run(grid)) == lora
+
+
+def test_records_of_before_the_reference_was_kept_are_taken(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    grid = small_grid(equal=["steps", "time"])
+    run(grid)
+    for path in (tmp_path / "out" / "runs").rglob("time-*.json"):
+        record = json.loads(path.read_text())
+        assert record["settings"].pop("reference") == "lora"
+        path.write_text(json.dumps(record))
+    before = files(tmp_path / "out")
+    study = run(grid)
+    assert {r.steps for r in study.records if r.cell.method == "dora"} == {10, 5}
+    assert files(tmp_path / "out") == before
+
+
+def test_another_model_of_the_same_name_is_refused(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path
+) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place / "enc").mkdir(parents=True)
+        (tmp_path / place / "enc" / "config.json").write_text("{}")
+        weights = tmp_path / place / "enc" / "model.safetensors"
+        weights.write_bytes(place.encode())
+
+    def grid(place: str) -> dict[str, Any]:
+        model = str(tmp_path / place / "enc")
+        return small_grid(settings={"max_steps": 10, "model": model})
+
+    run(grid("one"))
+    with pytest.raises(
+        UserError,
+        match=r"with model_files: sha256 \w+, and the grid gives it sha256 \w",
+    ):
+        run(grid("two"))
+    # One that is not there can be none of another; the report is written all the same.
+    shutil.rmtree(tmp_path / "one")
+    before = files(tmp_path / "out")
+    run(grid("one"))
+    # Nor are records of before a model's files were looked at.
+    for path in (tmp_path / "out" / "runs").rglob("*.json"):
+        record = json.loads(path.read_text())
+        del record["settings"]["model_files"]
+        path.write_text(json.dumps(record))
+    assert len(run(grid("two")).records) == len(before) == 4
+
+
 def test_time_tasks_and_methods_can_be_limited(
     run: Callable[..., Study], small_grid: Grid, tmp_path: Path
 ) -> None:
@@ -641,6 +741,22 @@ def test_data_that_cannot_be_read_stops_before_anything_is_run(
     run(small_grid())  # the folder is as good as new
 
 
+def test_what_is_wrong_with_a_task_is_said_in_the_words_of_a_grid(
+    run: Callable[..., Study], small_grid: Grid, labelled_csv: Path
+) -> None:
+    grid = small_grid(
+        settings={"max_steps": 10, "max_validation_samples": 5},
+        tasks={"bare": {"task": str(labelled_csv)}},
+        sizes=["all"],
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^tasks\.bare: `max_validation_samples` 5: the data has no validation "
+        r".*`sizes` leaves out 0\. Ask for fewer of either, or give `validation_file`\.$",
+    ):
+        run(grid)
+
+
 def test_what_overwrite_deletes_is_there_until_the_new_grid_is_known_to_be_good(
     run: Callable[..., Study], small_grid: Grid, tmp_path: Path
 ) -> None:
@@ -694,6 +810,15 @@ def test_a_folder_of_something_else_is_left_alone(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match=r"thesis\.tex is a file"):
         run(small_grid(), output_dir=str(tmp_path / "out" / "thesis.tex"))
+
+
+@pytest.mark.parametrize("name", [".grid.yaml.partial", ".DS_Store"])
+def test_a_folder_with_hidden_files_alone_is_as_good_as_empty(
+    run: Callable[..., Study], small_grid: Grid, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("settings: {")  # of a start that was killed
+    assert len(run(small_grid()).records) == 4
 
 
 def test_two_trials_of_a_cell_have_files_of_their_own() -> None:

@@ -63,6 +63,24 @@ def test_sign_flips_are_those_of_the_definition(
     assert sign_flips([-v for v in values]) == pytest.approx(p)
 
 
+@pytest.mark.parametrize("examples", [300, 872, 4096])
+def test_sums_of_signs_that_are_equal_are_found_so(examples: int) -> None:
+    # In points, most of these have no end: rounded, equal sums come out 1e-9 apart.
+    random = np.random.default_rng(examples)
+    cases = [
+        [3, 3, 4, -1, 3, 2, 4, -1, -1, -1],  # 88 of 1024 patterns
+        *(
+            list(map(int, random.integers(-3, 7, size=random.integers(2, 12))))
+            for _ in range(40)
+        ),
+    ]
+    for case in cases:
+        signs = np.array(list(product((-1, 1), repeat=len(case))))
+        exact = float(np.mean(abs(signs @ case) >= abs(sum(case))))
+        differences = [round(100 * right / examples, 9) for right in case]
+        assert sign_flips(differences) == pytest.approx(exact, abs=1e-12), case
+
+
 def test_many_sign_flips_are_drawn_and_agree_with_all_of_them() -> None:
     values = list(np.random.default_rng(1).normal(0.4, 1.0, size=18))
     n = np.arange(2**18)[:, None] >> np.arange(18) & 1
@@ -72,6 +90,9 @@ def test_many_sign_flips_are_drawn_and_agree_with_all_of_them() -> None:
     assert p == pytest.approx(exact, abs=5 * math.sqrt(exact / 100_000))
     assert sign_flips(values) == p  # the draws are the same each time
     assert sign_flips([1.0] * 40) == pytest.approx(2 / 100_000)
+    thirds = [round(k * 100 / 300, 9) for k in (*range(-3, 8), *range(-3, 8))]
+    whole = [float(k) for k in (*range(-3, 8), *range(-3, 8))]
+    assert sign_flips(thirds) == sign_flips(whole)
 
 
 def test_the_least_p_of_n_pairs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_what_no_outcome_could_show_is_not_decidable() -> None:
     assert found(7, dora=0.1, full=0.1)["dora"].decidable
 
 
+def test_ties_can_decide_nothing() -> None:
+    # Six pairs, of which four differ: no p is below 1 / 8.
+    records = [record("lora", 0.5, seed=i, probe=None) for i in range(6)]
+    records += [
+        record("dora", 0.5 + i / 100 * (i > 1), seed=i, probe=None) for i in range(6)
+    ]
+    summary = summarise(records, reference="lora")
+    gap = difference(only(summary).average("dora").over_reference)
+    assert (gap.n, gap.ties, gap.p, gap.decidable) == (6, 2, 1 / 8, False)
+    (standing,) = statements(summary)
+    assert standing[1].startswith("too few pairs to tell with 100 examples")
+    (sentence,) = advice(summary)
+    assert "6 pairs of runs, 2 ties among them, cannot show a difference" in sentence
+    assert "n pairs that differ" in cautions(summary)[0]
+    same = [record(m, 0.5, seed=i) for m in ("lora", "dora") for i in range(8)]
+    table = only(summarise(same, reference="lora"))
+    assert not difference(table.average("dora").over_reference).decidable
+
+
 def test_a_verdict_is_always_decidable() -> None:
     # Holm goes down the steps: after the p of ten pairs, six pairs need no factor of 2.
     records = [record("lora", 0.5, seed=i) for i in range(10)]
@@ -124,6 +144,16 @@ def test_a_verdict_is_always_decidable() -> None:
     table = only(summarise(records, reference="lora"))
     gap = difference(table.average("full").over_reference)
     assert (gap.p, gap.adjusted) == (1 / 32, 1 / 32)
+    assert (gap.verdict, gap.decidable) == ("better", True)
+    # Of eight pairs that differ, p is 2 / 256, which seven methods raise to 0.055; with
+    # the 30 ties of these the signs are drawn, and p is 0.007.
+    records = [record("lora", 0.5, seed=i, probe=None) for i in range(38)]
+    for name in ("a", "b", "c", "d", "e", "f", "g"):
+        records += [
+            record(name, 0.6 if i < 8 else 0.5, seed=i, probe=None) for i in range(38)
+        ]
+    table = only(summarise(records, reference="lora"))
+    gap = difference(table.average("a").over_reference)
     assert (gap.verdict, gap.decidable) == ("better", True)
 
 
@@ -300,6 +330,32 @@ def test_failed_collapsed_and_missing_runs_are_counted() -> None:
     assert "2 planned runs" in said
 
 
+@pytest.mark.parametrize(
+    ("test", "baseline", "metric", "collapsed"),
+    [
+        # Half of the answers are right by chance.
+        ({"accuracy": 0.5, "f1_macro": 0.49}, {"f1_macro": 1 / 3}, "accuracy", False),
+        ({"accuracy": 0.5, "f1_macro": 1 / 3}, {"f1_macro": 1 / 3}, "accuracy", True),
+        ({"accuracy": 0.5, "loss": 0.7}, {"loss": 0.8}, "accuracy", True),
+        ({"accuracy": 0.5}, {"f1_macro": 1 / 3}, "accuracy", True),
+        # Tags that were found, and are all wrong.
+        ({"f1": 0.0, "accuracy": 0.7}, {"f1": 0.0, "accuracy": 0.8}, "f1", False),
+        # One number for all orders nothing, whichever it is.
+        ({"pearson": 0.0, "mse": 2.0}, {"pearson": 0.0, "mse": 1.5}, "pearson", True),
+        ({"f1_macro": 1 / 3}, {"f1_macro": 1 / 3}, "accuracy", False),
+        ({"accuracy": math.nan}, {}, "accuracy", False),
+    ],
+)
+def test_a_run_collapsed_if_all_its_scores_are_those_of_a_constant(
+    test: dict[str, float], baseline: dict[str, float], metric: str, collapsed: bool
+) -> None:
+    run = record("lora", 0.5, constant=0.5)
+    if metric == "accuracy":
+        baseline = {"accuracy": 0.5, **baseline}
+    run = dataclasses.replace(run, metric=metric, test=test, baseline=baseline)
+    assert run.collapsed is collapsed
+
+
 def test_planned_groups_without_any_run_are_counted() -> None:
     planned = [
         record("lora", seed=1).cell,
@@ -390,6 +446,36 @@ def test_probe_and_constant_count_once_a_seed() -> None:
     gap = difference(table.average("lora").over_probe)
     assert gap.mean == pytest.approx(20)
     assert only(summarise([record("lora", 0.5, probe=None)])).probe == {}
+
+
+def test_probes_that_differ_stand_for_no_method_but_their_own() -> None:
+    records = [
+        record(m, 0.7, task=task, seed=i, probe=probe)
+        for m, own in (("dora", 0.4), ("lora", 0.6))
+        for task, probe in (("a", own), ("b", 0.5))
+        for i in range(2)
+    ]
+    summary = summarise(records)
+    table = only(summary)
+    assert table.unlike_probes == ("a",)
+    assert {task: one.mean for task, one in table.probe.items()} == {"b": 50}
+    assert list(table.anchors["probe"]) == ["b"]
+    gaps = [difference(r.over_probe).mean for r in table.results if r.task == "a"]
+    assert gaps == pytest.approx([30, 10])
+    said = (
+        "Methods have probes that differ (a), as with another model: each is compared"
+    )
+    assert said in " ".join(cautions(summary))
+    # What the order of a sum changes is no other probe.
+    close = [record("dora", 0.7, probe=0.5 + 1e-16), record("lora", 0.7, probe=0.5)]
+    table = only(summarise(close))
+    assert table.probe["sst2"].mean == pytest.approx(50)
+    assert table.unlike_probes == ()
+    assert "probes that differ" not in " ".join(cautions(summarise(close)))
+    # A probe that was run as a method is no other than the one that runs began with.
+    run = record("probe", 0.5, probe=None)
+    assert only(summarise([run, *close])).unlike_probes == ()
+    assert only(summarise([run, records[0]])).unlike_probes == ()
 
 
 def test_tables_are_one_each_purpose_and_size_with_all_examples_last() -> None:
@@ -522,6 +608,60 @@ def test_advice_claims_nothing_without_probe_and_reference() -> None:
         sentence
     )
     assert "take" not in sentence
+
+
+def test_means_are_ranked_over_the_seeds_that_methods_share() -> None:
+    # The probe's other seed is an easy one, and its own mean the higher.
+    head = {"settings": {"method": "probe"}, "probe": None}
+    probe = runs("probe", 0.800, 0.966, **head)
+    (sentence,) = advice(said(probe, runs("lora", 0.817, probe=None)))
+    assert sentence == (
+        "With 100 examples, at equal steps: 1 pair of runs cannot show a difference; over "
+        "the 1 seed that methods share, the highest mean is that of lora, which scores "
+        "81.7: +1.7 against the probe (1 pair)."
+    )
+    late = [record("lora", 0.9, seed=5)]
+    (sentence,) = advice(said(runs("dora", 0.8), late))
+    assert sentence.endswith(
+        "1 pair of runs cannot show a difference; none can be said to have the highest "
+        "mean, since methods share no seed."
+    )
+    # dora failed on a hard seed.
+    hard = [(0.1, *HIGH), (0.0, *HIGH), LOW]
+    names = ("bidora", "full", "lora")
+    shorter = [record("dora", s, seed=i) for i, s in enumerate(LOW, start=1)]
+    every = [runs(m, *scores, probe=0.5) for m, scores in zip(names, hard, strict=True)]
+    (sentence,) = advice(said(*every, shorter, reference=""))
+    assert "over the 7 seeds that methods share" in sentence
+
+
+def test_the_nearest_is_so_over_the_seeds_that_methods_share() -> None:
+    def nearest(*dora: Record) -> str:
+        others = [runs("lora", *LOW), runs("full", *MIXED), list(dora)]
+        (sentence,) = advice(said(*others))
+        return sentence.split("No other method is shown to beat it")[1]
+
+    # Two easy seeds alone, on which dora is behind full.
+    two = [record("dora", MIXED[i] - 0.01, seed=i) for i in (6, 7)]
+    assert nearest(*two).startswith(
+        "; over the 2 seeds that methods share, the nearest is full, +0.4 ["
+    )
+    assert nearest(record("dora", 0.9, seed=20)) == "."
+
+
+def test_the_probe_is_advised_whichever_mean_is_the_highest() -> None:
+    scores = (0.51, 0.6, 0.4, 0.45, 0.55, 0.52, 0.48, 0.49)
+
+    def highest(first: int) -> str:
+        late = [record("dora", s, seed=i) for i, s in enumerate(scores, start=first)]
+        (sentence,) = advice(said(runs("lora", *scores), late))
+        return sentence.split("no method is shown to beat it.")[1]
+
+    assert highest(0).startswith(" The highest mean is dora's, 0.0 [")
+    assert highest(2).startswith(
+        " Over the 6 seeds that methods share, the highest mea"
+    )
+    assert highest(8) == ""
 
 
 def test_advice_needs_pairs_enough() -> None:
