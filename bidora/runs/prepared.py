@@ -129,6 +129,11 @@ def prepare(
         f"Model  {settings.model}: {method.name} trains {trained:,} of its "
         f"{total:,} parameters, on {device}"
     )
+    if base.pairs == "apart":
+        listener.message(
+            "       The two texts are read apart, and the head reads how their vectors "
+            "differ (--pairs)."
+        )
     usual = examples.source.hints.get("max_length") or task.usual_length
     longest = longest_input(base.model)
     length = settings.tokens_kept(longest, usual)

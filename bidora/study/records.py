@@ -67,7 +67,9 @@ class Record:
 
     Args:
         cell: What it was of.
-        settings: All settings of the run, as `TrainSettings.as_dict` has them.
+        settings: All settings of the run, as `TrainSettings.as_dict` has them, and what
+            else it must not be mixed with: the reference of equal time, a hash of a
+            local model.
         error: Why it failed; empty for a run that ended well.
         metric: The main metric, a key of the scores.
         test: Scores on test examples; empty in a sweep, which must not see them.

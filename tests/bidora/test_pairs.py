@@ -282,6 +282,7 @@ def test_a_job_on_pairs_is_loaded_scored_and_exported(
 ) -> None:
     run = run_of(method, small_job, pairs_csv, tmp_path)
     assert run.read("settings.json")["pairs"] == "apart"
+    assert any("read apart" in line for line in run.told)
     assert not run.result.phases[0].skipped
     truth, allowed = (
         run.logits(),
