@@ -76,6 +76,18 @@ def test_seeds_draw_other_training_and_the_same_test_examples(parts: Path) -> No
     assert texts(one, "train") == texts(again, "train")
 
 
+def test_no_seed_learns_or_chooses_by_what_another_tests_with(tmp_path: Path) -> None:
+    """A sweep has a seed of its own, and what it chose is scored with others."""
+    file = classes(tmp_path / "all.csv", 100)
+    bounds: dict[str, Any] = {"max_train_samples": 50, "max_validation_samples": 20}
+    one, sweep = (read(file, seed=seed, **bounds) for seed in (0, 100))
+    assert len(texts(one, "test")) == 20
+    assert texts(sweep, "test") == texts(one, "test")
+    for part in ("train", "validation"):
+        assert not texts(sweep, part) & texts(one, "test")
+    assert texts(sweep, "train") != texts(one, "train")
+
+
 def test_validation_comes_from_what_training_leaves_out(parts: Path) -> None:
     whole = texts(read(parts), "train")
     for seed in range(3):

@@ -98,6 +98,7 @@ def test_settings_are_kept_with_what_was_derived(finished: Run) -> None:
     kept = finished("bidora").read("settings.json")
     assert kept.pop("started_in") == str(Path.cwd())
     assert kept.pop("pooling") == "head"  # what auto came to: the encoder says nothing
+    assert kept.pop("pairs") == "together"
     assert TrainSettings.from_dict(kept) == finished("bidora").settings
 
 
