@@ -388,18 +388,20 @@ def _resolve_pairs(source: ModelSource, schema: Schema, pairs: str, how: str) ->
     from bidora.pooling import own_pooling
 
     are_pairs = bool(schema.settings.get("text_pair_column"))
-    if pairs == "apart" and not are_pairs:
-        raise UserError(
-            "--pairs apart is about two texts, and an example has one; name the column of "
-            "the second with --text-pair-column, or leave --pairs out."
-        )
-    if pairs == "apart" and how == "head":
-        raise UserError(
-            f"--pairs apart needs one vector of each text, and the stock head of "
-            f"{source.name!r} makes none; add --pooling mean."
-        )
-    if pairs != "auto" or not are_pairs or how == "head":
-        return "apart" if pairs == "apart" else "together"
+    if pairs == "apart":
+        if not are_pairs:
+            raise UserError(
+                "--pairs apart is about two texts, and an example has one; name the "
+                "column of the second with --text-pair-column, or leave --pairs out."
+            )
+        if how == "head":
+            raise UserError(
+                f"--pairs apart needs one vector of each text, and the stock head of "
+                f"{source.name!r} makes none; add --pooling mean."
+            )
+        return pairs
+    if pairs == "together" or not are_pairs or how == "head":
+        return "together"
     config = load_config(source)
     if "PooledModel" in (config.architectures or ()):
         return getattr(config, "pairs", "together")
